@@ -1,0 +1,10 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that names the file or field and how to mend it.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

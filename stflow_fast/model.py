@@ -1,0 +1,327 @@
+"""Denoiser: STFlow's network with its parameters and its call, computed in memory linear in the spots.
+
+The modules hold the published parameters under the published names, so checkpoints go both ways. What they compute
+is the rearranged mathematics of DESIGN.md, section 2, on a SpotGraph; the padded calls build one and call the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import DenoiserConfig
+from .errors import InputError
+from .graph import SpotGraph
+from .ops.dropout import DropoutKeys, dropout
+from .ops.reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, fold_edge_weights, gated_mlp
+
+TIME_FREQUENCIES = 256
+
+# Streams of randomness: an attention uses 0..4 (ops.reference), the rest of a layer these.
+STREAM_OUTPUT, STREAM_MLP, STREAM_GENE_HIDDEN, STREAM_GENE = 8, 10, 12, 13
+
+
+class GatedMLP(nn.Module):
+    """Parameters of a gated MLP under timm's names (``SwiGLUPacked`` or ``Mlp`` with a LayerNorm)."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, activation: str) -> None:
+        super().__init__()
+        gated = hidden_features // 2 if activation == "swiglu" else hidden_features
+        self.activation = activation
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.norm = nn.LayerNorm(gated)
+        self.fc2 = nn.Linear(gated, out_features)
+
+    @property
+    def weights(self) -> MLPWeights:
+        return MLPWeights(
+            self.fc1.weight, self.fc1.bias, self.norm.weight, self.norm.bias, self.fc2.weight, self.fc2.bias
+        )
+
+    def forward(self, x: Tensor, p: float = 0.0, keys: DropoutKeys | None = None, stream: int = 0) -> Tensor:
+        return gated_mlp(x, self.weights, self.activation, p, keys, stream)
+
+
+class FoldedAttention(NamedTuple):
+    """Everything of an attention's weights that an edge or a spot multiplies with (autograd goes through it)."""
+
+    project: Tensor  # [2 * H * P + d, d] of the normalised tokens: query terms, key terms, values
+    project_bias: Tensor  # [2 * H * P + d]
+    gene: Tensor  # [P, G]
+    edges: EdgeWeights
+    output: MLPWeights  # W_output, its first matrix reading [values | messages | attention weight]
+
+
+class EdgeAttention(nn.Module):
+    """Frame-averaged local attention (published: ``MLPAttnEdgeAggregation``)."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        d, de = config.hidden_dim, config.pairwise_hidden_dim
+        head, edge_head = d // config.n_heads, de // config.n_heads
+        # The published code leaves mlp_attn at timm's default activation, gelu, in its relu variant too.
+        logit_activation = "swiglu" if config.activation == "swiglu" else "gelu"
+        self.config = config
+        self.spec = AttentionSpec(config.n_heads, config.activation, logit_activation)
+        self.layernorm_qkv = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 3 * d))
+        self.mlp_attn = GatedMLP(2 * head + edge_head + config.n_genes, d, 1, logit_activation)
+        self.edge_trans = GatedMLP(3, de, de, config.activation)
+        self.W_output = GatedMLP(d + de, d, d, config.activation)
+
+    def fold(self) -> FoldedAttention:
+        """Fold the weights: small matrices only, independent of the number of spots."""
+        n_heads, d = self.spec.n_heads, self.config.hidden_dim
+        head, edge_head = d // n_heads, self.config.pairwise_hidden_dim // n_heads
+        first = self.mlp_attn.fc1
+        by_query, by_key, by_edge, by_gene = first.weight.split([head, head, edge_head, self.config.n_genes], dim=1)
+        edges, constant, to_edge, to_edge_bias = fold_edge_weights(
+            self.edge_trans.weights, self.mlp_attn.weights, by_edge, n_heads
+        )
+        qkv = self.layernorm_qkv[1]
+        (query, key, value), (query_bias, key_bias, value_bias) = qkv.weight.chunk(3), qkv.bias.chunk(3)
+
+        def project(by: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            weight, bias = weight.unflatten(0, (n_heads, head)), bias.unflatten(0, (n_heads, head))
+            return (by @ weight).flatten(0, 1), (bias @ by.T).flatten()
+
+        query, query_bias = project(by_query, query, query_bias)
+        key, key_bias = project(by_key, key, key_bias)
+        output = self.W_output.weights
+        on_values, on_edges = output.fc1_weight.split([d, self.config.pairwise_hidden_dim], dim=1)
+        on_edges = on_edges.unflatten(1, (n_heads, edge_head)).transpose(0, 1)  # [H, d, edge head]
+        on_messages = (on_edges @ to_edge).transpose(0, 1).flatten(1)  # [d, H * E]
+        on_weight = (on_edges @ to_edge_bias.unsqueeze(-1)).squeeze(-1).T  # [d, H]
+        return FoldedAttention(
+            torch.cat([query, key, value]),
+            torch.cat([query_bias + first.bias.repeat(n_heads) + constant, key_bias, value_bias]),
+            by_gene,
+            edges,
+            output._replace(fc1_weight=torch.cat([on_values, on_messages, on_weight], dim=1)),
+        )
+
+    def forward(self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None) -> Tensor:
+        """[N, d] context of the spots, from expression x [N, G] and tokens [N, d]."""
+        folded, d = layer.folded, self.config.hidden_dim
+        norm = self.layernorm_qkv[0]
+        projected = F.linear(
+            F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps), folded.project, folded.project_bias
+        )
+        width = (projected.shape[1] - d) // 2
+        gene = (x @ folded.gene.T).repeat(1, self.spec.n_heads)
+        query = projected[:, :width] - gene
+        keys_values = torch.cat([projected[:, width : 2 * width] + gene, projected[:, 2 * width :]], dim=1)
+        kept = layer.messages is not None
+        taken = ops.edge_attention(
+            query,
+            keys_values,
+            graph.neighbors,
+            layer.messages if kept else graph.geometry,
+            folded.edges,
+            self.spec,
+            Dropouts(keys, self.config.dropout, self.config.attn_dropout),
+            edges_are_messages=kept,
+        )
+        return gated_mlp(
+            torch.cat(taken, dim=1), folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT
+        )
+
+
+class LayerState(NamedTuple):
+    """What a layer needs beside its inputs, made once for several flow steps."""
+
+    folded: FoldedAttention
+    messages: Tensor | None = None  # [N, K, E], kept where memory allows
+
+
+class GeneUpdate(nn.Module):
+    """The gene head of a layer; its parameters are those of the published Sequential (0, 2 and 4)."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        d = config.hidden_dim
+        self.config = config
+        self.output = nn.Sequential(
+            nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Identity(), nn.Linear(d, config.n_genes)
+        )
+
+    def forward(self, tokens: Tensor, keys: DropoutKeys | None) -> Tensor:
+        hidden = dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
+        genes = dropout(self.output[4](hidden), self.config.dropout, keys, STREAM_GENE)
+        return F.relu(genes) if self.config.non_negative else genes
+
+
+class TransformerBlock(nn.Module):
+    """Attention, MLP and gene head of one layer."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.attn = EdgeAttention(config)
+        self.mlp = GatedMLP(config.hidden_dim, 4 * config.hidden_dim, config.hidden_dim, config.activation)
+        self.gene_updater = GeneUpdate(config)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
+    ) -> tuple[Tensor, Tensor]:
+        """Expression [N, G] and tokens [N, d] to the next layer's."""
+        tokens = tokens + self.attn(x, tokens, layer, graph, keys)
+        tokens = tokens + self.mlp(tokens, self.attn.config.dropout, keys, STREAM_MLP)
+        return self.gene_updater(tokens, keys), tokens
+
+
+class SpatialTransformer(nn.Module):
+    """The encoder: a stack of layers over the K nearest spots; its output is the mean of the layers' gene heads."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+
+    def forward(self, gene_exp: Tensor, features: Tensor, coords: Tensor) -> Tensor:
+        """The published padded call: [B, N, G], [B, N, d] tokens, [B, N, 2] -> [B, N, G].
+
+        Rows of ``features`` that sum to zero are padding, as in the published code; their output is zero.
+        """
+        return self._padded(gene_exp, features, coords, features.sum(dim=-1) != 0)
+
+    def _padded(self, gene_exp: Tensor, tokens: Tensor, coords: Tensor, real: Tensor) -> Tensor:
+        lengths = real.sum(dim=1).cpu()
+        slide_ptr = F.pad(lengths.cumsum(0), (1, 0))
+        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, tokens.dtype).to(tokens.device)
+        rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(tokens[real]), self.layer_states())
+        prediction = gene_exp.new_zeros(gene_exp.shape)
+        prediction[real] = graph.to_spots(rows)
+        return prediction
+
+    def layer_states(self) -> list[LayerState]:
+        """Folded weights of every layer; differentiable, and reusable while the parameters stay."""
+        return [LayerState(block.attn.fold()) for block in self.blks]
+
+    def keep_messages(self, states: list[LayerState], graph: SpotGraph, budget: int) -> list[LayerState]:
+        """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
+        kept = []
+        for block, state in zip(self.blks, states, strict=True):
+            budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, state.folded.edges)
+            if budget >= 0:
+                state = state._replace(
+                    messages=ops.make_messages(graph.geometry, state.folded.edges, block.attn.spec)
+                )
+            kept.append(state)
+        return kept
+
+    def run(
+        self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: list[LayerState], slide_seed: Tensor | None = None
+    ) -> Tensor:
+        """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
+
+        ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
+        """
+        keys = None
+        if self.training:
+            if slide_seed is None:
+                slide_seed = torch.randint(2**62, (graph.n_slides,))
+            keys = DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
+        total = torch.zeros_like(x)
+        for index, (block, state) in enumerate(zip(self.blks, states, strict=True)):
+            layer_keys = None if keys is None else keys.stream(-1 - index)
+            x, tokens = block(x, tokens, state, graph, layer_keys)
+            total = total + x
+        return total / len(self.blks)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of the flow time and an MLP (Peebles & Xie 2023, DiT)."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[S] in [0, 1] -> [S, d]. Frequencies and angles are float32, as published, whatever the model's dtype."""
+        half = TIME_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float().unsqueeze(1) * torch.exp(-math.log(10000.0) * steps / half)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class Denoiser(nn.Module):
+    """STFlow's denoiser: predicts the expression x_1 of all spots from x_t, t and their patch embeddings.
+
+    Parameters have the published names and shapes: ``load_state_dict(torch.load(published, weights_only=True))``
+    works with ``strict=True``, and the other way round.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = SpatialTransformer(config)
+        self.fourier_proj = TimestepEmbedder(config.hidden_dim)
+        self.image_transform = nn.Linear(config.feature_dim, config.hidden_dim)
+
+    def build_graph(self, coords: Tensor, slide_ptr: Tensor | None = None) -> SpotGraph:
+        """The SpotGraph of coordinates [N, 2] with this model's K, dtype and device; raises InputError as knn_graph."""
+        weight = self.image_transform.weight
+        return SpotGraph.build(coords, self.config.n_neighbors, slide_ptr, weight.dtype).to(weight.device)
+
+    def denoise(
+        self,
+        graph: SpotGraph,
+        x_t: Tensor,
+        image: Tensor,
+        t: Tensor,
+        states: list[LayerState] | None = None,
+        slide_seed: Tensor | None = None,
+    ) -> Tensor:
+        """Predict x_1 of packed slides.
+
+        Args:
+            graph: N spots of S slides.
+            x_t: [N, G] noisy expression, rows of the graph.
+            image: [N, d] ``image_transform(features)``, rows of the graph; made once for several steps.
+            t: [S] flow time of each slide in [0, 1].
+            states: of ``backbone.layer_states()``, when several calls share them.
+            slide_seed: [S] int64, dropout in training mode.
+
+        Returns:
+            [N, G] prediction of x_1, rows of the graph.
+        """
+        if states is None:
+            states = self.backbone.layer_states()
+        tokens = image + self.fourier_proj(t)[graph.slide_of]
+        return self.backbone.run(graph, x_t, tokens, states, slide_seed)
+
+    def inference(self, noisy_exp: Tensor, img_features: Tensor, coords: Tensor, t_steps: Tensor) -> Tensor:
+        """The published padded call: [B, N, G], [B, N, F], [B, N, 2] and [B] -> x_1 [B, N, G].
+
+        Spots whose features sum to zero are padding; their prediction is zero.
+
+        Raises:
+            InputError: shapes that disagree with each other or with the model.
+        """
+        self._check(noisy_exp, img_features, coords, t_steps)
+        tokens = self.image_transform(img_features) + self.fourier_proj(t_steps).unsqueeze(1)
+        return self.backbone._padded(noisy_exp, tokens, coords, img_features.sum(dim=-1) != 0)
+
+    def forward(
+        self, exp: Tensor, img_features: Tensor, coords: Tensor, labels: Tensor, t_steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction [B, N, G] and its mean squared error against ``labels`` over the spots that are not padding."""
+        prediction = self.inference(exp, img_features, coords, t_steps)
+        real = img_features.sum(dim=-1) != 0
+        return prediction, F.mse_loss(prediction[real], labels[real])
+
+    def _check(self, noisy_exp: Tensor, img_features: Tensor, coords: Tensor, t_steps: Tensor) -> None:
+        batch = tuple(noisy_exp.shape[:2])
+        expected = {
+            "noisy_exp": (noisy_exp, (*batch, self.config.n_genes)),
+            "img_features": (img_features, (*batch, self.config.feature_dim)),
+            "coords": (coords, (*batch, 2)),
+            "t_steps": (t_steps, batch[:1]),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise InputError(f"{name}: must have shape {list(shape)}, not {list(tensor.shape)}")

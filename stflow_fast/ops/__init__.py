@@ -1,0 +1,166 @@
+"""The operations of the model and the choice of what runs them.
+
+``reference.py`` defines each operation; :func:`edge_attention` runs it over blocks of spots, so that what is live is
+O(N * d) and one block, whatever the slide's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError
+from ..graph import MISSING
+from .reference import AttentionOutput, AttentionSpec, Dropouts, EdgeWeights, attend, attend_block, edge_messages
+
+BLOCK_BYTES = 8 * 2**20
+"""Live bytes of one block of spots: a block that stays in a core's cache beats a larger one (benchmarks/results)."""
+
+COMPILED_BLOCK = 512
+"""Spots in a block of the compiled path: one shape for every slide, so one compilation per configuration."""
+
+COMPILE_FROM_SPOTS = 8192
+"""Slides below this never repay the tens of seconds that a first compilation takes."""
+
+_compile_mode: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "stflow_compile", default=os.environ.get("STFLOW_COMPILE", "auto")
+)
+
+
+class Backend(NamedTuple):
+    name: str
+    reason: str
+
+
+def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -> Backend:
+    """What would run the edge operations without gradients for a slide of ``n_spots`` on ``device``, and why."""
+    if torch.device(device).type != "cpu":
+        return Backend("reference", "plain torch; this version has no GPU kernels")
+    mode = _compile_mode.get()
+    if mode == "off":
+        return Backend("reference", "plain torch; STFLOW_COMPILE=off")
+    if _cpp_compiler() is None:
+        return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
+    if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
+        return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
+    return Backend("reference_compiled", f"torch.compile with {_cpp_compiler()}")
+
+
+@contextlib.contextmanager
+def use_compile(mode: str) -> Iterator[None]:
+    """Choose how the CPU runs inference: ``auto`` (compiled for large slides), ``on`` or ``off``.
+
+    The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled.
+
+    Raises:
+        InputError: another mode.
+    """
+    if mode not in ("auto", "on", "off"):
+        raise InputError(f"STFLOW_COMPILE: must be auto, on or off, not {mode!r}")
+    token = _compile_mode.set(mode)
+    try:
+        yield
+    finally:
+        _compile_mode.reset(token)
+
+
+@functools.cache
+def _cpp_compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next((path for path in map(shutil.which, (named, "g++", "clang++")) if named is None or path), None)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
+    """Bytes of the messages of one layer, should a caller keep them."""
+    return n_spots * k * weights.message_to_logit.shape[0] * weights.message_to_logit.element_size()
+
+
+def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -> Tensor:
+    """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
+    n, k = geometry.shape[:2]
+    messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0])
+    function, blocks = _plan(n, k, weights, edge_messages, geometry.device)
+    for start, stop in blocks:
+        messages[start:stop] = function(geometry[start:stop], weights, spec, Dropouts(None, 0.0, 0.0))
+    return messages
+
+
+def edge_attention(
+    query: Tensor,
+    keys_values: Tensor,
+    neighbors: Tensor,
+    edges: Tensor,
+    weights: EdgeWeights,
+    spec: AttentionSpec,
+    dropouts: Dropouts,
+    edges_are_messages: bool = False,
+) -> AttentionOutput:
+    """Attention of every spot over its neighbours, block after block.
+
+    Args:
+        query: [N, H * P] per-spot terms A_i.
+        keys_values: [N, H * P + d] per-spot terms B_j with the values behind them.
+        neighbors: [N, K] int64, MISSING where there is none.
+        edges: [N, K, 3] geometry, or [N, K, E] messages of :func:`make_messages`.
+
+    Returns:
+        AttentionOutput of N spots. With gradients and more than one block, blocks are recomputed in the backward.
+    """
+    n, k = neighbors.shape
+    width = query.shape[1]
+    values_width = keys_values.shape[1] - width
+    function = attend if edges_are_messages else attend_block
+    training = torch.is_grad_enabled() and query.requires_grad
+    function, blocks = _plan(n, k, weights, function, query.device, compiled=not training)
+
+    def run(start: int, stop: int) -> AttentionOutput:
+        near = neighbors[start:stop]
+        gathered = keys_values.index_select(0, near.clamp(min=0).flatten())
+        return function(
+            query[start:stop], gathered, near != MISSING, edges[start:stop], weights, spec, dropouts.rows(start, stop)
+        )
+
+    if training:
+        if len(blocks) == 1:
+            return run(*blocks[0])
+        parts = [checkpoint(run, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        if parts:
+            return AttentionOutput(*map(torch.cat, zip(*parts, strict=True)))
+    output = AttentionOutput(
+        query.new_empty(n, values_width),
+        query.new_empty(n, spec.n_heads * weights.message_to_logit.shape[0]),
+        query.new_empty(n, spec.n_heads),
+    )
+    for start, stop in blocks:
+        for whole, part in zip(output, run(start, stop), strict=True):
+            whole[start:stop] = part
+    return output
+
+
+def _plan(
+    n: int, k: int, weights: EdgeWeights, function: Callable, device: torch.device, compiled: bool = True
+) -> tuple[Callable, list[tuple[int, int]]]:
+    """The function that runs a block, and the blocks that cover 0..n.
+
+    Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
+    """
+    if compiled and n >= COMPILED_BLOCK and backend_for(device, n).name == "reference_compiled":
+        starts = list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)) + [n - COMPILED_BLOCK]
+        return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
+    per_spot = 3 * k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
+    size = max(1, BLOCK_BYTES // per_spot)
+    return function, [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,0 +1,64 @@
+"""Dropout whose mask is a function of (seed, slide, spot, stream, channel) and of nothing else.
+
+A mask drawn from a running generator changes with packing, spot order and block size, and has to be stored for a
+recomputed backward. A counter-based one (a hash, as in Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") does neither.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A bijective 32-bit mixer (Wellons' ``lowbias32``) on int32 tensors, wrapping."""
+    x = (x ^ _logical_shift(x, 16)) * 0x7FEB352D
+    x = (x ^ _logical_shift(x, 15)) * -0x7B935975  # 0x846CA68B as int32
+    return x ^ _logical_shift(x, 16)
+
+
+def combine(key: Tensor, value: Tensor) -> Tensor:
+    """Key [N] int32 mixed with a value broadcastable to it (int32)."""
+    return hash32(hash32(key) ^ (value * -0x61C88647))  # 2**32 / golden ratio keeps small values apart
+
+
+@dataclass(frozen=True)
+class DropoutKeys:
+    """One int32 key per spot; :meth:`stream` derives independent keys for a place in the network."""
+
+    keys: Tensor
+
+    @classmethod
+    def for_spots(cls, slide_seed: Tensor, slide_of: Tensor, spot_id: Tensor) -> DropoutKeys:
+        """Keys of spots from the seed of their slide ([S] int64), their slide [N] and their index in it [N]."""
+        seed = slide_seed.to(slide_of.device)
+        low, high = (seed & 0x7FFFFFFF).to(torch.int32), (seed >> 31).to(torch.int32)
+        return cls(combine(combine(low, high)[slide_of], spot_id.to(torch.int32)))
+
+    def stream(self, index: int) -> DropoutKeys:
+        return DropoutKeys(combine(self.keys, torch.full_like(self.keys, index)))
+
+    def rows(self, start: int, stop: int) -> DropoutKeys:
+        return DropoutKeys(self.keys[start:stop])
+
+    def keep_mask(self, shape: torch.Size, p: float) -> Tensor:
+        """Boolean mask of ``shape`` [n, ...], true with probability 1 - p; row n depends on key n alone."""
+        columns = math.prod(shape[1:])
+        column = hash32(torch.arange(columns, dtype=torch.int32, device=self.keys.device) + 1)
+        threshold = int(p * 2**32) - 2**31
+        return (hash32(self.keys.unsqueeze(-1) ^ column) >= threshold).view(shape)
+
+
+def dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
+    """Inverted dropout of x [n, ...]: zero with probability p, else scaled by 1 / (1 - p); x itself without keys."""
+    if keys is None or p == 0.0:
+        return x
+    return x * keys.stream(stream).keep_mask(x.shape, p) * (1.0 / (1.0 - p))

@@ -1,0 +1,186 @@
+"""The operations of a STFlow layer in plain torch: the specification that every kernel must equal.
+
+The published layer (arXiv 2506.05361, section 4.2) materialises the inputs of its attention MLP for every edge and
+head. Here its linear parts are folded (DESIGN.md, section 2), so that per edge only the message ``m_ij`` and the
+pre-activation of the attention MLP remain, and those only for a block of spots at a time.
+
+Shapes: N spots, K neighbours, H heads, d = hidden_dim, E = width of an edge message, P = width of a
+pre-activation before its gate, Z = after it (P / 2 with SwiGLU, else P).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import DropoutKeys, dropout
+
+LAYERNORM_EPS = 1e-5
+
+# Streams of randomness inside one layer; the model adds a layer's offset (LAYER_STREAMS) to the keys.
+STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
+
+
+class MLPWeights(NamedTuple):
+    """fc1 -> gate -> LayerNorm -> fc2, in torch.nn.Linear's layout."""
+
+    fc1_weight: Tensor  # [P, in]
+    fc1_bias: Tensor  # [P]
+    norm_weight: Tensor  # [Z]
+    norm_bias: Tensor  # [Z]
+    fc2_weight: Tensor  # [out, Z]
+    fc2_bias: Tensor  # [out]
+
+
+class EdgeWeights(NamedTuple):
+    """The folded weights of the edge side of one layer's attention (see :func:`fold_edge_weights`)."""
+
+    edge_weight: Tensor  # [Pe, 3] fc1 of edge_trans
+    edge_bias: Tensor  # [Pe]
+    message_to_logit: Tensor  # [E, H * P] We W2_h for every head
+    logit_weight: Tensor  # [Z] LayerNorm gain times fc2 of mlp_attn
+    logit_bias: Tensor  # [] the rest of them
+
+
+class AttentionSpec(NamedTuple):
+    n_heads: int
+    edge_activation: str  # of edge_trans
+    logit_activation: str  # of mlp_attn
+
+
+class AttentionOutput(NamedTuple):
+    """What a spot takes from its neighbours, with attention weights a."""
+
+    values: Tensor  # [N, d] sum_j a v_j
+    messages: Tensor  # [N, H * E] sum_j a m_ij
+    weight: Tensor  # [N, H] sum_j a: 1 unless there is dropout or no neighbour
+
+
+class Dropouts(NamedTuple):
+    """Dropout inside the attention of one layer; ``keys`` [N] of the spots, already of this layer."""
+
+    keys: DropoutKeys | None
+    mlp: float
+    attention: float
+
+    def rows(self, start: int, stop: int) -> Dropouts:
+        return self if self.keys is None else self._replace(keys=self.keys.rows(start, stop))
+
+
+def gate(pre: Tensor, activation: str) -> Tensor:
+    """[..., P] -> [..., Z]: silu(a) * b of the two halves (SwiGLU), or gelu or relu."""
+    if activation == "swiglu":
+        first, second = pre.chunk(2, dim=-1)
+        return F.silu(first) * second
+    return F.gelu(pre) if activation == "gelu" else F.relu(pre)
+
+
+def gated_mlp(
+    x: Tensor, weights: MLPWeights, activation: str, p: float, keys: DropoutKeys | None, stream: int
+) -> Tensor:
+    """fc2(LayerNorm(dropout(gate(fc1(x))))) with dropout after it too: timm's GluMlp / Mlp. [N, in] -> [N, out].
+
+    Dropout uses the streams ``stream`` and ``stream + 1``.
+    """
+    hidden = dropout(gate(F.linear(x, weights.fc1_weight, weights.fc1_bias), activation), p, keys, stream)
+    hidden = F.layer_norm(hidden, hidden.shape[-1:], weights.norm_weight, weights.norm_bias, LAYERNORM_EPS)
+    return dropout(F.linear(hidden, weights.fc2_weight, weights.fc2_bias), p, keys, stream + 1)
+
+
+def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, dropouts: Dropouts) -> Tensor:
+    """m_ij: the mean over the four sign frames of LayerNorm(gate(fc1([+-p_x, +-p_y, r]))), without its affine part.
+
+    The frames differ by signs only: two products and four sums. The published dropout after fc2 stands before it
+    here, where it still acts on each frame alone and lets fc2 move behind the mean.
+
+    Args:
+        geometry: [n, K, 3] projections and distance.
+
+    Returns:
+        [n, K, E].
+    """
+    along_x, along_y, along_r = (geometry[..., i : i + 1] * weights.edge_weight[:, i] for i in range(3))
+    base, plus, minus = along_r + weights.edge_bias, along_x + along_y, along_x - along_y
+    frames = torch.stack([base + plus, base + minus, base - minus, base - plus], dim=1)  # [n, 4, K, Pe]
+    hidden = dropout(gate(frames, spec.edge_activation), dropouts.mlp, dropouts.keys, STREAM_EDGE_HIDDEN)
+    hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS)
+    return dropout(hidden, dropouts.mlp, dropouts.keys, STREAM_EDGE_OUT).mean(dim=1)
+
+
+def attend(
+    query: Tensor,
+    gathered: Tensor,
+    present: Tensor,
+    messages: Tensor,
+    weights: EdgeWeights,
+    spec: AttentionSpec,
+    dropouts: Dropouts,
+) -> AttentionOutput:
+    """Attention of n spots over their neighbours.
+
+    Args:
+        query: [n, H * P] per-spot term A_i of the pre-activation.
+        gathered: [n * K, H * P + d] the neighbours' terms B_j with their values behind them.
+        present: [n, K] false for missing neighbours.
+        messages: [n, K, E].
+    """
+    n, k = present.shape
+    n_heads, width = spec.n_heads, query.shape[1]
+    pre = torch.addmm(gathered[:, :width], messages.reshape(n * k, -1), weights.message_to_logit)
+    pre = pre.view(n, k, n_heads, -1) + query.view(n, 1, n_heads, -1)
+    hidden = dropout(gate(pre, spec.logit_activation), dropouts.mlp, dropouts.keys, STREAM_LOGIT_HIDDEN)
+    logits = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS) @ weights.logit_weight + weights.logit_bias
+    logits = dropout(logits, dropouts.mlp, dropouts.keys, STREAM_LOGIT)
+    # A finite floor, not -inf: a spot without neighbours must give zeros and zero gradients, not NaN.
+    logits = logits.masked_fill(~present.unsqueeze(-1), torch.finfo(logits.dtype).min)
+    attention = logits.softmax(dim=1) * present.unsqueeze(-1)
+    attention = dropout(attention, dropouts.attention, dropouts.keys, STREAM_ATTENTION).transpose(1, 2)  # [n, H, K]
+    values = gathered[:, width:].view(n, k, n_heads, -1).transpose(1, 2)
+    from_values = (attention.unsqueeze(2) @ values).view(n, -1)
+    from_edges = (attention @ messages).view(n, -1)
+    return AttentionOutput(from_values, from_edges, attention.sum(dim=2))
+
+
+def attend_block(
+    query: Tensor,
+    gathered: Tensor,
+    present: Tensor,
+    geometry: Tensor,
+    weights: EdgeWeights,
+    spec: AttentionSpec,
+    dropouts: Dropouts,
+) -> AttentionOutput:
+    """:func:`attend` with the messages made on the way, for when they are not kept."""
+    return attend(query, gathered, present, edge_messages(geometry, weights, spec, dropouts), weights, spec, dropouts)
+
+
+def fold_edge_weights(
+    edge: MLPWeights, logit: MLPWeights, logit_edge_weight: Tensor, n_heads: int
+) -> tuple[EdgeWeights, Tensor, Tensor, Tensor]:
+    """Fold what is linear between the edge MLP and the attention MLP (DESIGN.md, section 2, items 1, 2 and 4).
+
+    Args:
+        edge: ``edge_trans``; out = H * (edge head width).
+        logit: ``mlp_attn``; out = 1.
+        logit_edge_weight: [P, edge head width] the columns of ``mlp_attn.fc1`` that read e_ij.
+
+    Returns:
+        The edge weights; the constant [H * P] that the pre-activation of every edge shares; and the affine map from
+        a message to e_ij: [H, edge head width, E] and [H, edge head width].
+    """
+    to_edge = (edge.fc2_weight * edge.norm_weight).unflatten(0, (n_heads, -1))
+    to_edge_bias = (edge.fc2_weight @ edge.norm_bias + edge.fc2_bias).unflatten(0, (n_heads, -1))
+    message_to_logit = (logit_edge_weight @ to_edge).flatten(0, 1).T.contiguous()
+    constant = (to_edge_bias @ logit_edge_weight.T).flatten()
+    logit_out = logit.fc2_weight.squeeze(0)
+    weights = EdgeWeights(
+        edge.fc1_weight,
+        edge.fc1_bias,
+        message_to_logit,
+        logit.norm_weight * logit_out,
+        logit.norm_bias @ logit_out + logit.fc2_bias.squeeze(0),
+    )
+    return weights, constant, to_edge, to_edge_bias
