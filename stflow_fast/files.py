@@ -55,3 +55,29 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
+
+
+def claim_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
+    """Make sure that results may be written into ``folder``; nothing in it is touched.
+
+    An earlier result is recognised by its file ``marker``, so that --overwrite never spoils somebody's other folder.
+
+    Args:
+        folder: absent, empty, or with ``reuse`` an earlier result.
+        marker: the file that every such result holds.
+        reuse: the caller replaces or continues what is there.
+
+    Raises:
+        InputError: the folder is occupied, or cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if occupied and not reuse:
+            raise InputError(f"{folder}: exists already; choose another --out, or pass --overwrite or --resume")
+        if occupied and not (folder / marker).exists():
+            raise InputError(f"{folder}: holds no {marker}, so it is not an earlier result; choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
+    return folder

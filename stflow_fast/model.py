@@ -19,6 +19,7 @@ from .errors import InputError
 from .graph import SpotGraph
 from .ops.dropout import DropoutKeys, dropout
 from .ops.reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, fold_edge_weights, gated_mlp
+from .pretrained import Pretrained, Provenance
 
 TIME_FREQUENCIES = 256
 
@@ -181,18 +182,16 @@ class SpatialTransformer(nn.Module):
         self.config = config
         self.blks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
 
-    def forward(self, gene_exp: Tensor, features: Tensor, coords: Tensor) -> Tensor:
+    def forward(self, gene_exp: Tensor, features: Tensor, coords: Tensor, padding: Tensor | None = None) -> Tensor:
         """The published padded call: [B, N, G], [B, N, d] tokens, [B, N, 2] -> [B, N, G].
 
-        Rows of ``features`` that sum to zero are padding, as in the published code; their output is zero.
+        ``padding`` [B, N] is true for rows to leave out; their output is zero. As in the published code, it is by
+        default the rows of ``features`` that sum to zero.
         """
-        return self._padded(gene_exp, features, coords, features.sum(dim=-1) != 0)
-
-    def _padded(self, gene_exp: Tensor, tokens: Tensor, coords: Tensor, real: Tensor) -> Tensor:
-        lengths = real.sum(dim=1).cpu()
-        slide_ptr = F.pad(lengths.cumsum(0), (1, 0))
-        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, tokens.dtype).to(tokens.device)
-        rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(tokens[real]), self.layer_states())
+        real = features.sum(dim=-1) != 0 if padding is None else ~padding
+        slide_ptr = F.pad(real.sum(dim=1).cpu().cumsum(0), (1, 0))
+        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, features.dtype).to(features.device)
+        rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(features[real]), self.layer_states())
         prediction = gene_exp.new_zeros(gene_exp.shape)
         prediction[real] = graph.to_spots(rows)
         return prediction
@@ -240,24 +239,36 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
 
-    def forward(self, t: Tensor) -> Tensor:
-        """[S] in [0, 1] -> [S, d]. Frequencies and angles are float32, as published, whatever the model's dtype."""
+    @staticmethod
+    def frequencies(device: torch.device) -> Tensor:
+        """The 128 frequencies 10000^(-i / 128), float32 as published.
+
+        The exponential is taken in float64 and rounded, which gives the same bits everywhere: in float32 they depend
+        on the processor (MKL's exp), and that alone moves a float64 prediction by 1e-8.
+        """
         half = TIME_FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t.float().unsqueeze(1) * torch.exp(-math.log(10000.0) * steps / half)
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half
+        return exponent.double().exp().float()
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[S] in [0, 1] -> [S, d]. Angles, cosines and sines are float32, as published, whatever the model's dtype."""
+        angles = t.float().unsqueeze(1) * self.frequencies(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, Pretrained):
     """STFlow's denoiser: predicts the expression x_1 of all spots from x_t, t and their patch embeddings.
 
     Parameters have the published names and shapes: ``load_state_dict(torch.load(published, weights_only=True))``
     works with ``strict=True``, and the other way round.
     """
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, provenance: Provenance | None = None) -> None:
         super().__init__()
         self.config = config
+        self.provenance = provenance or Provenance()
+        if self.provenance.genes and len(self.provenance.genes) != config.n_genes:
+            raise InputError(f"genes: {len(self.provenance.genes)} names for {config.n_genes} predicted genes")
         self.backbone = SpatialTransformer(config)
         self.fourier_proj = TimestepEmbedder(config.hidden_dim)
         self.image_transform = nn.Linear(config.feature_dim, config.hidden_dim)
@@ -294,22 +305,32 @@ class Denoiser(nn.Module):
         tokens = image + self.fourier_proj(t)[graph.slide_of]
         return self.backbone.run(graph, x_t, tokens, states, slide_seed)
 
-    def inference(self, noisy_exp: Tensor, img_features: Tensor, coords: Tensor, t_steps: Tensor) -> Tensor:
+    def inference(
+        self,
+        noisy_exp: Tensor,
+        img_features: Tensor,
+        coords: Tensor,
+        t_steps: Tensor,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """The published padded call: [B, N, G], [B, N, F], [B, N, 2] and [B] -> x_1 [B, N, G].
 
-        Spots whose features sum to zero are padding; their prediction is zero.
+        ``padding`` [B, N] is true for rows to leave out. Without it, padded rows take part as spots at their
+        coordinates, usually (0, 0): the published code looks for padding behind ``image_transform``, where a row of
+        zeros no longer is one. Packing slides (:meth:`denoise`) needs no padding at all.
 
         Raises:
             InputError: shapes that disagree with each other or with the model.
         """
         self._check(noisy_exp, img_features, coords, t_steps)
         tokens = self.image_transform(img_features) + self.fourier_proj(t_steps).unsqueeze(1)
-        return self.backbone._padded(noisy_exp, tokens, coords, img_features.sum(dim=-1) != 0)
+        return self.backbone(noisy_exp, tokens, coords, padding)
 
     def forward(
         self, exp: Tensor, img_features: Tensor, coords: Tensor, labels: Tensor, t_steps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Prediction [B, N, G] and its mean squared error against ``labels`` over the spots that are not padding."""
+        """The published training call: prediction [B, N, G], and its mean squared error against ``labels`` over the
+        spots whose features do not sum to zero. Shapes and errors as :meth:`inference`."""
         prediction = self.inference(exp, img_features, coords, t_steps)
         real = img_features.sum(dim=-1) != 0
         return prediction, F.mse_loss(prediction[real], labels[real])

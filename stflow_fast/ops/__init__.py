@@ -48,11 +48,11 @@ def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -
     mode = _compile_mode.get()
     if mode == "off":
         return Backend("reference", "plain torch; STFLOW_COMPILE=off")
-    if _cpp_compiler() is None:
+    if cpp_compiler() is None:
         return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
     if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
         return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
-    return Backend("reference_compiled", f"torch.compile with {_cpp_compiler()}")
+    return Backend("reference_compiled", f"torch.compile with {cpp_compiler()}")
 
 
 @contextlib.contextmanager
@@ -74,9 +74,10 @@ def use_compile(mode: str) -> Iterator[None]:
 
 
 @functools.cache
-def _cpp_compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return next((path for path in map(shutil.which, (named, "g++", "clang++")) if named is None or path), None)
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would call, or None."""
+    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 @functools.cache

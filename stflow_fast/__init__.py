@@ -1,0 +1,52 @@
+"""stflow-fast: spatial gene expression from histology, for whole slides, in memory linear in the spots.
+
+    >>> import stflow_fast
+    >>> model = stflow_fast.Denoiser.from_pretrained("run/model")
+    >>> drawn = stflow_fast.sample(model, (features, coords))
+
+Names are loaded when they are first used, so that ``import stflow_fast`` and ``stflow-fast --help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._version import __version__
+
+_HOMES = {
+    "Denoiser": "model",
+    "DenoiserConfig": "config",
+    "InputError": "errors",
+    "Prior": "priors",
+    "SamplingConfig": "cohort",
+    "Slide": "slides",
+    "HestTask": "slides",
+    "SpatialTransformer": "model",
+    "SpotGraph": "graph",
+    "TrainingConfig": "windows",
+    "accelerate": "checkpoints",
+    "convert": "checkpoints",
+    "evaluate": "cohort",
+    "fit": "training",
+    "knn_graph": "graph",
+    "load_model": "cohort",
+    "make_cohort": "synthetic",
+    "predict": "cohort",
+    "read_h5ad": "slides",
+    "sample": "flow",
+    "train": "training",
+    "use_compile": "ops",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stflow_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,250 @@
+"""The command line. Bad input is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import report
+from ._version import __version__
+from .cohort import Evaluation, SamplingConfig, evaluate, load_model, predict
+from .config import ACTIVATIONS
+from .demo import run_demo
+from .doctor import diagnose
+from .errors import InputError
+from .files import read_json, write_json
+from .progress import epochs_bar, slides_bar
+from .slides import NORMALIZATIONS
+from .training import METRICS_FILE, RUN_FILE, fit, load_fold
+from .windows import TrainingConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Predict spatial gene expression from histology: STFlow in memory linear in the spots.",
+)
+
+# One default for the flags and for Python.
+_TRAINING = TrainingConfig()
+
+Data = Annotated[Path, typer.Argument(help="HEST-bench task folder: splits/, adata/, gene lists, embeddings/.")]
+Embeddings = Annotated[Path | None, typer.Option(help="Folder of the embeddings, if not DATA/embeddings.")]
+Fold = Annotated[int, typer.Option(help="Number of the split.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampled noise.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Times S of the flow's grid (S - 1 denoiser calls); as trained when left out.")
+]
+Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
+
+
+def main() -> None:
+    """Entry point of ``stflow-fast``."""
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"stflow-fast: {error}", markup=False)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    data: Data,
+    encoder: Annotated[str, typer.Option(help="Patch encoder: the name of its embeddings' folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    fold: Fold = 0,
+    genes: Annotated[str, typer.Option(help="Gene list in DATA.")] = "var_50genes.json",
+    embeddings: Embeddings = None,
+    normalize: Annotated[str, typer.Option(help=f"What to predict: {', '.join(NORMALIZATIONS)}.")] = "log1p",
+    select_on: Annotated[
+        str, typer.Option(help="Choose the epoch on 'validation' (held out of training) or, as published, on 'test'.")
+    ] = "validation",
+    epochs: Annotated[int, typer.Option(help="At most.")] = _TRAINING.epochs,
+    patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping.")] = _TRAINING.patience,
+    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = _TRAINING.batch_size,
+    windows_per_slide: Annotated[int, typer.Option(help="Windows per slide and epoch.")] = _TRAINING.windows_per_slide,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = _TRAINING.learning_rate,
+    prior: Annotated[str, typer.Option(help="zinb, gaussian or zero.")] = _TRAINING.prior,
+    n_sample_steps: Annotated[int, typer.Option(help="Times S of the flow's grid.")] = _TRAINING.n_sample_steps,
+    standardize: Annotated[bool, typer.Option(help="Standardise the features.")] = _TRAINING.standardize,
+    hidden_dim: int = 128,
+    pairwise_hidden_dim: int = 128,
+    n_layers: int = 4,
+    n_heads: int = 4,
+    n_neighbors: int = 8,
+    dropout: float = 0.2,
+    attn_dropout: float = 0.2,
+    activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "swiglu",
+    non_negative: Annotated[bool, typer.Option(help="A ReLU after every gene head.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    precision: Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")] = "no",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on one fold of a HEST-bench task folder. Several devices: accelerate launch -m stflow_fast train ..."""
+    config = TrainingConfig(
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        windows_per_slide=windows_per_slide,
+        learning_rate=learning_rate,
+        prior=prior,
+        n_sample_steps=n_sample_steps,
+        standardize=standardize,
+        seed=seed,
+    )
+    denoiser = {
+        "hidden_dim": hidden_dim,
+        "pairwise_hidden_dim": pairwise_hidden_dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_neighbors": n_neighbors,
+        "dropout": dropout,
+        "attn_dropout": attn_dropout,
+        "activation": activation,
+        "non_negative": non_negative,
+    }
+    loaded = load_fold(
+        data, encoder, fold, genes, embeddings=embeddings, normalize=normalize, select_on=select_on, config=config
+    )
+    console = Console(stderr=True)
+    for slide in (*loaded.train, *loaded.selection):
+        for note in slide.notes:
+            console.print(f"{slide.id}: {note}", markup=False)
+    with epochs_bar(config.epochs, loaded.selected_on) as on_epoch:
+        run = fit(
+            loaded,
+            out,
+            denoiser,
+            config,
+            precision=precision,
+            resume=resume,
+            overwrite=overwrite,
+            on_epoch=on_epoch,
+        )
+    report.training_curves(out / "training.png", run.records, loaded.selected_on)
+    typer.echo(f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {loaded.selected_on}; model in {run.folder}")
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
+    data: Data,
+    fold: Fold = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    maps: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/evaluation when left out.")] = None,
+    biomarkers: Annotated[str | None, typer.Option(help="Genes to show one by one, with commas between.")] = None,
+    embeddings: Embeddings = None,
+    n_sample_steps: Steps = None,
+    prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
+    seed: Seed = 0,
+    memory_budget: Budget = "2GiB",
+) -> None:
+    """Score a model on the test slides of a fold, beside the baselines."""
+    sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget)
+    with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
+        found = evaluate(run, data, fold, embeddings=embeddings, sampling=sampling)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    names = [name.strip() for name in biomarkers.split(",")] if biomarkers else []
+    markers = report.biomarker_table(found.result, names) if names else None
+    console.print(report.results_table(found.result))
+    if markers:
+        console.print(markers)
+    console.print(f"epoch chosen on: {found.result['selected_on']}", markup=False)
+    if json_file:
+        write_json(json_file, found.result)
+    folder = maps or (Path(run) / "evaluation" if Path(run).is_dir() else Path("evaluation"))
+    for path in report.evaluation_pictures(folder, found.result, found.slides, found.truth, found.predicted):
+        console.print(f"wrote {path}", markup=False)
+
+
+@app.command(name="predict")
+def predict_command(
+    run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
+    slides: Annotated[list[Path], typer.Argument(help=".h5ad (obsm features and spatial) or .h5 embeddings.")],
+    out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
+    features_key: Annotated[str, typer.Option(help="Of obsm in the .h5ad.")] = "features",
+    n_sample_steps: Steps = None,
+    prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
+    seed: Seed = 0,
+    memory_budget: Budget = "2GiB",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
+) -> None:
+    """Predict slides: one .h5ad each."""
+    with slides_bar(len(slides)) as on_slide:
+        written = predict(
+            run,
+            slides,
+            out,
+            sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget),
+            features_key=features_key,
+            overwrite=overwrite,
+            resume=resume,
+            on_slide=on_slide,
+        )
+    typer.echo(f"{len(written)} slides in {out}")
+
+
+@app.command()
+def convert(
+    published: Annotated[Path, typer.Argument(help="A state_dict (.pth) of the published code.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    genes: Annotated[Path, typer.Option(help='The predicted genes in order: a JSON list, or {"genes": [...]}.')],
+    encoder: Annotated[str, typer.Option(help="Patch encoder it was trained with.")] = "",
+    normalize: Annotated[str, typer.Option(help="What it predicts.")] = "log1p",
+    n_neighbors: Annotated[int, typer.Option(help="Neighbours K it was trained with.")] = 8,
+    activation: Annotated[str | None, typer.Option(help="gelu or relu, where the MLPs are not gated.")] = None,
+    non_negative: Annotated[bool, typer.Option(help="A ReLU after every gene head.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a published checkpoint into a model folder (config.json and model.safetensors)."""
+    from .checkpoints import convert as convert_checkpoint
+    from .files import claim_output
+
+    content = read_json(genes)
+    names = content.get("genes") if isinstance(content, dict) else content
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f'{genes}: must be a JSON list of gene names, or {{"genes": [...]}}')
+    settings: dict[str, Any] = {"n_neighbors": n_neighbors, "non_negative": non_negative}
+    if activation:
+        settings["activation"] = activation
+    model = convert_checkpoint(published, tuple(names), encoder, normalize, **settings)
+    claim_output(out, "config.json", reuse=overwrite)
+    model.save_pretrained(out)
+    typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} genes; model in {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the synthetic cohort and the training.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on a synthetic cohort, predict a slide of 10,000 spots, and report: index.html."""
+    run_demo(out, seed=seed, overwrite=overwrite, console=Console(width=None if sys.stdout.isatty() else 120))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what would run and why, and what is missing."""
+    Console(width=None if sys.stdout.isatty() else 120).print(diagnose())

@@ -1,0 +1,47 @@
+"""Progress bars of the long commands, on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@contextlib.contextmanager
+def epochs_bar(epochs: int, selected_on: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar over epochs; yields what to call with each epoch's record."""
+    best: dict[str, Any] = {}
+    with _progress() as progress:
+        task = progress.add_task("epoch", total=epochs, status="")
+
+        def update(record: dict[str, Any]) -> None:
+            best.update(record if record["best"] else {})
+            reached = best.get("selection_pearson")
+            chosen = f"epoch {best['epoch']}" + ("" if reached is None else f", Pearson {reached:.3f}")
+            status = f"loss {record['train_loss']:.3f}; best on {selected_on}: {chosen}"
+            progress.update(task, completed=record["epoch"], status=status)
+
+        yield update
+
+
+@contextlib.contextmanager
+def slides_bar(n_slides: int) -> Iterator[Callable[[str], None]]:
+    """A bar over slides; yields what to call with the id of each slide that is done."""
+    with _progress() as progress:
+        task = progress.add_task("slide", total=n_slides, status="")
+        yield lambda name: progress.update(task, advance=1, status=name)

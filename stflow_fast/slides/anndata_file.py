@@ -1,0 +1,84 @@
+"""AnnData files (.h5ad), with or without patch features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import scipy.sparse
+
+from ..errors import InputError
+from .slide import Slide
+
+PIXEL_SIZE_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded", "micron_per_pixel")
+"""Where HEST and its relatives keep the size of a level-0 pixel in ``uns``."""
+
+
+def open_h5ad(path: Path) -> anndata.AnnData:
+    """Read an .h5ad. Raises InputError when it is missing, truncated, or not AnnData."""
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist")
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, anndata.io.AnnDataReadError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({reason})") from error
+
+
+def counts_of(table: anndata.AnnData, path: Path) -> scipy.sparse.csr_matrix | None:
+    """[N, G] float32 raw counts: ``layers["counts"]`` where there is one, else X; None without either."""
+    matrix = table.layers["counts"] if "counts" in table.layers else table.X
+    if matrix is None or matrix.shape[1] == 0:
+        return None
+    try:
+        return scipy.sparse.csr_matrix(matrix, dtype=np.float32)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: X is not a table of numbers; give raw counts") from error
+
+
+def spatial_of(table: anndata.AnnData, path: Path) -> np.ndarray:
+    """[N, 2] float64 spot centres. Raises InputError without ``obsm["spatial"]``."""
+    if "spatial" not in table.obsm:
+        raise InputError(f"{path}: has no obsm['spatial'] (spot centres x, y in pixels); it has {_names(table.obsm)}")
+    return np.asarray(table.obsm["spatial"], dtype=np.float64)[:, :2]
+
+
+def pixel_size_of(table: anndata.AnnData) -> float | None:
+    """Micrometres per level-0 pixel, None where unknown."""
+    for key in PIXEL_SIZE_KEYS:
+        value = table.uns.get(key)
+        if isinstance(value, (int, float, np.number)) and np.isfinite(value) and value > 0:
+            return float(value)
+    return None
+
+
+def read_h5ad(path: str | Path, features_key: str = "features") -> Slide:
+    """Read a slide from one AnnData file.
+
+    Features come from ``obsm[features_key]``, coordinates from ``obsm["spatial"]``, raw counts from
+    ``layers["counts"]`` or else X (a file without X predicts, but cannot be scored).
+
+    Raises:
+        InputError: a missing, unreadable or truncated file, missing keys, or what Slide refuses.
+    """
+    path = Path(path)
+    table = open_h5ad(path)
+    if features_key not in table.obsm:
+        raise InputError(
+            f"{path}: has no obsm['{features_key}'] with patch embeddings; it has {_names(table.obsm)} (--features-key)"
+        )
+    counts = counts_of(table, path)
+    return Slide(
+        id=path.stem,
+        features=np.ascontiguousarray(table.obsm[features_key], dtype=np.float32),
+        coords=spatial_of(table, path),
+        barcodes=table.obs_names.to_numpy(dtype=str),
+        counts=counts,
+        gene_names=() if counts is None else tuple(table.var_names.astype(str)),
+        micron_per_pixel=pixel_size_of(table),
+    )
+
+
+def _names(mapping: object) -> str:
+    return ", ".join(sorted(mapping)) or "nothing"

@@ -1,0 +1,201 @@
+"""What training sees: its settings, its slides, and the windows of slides that make a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .graph import SpotGraph
+from .priors import Prior
+from .slides import Slide
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; the defaults are the published ones where the paper or its code states one.
+
+    Attributes:
+        epochs: at most.
+        patience: epochs without a better selection score before stopping.
+        batch_size: windows per step and process.
+        windows_per_slide: windows of each slide per epoch; a window is the nearest uniform(0, 1) fraction of the
+            slide's spots around a random spot, at least K + 1 of them.
+        learning_rate: of Adam.
+        clip_norm: largest norm of the gradient.
+        prior: name of the source distribution.
+        n_sample_steps: times S of the sampler that scores an epoch.
+        validation_fraction: share of every training slide's spots, one region per slide, that is held out to choose
+            the epoch by (unless whole slides are).
+        standardize: bring every feature to mean 0 and variance 1 over the training spots. The saved model has this
+            folded into ``image_transform``, so it reads raw features. Published: off.
+        seed: of the initial weights, the windows, the noise and the dropout.
+
+    Raises:
+        InputError: a value out of its range, with the field's name.
+    """
+
+    epochs: int = 100
+    patience: int = 20
+    batch_size: int = 2
+    windows_per_slide: int = 10
+    learning_rate: float = 5e-4
+    clip_norm: float = 1.0
+    prior: str = "zinb"
+    n_sample_steps: int = 5
+    validation_fraction: float = 0.15
+    standardize: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "patience", "batch_size", "windows_per_slide"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field}: must be at least 1, not {getattr(self, field)}")
+        for field in ("learning_rate", "clip_norm"):
+            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
+                raise InputError(f"{field}: must be above 0, not {getattr(self, field)}")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
+        if self.n_sample_steps < 2:
+            raise InputError(f"n_sample_steps: must be at least 2, not {self.n_sample_steps}")
+        if self.seed < 0:
+            raise InputError(f"seed: must be 0 or larger, not {self.seed}")
+        Prior(self.prior)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model learns from and what its epoch is chosen on.
+
+    Attributes:
+        train: slides with counts.
+        selection: slides with counts, disjoint from ``train`` in spots.
+        selected_on: what ``selection`` is: "held-out regions", "held-out slides" or "TEST" (the published way).
+        genes: the panel, in the order of the model's output.
+        encoder: name of the patch encoder.
+        normalize: see ``stflow_fast.slides.NORMALIZATIONS``.
+        description: where the data came from, kept in run.json and in the model (plain JSON types).
+    """
+
+    train: list[Slide]
+    selection: list[Slide]
+    selected_on: str
+    genes: tuple[str, ...]
+    encoder: str
+    normalize: str = "log1p"
+    description: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def hold_out_regions(slides: list[Slide], fraction: float, seed: int) -> tuple[list[Slide], list[Slide]]:
+    """Split every slide into the region nearest to a random spot (``fraction`` of its spots) and the rest.
+
+    A region, not scattered spots: the neighbours of a scattered spot would give it away.
+
+    Returns:
+        (what is left of each slide, the regions). A slide too small to give up a spot stays whole.
+    """
+    rest, regions = [], []
+    for index, slide in enumerate(slides):
+        n = int(fraction * slide.n_spots)
+        if n < 1:
+            rest.append(slide)
+            continue
+        rng = np.random.default_rng([seed, index])
+        nearest = _nearest(slide.coords, int(rng.integers(slide.n_spots)), slide.n_spots)
+        regions.append(slide.subset(np.sort(nearest[:n])))
+        rest.append(slide.subset(np.sort(nearest[n:])))
+    if not regions:
+        raise InputError(
+            f"validation_fraction: {fraction} of the training slides is less than one spot; use larger slides or a val split"
+        )
+    return rest, regions
+
+
+def _nearest(coords: np.ndarray, spot: int, n: int) -> np.ndarray:
+    return np.argsort(((coords - coords[spot]) ** 2).sum(axis=1), kind="stable")[:n]
+
+
+class Standardization(NamedTuple):
+    """Mean and scale [F] (float64) that features are brought to mean 0 and variance 1 with."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, slides: list[Slide], enabled: bool) -> Standardization:
+        size = slides[0].feature_dim
+        if not enabled:
+            return cls(np.zeros(size), np.ones(size))
+        spots = sum(slide.n_spots for slide in slides)
+        mean = sum(slide.features.sum(axis=0, dtype=np.float64) for slide in slides) / spots
+        square = sum(((slide.features - mean) ** 2).sum(axis=0) for slide in slides) / spots
+        # A feature that never varies says nothing; dividing by its rounding noise would make it say something.
+        return cls(mean, np.where(square > 1e-12 * (1 + mean**2), np.sqrt(square), 1.0))
+
+    def apply(self, slide: Slide) -> Slide:
+        return dataclasses.replace(slide, features=((slide.features - self.mean) / self.scale).astype(np.float32))
+
+    def fold_into(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a model of raw features that equals the model ``state`` of standardised ones."""
+        weight, bias = state["image_transform.weight"].double(), state["image_transform.bias"].double()
+        weight = weight / torch.from_numpy(self.scale)
+        bias = bias - weight @ torch.from_numpy(self.mean)
+        return {**state, "image_transform.weight": weight.float(), "image_transform.bias": bias.float()}
+
+
+class WindowBatch(NamedTuple):
+    """Windows packed as the slides of one graph; rows in the graph's order."""
+
+    graph: SpotGraph
+    features: Tensor  # [N, F]
+    x_0: Tensor  # [N, G]
+    x_1: Tensor  # [N, G]
+    t: Tensor  # [S]
+    slide_seed: Tensor  # [S] of the dropout
+
+    def to(self, device: torch.device) -> WindowBatch:
+        return WindowBatch(*(part.to(device) for part in self))
+
+
+class Windows:
+    """The windows of an epoch. Each is a function of (seed, epoch, slide, number), whatever the batches."""
+
+    def __init__(self, slides: list[Slide], data: TrainingData, config: TrainingConfig, n_neighbors: int) -> None:
+        self._slides = slides
+        self._targets = [slide.expression(data.genes, data.normalize) for slide in slides]
+        self._config = config
+        self._n_neighbors = n_neighbors
+
+    def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """(slide, number) of the windows of each step, shuffled."""
+        windows = [(slide, number) for slide in range(len(self._slides)) for number in range(self._config.windows_per_slide)]
+        order = np.random.default_rng([self._config.seed, 1, epoch]).permutation(len(windows))
+        size = self._config.batch_size
+        return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]
+
+    def make(self, epoch: int, batch: list[tuple[int, int]]) -> WindowBatch:
+        prior, k = Prior(self._config.prior), self._n_neighbors
+        coords, features, x_0, x_1, t, seeds = [], [], [], [], [], []
+        for index, number in batch:
+            slide = self._slides[index]
+            sequence = np.random.SeedSequence([self._config.seed, 2, epoch, index, number])
+            for_window, for_noise, for_dropout = sequence.spawn(3)
+            rng = np.random.default_rng(for_window)
+            size = min(slide.n_spots, max(k + 1, math.ceil(rng.uniform() * slide.n_spots)))
+            spots = _nearest(slide.coords, int(rng.integers(slide.n_spots)), size)
+            coords.append(slide.coords[spots])
+            features.append(slide.features[spots])
+            x_1.append(self._targets[index][spots])
+            x_0.append(prior.draw(size, x_1[-1].shape[1], for_noise))
+            t.append(rng.uniform())
+            seeds.append(int(for_dropout.generate_state(1, np.uint64)[0] >> np.uint64(2)))
+        slide_ptr = np.cumsum([0, *map(len, coords)])
+        graph = SpotGraph.build(np.concatenate(coords), k, slide_ptr)
+        rows = [graph.to_rows(torch.from_numpy(np.concatenate(part))) for part in (features, x_0, x_1)]
+        return WindowBatch(graph, *rows, torch.tensor(t), torch.tensor(seeds))

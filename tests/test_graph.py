@@ -1,0 +1,155 @@
+"""Neighbours, spot order and frames: sizes that break things, ties, and invariance under motions of the plane."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stflow_fast.errors import InputError
+from stflow_fast.graph import MISSING, SpotGraph, edge_geometry, knn_graph, space_order
+
+
+def hexagonal(rows: int, columns: int) -> np.ndarray:
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return np.column_stack([column + 0.5 * (row % 2), row * np.sqrt(3) / 2])
+
+
+def square(rows: int, columns: int) -> np.ndarray:
+    return np.column_stack(np.divmod(np.arange(rows * columns), columns)).astype(float)
+
+
+def motion(angle: float, mirror: bool, shift: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return (turn * [1, -1] if mirror else turn), np.array(shift)
+
+
+def brute_force(points: np.ndarray, k: int) -> np.ndarray:
+    """Every distance, sorted by (distance rounded to the tie tolerance, index): the rule, spelled out slowly."""
+    table = np.full((len(points), k), MISSING)
+    for spot, point in enumerate(points):
+        distance = np.linalg.norm(points - point, axis=1)
+        others = sorted((index for index in range(len(points)) if index != spot), key=lambda i: (round(distance[i], 4), i))
+        table[spot, : len(others[:k])] = others[:k]
+    return table
+
+
+clouds = {
+    "random": np.random.default_rng(0).uniform(0, 100, (200, 2)),
+    "hexagonal": hexagonal(12, 15),
+    "square": square(13, 11),
+    "clusters": np.random.default_rng(1).normal(0, 1, (150, 2)) + np.random.default_rng(2).integers(0, 4, (150, 1)) * 50,
+    "duplicated": np.repeat(np.random.default_rng(3).uniform(0, 10, (12, 2)), 9, axis=0),
+    "all in one place": np.zeros((40, 2)),
+    "on a line": np.column_stack([np.arange(50.0), np.zeros(50)]),
+}
+
+
+@pytest.mark.parametrize("name", clouds)
+@pytest.mark.parametrize("k", [1, 6, 8, 13])
+def test_neighbours_follow_distance_then_index(name: str, k: int) -> None:
+    assert np.array_equal(knn_graph(clouds[name], k).numpy(), brute_force(clouds[name], k))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 8, 9, 10])
+def test_missing_neighbours_are_marked(n: int) -> None:
+    table = knn_graph(np.random.default_rng(0).uniform(size=(n, 2)), 8)
+    assert table.shape == (n, 8)
+    assert ((table != MISSING).sum(dim=1) == min(8, max(n - 1, 0))).all()
+    for spot, row in enumerate(table.tolist()):
+        present = [other for other in row if other != MISSING]
+        assert spot not in present
+        assert len(set(present)) == len(present)
+
+
+def test_neighbours_never_cross_slides() -> None:
+    points = np.random.default_rng(0).uniform(size=(60, 2))
+    slide_ptr = [0, 25, 25, 28, 60]
+    table = knn_graph(points, 5, slide_ptr)
+    for start, stop in zip(slide_ptr[:-1], slide_ptr[1:], strict=True):
+        alone = knn_graph(points[start:stop], 5)
+        assert torch.equal(table[start:stop], torch.where(alone == MISSING, MISSING, alone + start))
+
+
+@pytest.mark.parametrize(
+    ("coords", "k", "slide_ptr", "complaint"),
+    [
+        (np.zeros((3, 3)), 2, None, "shape"),
+        (np.array([[0, np.nan], [1, 1]]), 2, None, "1 of 2 spots"),
+        (np.zeros((3, 2)), 0, None, "k: must be at least 1"),
+        (np.zeros((3, 2)), 2, [0, 2], "slide_ptr"),
+        (np.zeros((3, 2)), 2, [0, 2, 1, 3], "slide_ptr"),
+    ],
+)
+def test_bad_input_is_named(coords: np.ndarray, k: int, slide_ptr: list[int] | None, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        knn_graph(coords, k, slide_ptr)
+
+
+def sorted_frames(geometry: torch.Tensor) -> torch.Tensor:
+    """What the four sign frames know: the projections up to a common sign per axis, and the distances."""
+    products = [geometry[..., i : i + 1] * geometry[:, None, :, i] for i in range(2)]
+    return torch.cat([*products, geometry[..., 2:]], dim=-1)
+
+
+@given(
+    angle=st.floats(0, 6.28),
+    mirror=st.booleans(),
+    shift=st.tuples(st.floats(-1e5, 1e5), st.floats(-1e5, 1e5)),
+    name=st.sampled_from(sorted(clouds)),
+)
+def test_geometry_moves_with_the_tissue(angle: float, mirror: bool, shift: tuple[float, float], name: str) -> None:
+    points = clouds[name] * 100
+    turn, by = motion(angle, mirror, shift)
+    moved = points @ turn.T + by
+    table = knn_graph(points, 6)
+    assert torch.equal(knn_graph(moved, 6), table)
+    before, after = (edge_geometry(torch.from_numpy(p), table) for p in (points, moved))
+    scale = max(before.abs().max().item(), 1.0) ** 2
+    assert (sorted_frames(after) - sorted_frames(before)).abs().max() < 1e-6 * scale
+
+
+def test_frames_equal_eigenvectors_where_those_exist() -> None:
+    points = torch.from_numpy(clouds["random"])
+    table = knn_graph(points, 8)
+    offsets = points[table] - points[:, None]
+    centred = offsets - offsets.mean(dim=1, keepdim=True)
+    _, axes = torch.linalg.eigh(centred.mT @ centred)
+    projected = centred @ axes
+    ours = edge_geometry(points, table)
+    torch.testing.assert_close(ours[..., :2].abs(), projected.abs(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours[..., 2], offsets.norm(dim=-1))
+
+
+def test_no_neighbours_give_zero_geometry() -> None:
+    assert not edge_geometry(torch.zeros(1, 2).double(), knn_graph(torch.zeros(1, 2), 3)).any()
+
+
+@pytest.mark.parametrize("name", clouds)
+def test_space_order_is_a_permutation_within_each_slide(name: str) -> None:
+    points = np.concatenate([clouds[name], clouds[name] + 7])
+    n = len(clouds[name])
+    order = space_order(points, [0, n, 2 * n])
+    assert sorted(order[:n].tolist()) == list(range(n))
+    assert torch.equal(order[n:], order[:n] + n)
+
+
+def test_neighbours_in_space_are_neighbours_in_memory() -> None:
+    points = np.random.default_rng(0).permutation(hexagonal(100, 100))
+    graph = SpotGraph.build(points, 6)
+    rows = torch.arange(len(points)).unsqueeze(1)
+    assert (graph.neighbors - rows).abs().float().median() < 100
+    assert (knn_graph(points, 6) - rows).abs().float().median() > 1000
+
+
+def test_graph_rows_are_the_spots_of_the_caller() -> None:
+    points = torch.from_numpy(clouds["random"])
+    graph = SpotGraph.build(points, 8, [0, 120, 200], torch.float64)
+    table = knn_graph(points, 8, [0, 120, 200])
+    assert torch.equal(graph.to_spots(graph.order[graph.neighbors]), table)
+    assert torch.equal(graph.to_spots(graph.to_rows(points)), points)
+    assert torch.equal(graph.to_spots(graph.geometry), edge_geometry(points, table))
+    assert torch.equal(graph.to_spots(graph.spot_id), torch.cat([torch.arange(120), torch.arange(80)]))
+    assert torch.equal(graph.slide_of, (torch.arange(200) >= 120).long())
