@@ -47,7 +47,7 @@ def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserCo
     per_head = attention_inputs - genes
     n_heads = (2 * d + edge) // per_head if per_head > 0 else 0
     activation = "swiglu" if gated * 2 == edge else settings.get("activation", "gelu")
-    found = {
+    read = {
         "n_genes": genes,
         "feature_dim": feature_dim,
         "hidden_dim": d,
@@ -57,22 +57,26 @@ def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserCo
         "activation": activation,
     }
     for name, value in settings.items():
-        if found.get(name, value) != value:
-            raise InputError(f"{name}: the parameters say {found[name]}, the settings {value}")
-    config = DenoiserConfig(**{**settings, **found})
+        if read.get(name, value) != value:
+            raise InputError(f"{name}: the parameters say {read[name]}, the settings {value}")
+    config = DenoiserConfig(**{**settings, **read})
     with torch.device("meta"):
         expected = Denoiser(config).state_dict() if whole else SpatialTransformer(config).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     wanted = {name: tuple(value.shape) for name, value in expected.items()}
-    for name in sorted(shapes.keys() ^ wanted.keys()) + sorted(n for n in shapes if shapes[n] != wanted.get(n)):
-        raise InputError(
-            f"parameters: not those of STFlow; {name} is {shapes.get(name, 'missing')}, expected {wanted.get(name, 'absent')}"
-        )
+    for name in sorted(shapes.keys() | wanted.keys()):
+        found, asked = shapes.get(name, "missing"), wanted.get(name, "nothing")
+        if found != asked:
+            raise InputError(f"parameters: not those of STFlow; {name} is {found}, expected {asked}")
     return config
 
 
 def convert(
-    published: str | Path, genes: tuple[str, ...], encoder: str = "", normalize: str = "log1p", **settings: Any
+    published: str | Path,
+    genes: tuple[str, ...],
+    encoder: str = "",
+    normalize: str = "log1p",
+    **settings: Any,
 ) -> Denoiser:
     """Read a published ``.pth`` (a state_dict) into a Denoiser that ``save_pretrained`` can write.
 
@@ -99,11 +103,11 @@ def convert(
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: is truncated, or holds more than tensors, which is not loaded ({reason})") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -155,7 +159,10 @@ def _attributes(encoder: nn.Module) -> dict[str, Any]:
     """What the published modules remember beside their parameters."""
     block = encoder.blks[0]
     found: dict[str, Any] = {}
-    for owner, names in ((encoder, ("n_neighbors", "non_negative")), (block.attn, ("n_heads", "n_neighbors"))):
+    for owner, names in (
+        (encoder, ("n_neighbors", "non_negative")),
+        (block.attn, ("n_heads", "n_neighbors")),
+    ):
         found |= {name: getattr(owner, name) for name in names if hasattr(owner, name)}
     activation = getattr(block.attn.edge_trans, "act", None)
     names = {nn.GELU: "gelu", nn.ReLU: "relu"}

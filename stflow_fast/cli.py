@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +13,16 @@ from rich.console import Console
 
 from . import report
 from ._version import __version__
-from .cohort import Evaluation, SamplingConfig, evaluate, load_model, predict
-from .config import ACTIVATIONS
+from .checkpoints import convert as convert_checkpoint
+from .cohort import SamplingConfig, evaluate, predict
+from .config import DenoiserConfig
 from .demo import run_demo
 from .doctor import diagnose
 from .errors import InputError
-from .files import read_json, write_json
+from .files import claim_output, read_json, write_json
 from .progress import epochs_bar, slides_bar
 from .slides import NORMALIZATIONS
-from .training import METRICS_FILE, RUN_FILE, fit, load_fold
+from .training import fit, load_fold
 from .windows import TrainingConfig
 
 app = typer.Typer(
@@ -38,7 +40,8 @@ Embeddings = Annotated[Path | None, typer.Option(help="Folder of the embeddings,
 Fold = Annotated[int, typer.Option(help="Number of the split.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled noise.")]
 Steps = Annotated[
-    int | None, typer.Option(help="Times S of the flow's grid (S - 1 denoiser calls); as trained when left out.")
+    int | None,
+    typer.Option(help="Times S of the flow's grid (S - 1 denoiser calls); as trained when left out."),
 ]
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
@@ -61,9 +64,32 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
 ) -> None:
     pass
+
+
+def _parse_settings(pairs: list[str], taken: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """NAME=VALUE pairs as fields of TrainingConfig and of DenoiserConfig, in the types of their defaults."""
+    fields = {
+        field.name: (home, type(field.default))
+        for home, config in enumerate((TrainingConfig, DenoiserConfig))
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and field.name not in taken
+    }
+    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in fields:
+            raise InputError(f"--set {name}: is not a setting; the settings are {', '.join(fields)}")
+        home, kind = fields[name]
+        try:
+            found[home][name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"--set {name}: {text!r} is not a {kind.__name__}") from error
+    return found
 
 
 @app.command()
@@ -76,55 +102,34 @@ def train(
     embeddings: Embeddings = None,
     normalize: Annotated[str, typer.Option(help=f"What to predict: {', '.join(NORMALIZATIONS)}.")] = "log1p",
     select_on: Annotated[
-        str, typer.Option(help="Choose the epoch on 'validation' (held out of training) or, as published, on 'test'.")
+        str,
+        typer.Option(help="Choose the epoch on 'validation' (held out of training) or, as published, on 'test'."),
     ] = "validation",
     epochs: Annotated[int, typer.Option(help="At most.")] = _TRAINING.epochs,
     patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping.")] = _TRAINING.patience,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = _TRAINING.batch_size,
-    windows_per_slide: Annotated[int, typer.Option(help="Windows per slide and epoch.")] = _TRAINING.windows_per_slide,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = _TRAINING.learning_rate,
-    prior: Annotated[str, typer.Option(help="zinb, gaussian or zero.")] = _TRAINING.prior,
-    n_sample_steps: Annotated[int, typer.Option(help="Times S of the flow's grid.")] = _TRAINING.n_sample_steps,
-    standardize: Annotated[bool, typer.Option(help="Standardise the features.")] = _TRAINING.standardize,
-    hidden_dim: int = 128,
-    pairwise_hidden_dim: int = 128,
-    n_layers: int = 4,
-    n_heads: int = 4,
-    n_neighbors: int = 8,
-    dropout: float = 0.2,
-    attn_dropout: float = 0.2,
-    activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "swiglu",
-    non_negative: Annotated[bool, typer.Option(help="A ReLU after every gene head.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any field of TrainingConfig or DenoiserConfig; repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     precision: Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")] = "no",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Train on one fold of a HEST-bench task folder. Several devices: accelerate launch -m stflow_fast train ..."""
-    config = TrainingConfig(
-        epochs=epochs,
-        patience=patience,
-        batch_size=batch_size,
-        windows_per_slide=windows_per_slide,
-        learning_rate=learning_rate,
-        prior=prior,
-        n_sample_steps=n_sample_steps,
-        standardize=standardize,
-        seed=seed,
-    )
-    denoiser = {
-        "hidden_dim": hidden_dim,
-        "pairwise_hidden_dim": pairwise_hidden_dim,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_neighbors": n_neighbors,
-        "dropout": dropout,
-        "attn_dropout": attn_dropout,
-        "activation": activation,
-        "non_negative": non_negative,
-    }
+    chosen = {"epochs": epochs, "patience": patience, "learning_rate": learning_rate, "seed": seed}
+    training, denoiser = _parse_settings(settings or [], taken=chosen)
+    config = TrainingConfig(**chosen, **training)
     loaded = load_fold(
-        data, encoder, fold, genes, embeddings=embeddings, normalize=normalize, select_on=select_on, config=config
+        data,
+        encoder,
+        fold,
+        genes,
+        embeddings=embeddings,
+        normalize=normalize,
+        select_on=select_on,
+        config=config,
     )
     console = Console(stderr=True)
     for slide in (*loaded.train, *loaded.selection):
@@ -142,7 +147,9 @@ def train(
             on_epoch=on_epoch,
         )
     report.training_curves(out / "training.png", run.records, loaded.selected_on)
-    typer.echo(f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {loaded.selected_on}; model in {run.folder}")
+    typer.echo(
+        f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {loaded.selected_on}; model in {run.folder}"
+    )
 
 
 @app.command(name="evaluate")
@@ -218,9 +225,6 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a published checkpoint into a model folder (config.json and model.safetensors)."""
-    from .checkpoints import convert as convert_checkpoint
-    from .files import claim_output
-
     content = read_json(genes)
     names = content.get("genes") if isinstance(content, dict) else content
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -205,7 +205,9 @@ def evaluate(
     split = task.fold(fold)
     seen = sorted(set(split.test) & set(model.provenance.training.get("train", ())))
     if seen:
-        raise InputError(f"fold {fold}: the model was trained on its test slides {', '.join(seen)}; choose its own fold")
+        raise InputError(
+            f"fold {fold}: the model was trained on its test slides {', '.join(seen)}; choose its own fold"
+        )
     train, test = [task.slide(name) for name in split.train], [task.slide(name) for name in split.test]
     evaluation = evaluate_slides(model, train, test, sampling)
     evaluation.result.update({"run": str(run), "data": str(data), "fold": fold})

@@ -46,7 +46,15 @@ class DenoiserConfig:
     non_negative: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("n_genes", "feature_dim", "hidden_dim", "pairwise_hidden_dim", "n_layers", "n_heads", "n_neighbors"):
+        for field in (
+            "n_genes",
+            "feature_dim",
+            "hidden_dim",
+            "pairwise_hidden_dim",
+            "n_layers",
+            "n_heads",
+            "n_neighbors",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{field}: must be a positive whole number, not {value!r}")
@@ -75,7 +83,9 @@ class DenoiserConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"{unknown[0]}: is not a setting of the denoiser; the settings are {', '.join(sorted(known))}")
+            raise InputError(
+                f"{unknown[0]}: is not a setting of the denoiser; the settings are {', '.join(sorted(known))}"
+            )
         missing = [name for name in ("n_genes", "feature_dim") if name not in values]
         if missing:
             raise InputError(f"{missing[0]}: is missing from the denoiser's settings")

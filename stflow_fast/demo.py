@@ -17,6 +17,8 @@ from .windows import TrainingConfig, TrainingData, hold_out_regions
 
 REPORT = "index.html"
 
+BIOMARKERS = ("ERBB2", "GATA3", "UBE2C", "VWF")
+
 DENOISER = {"hidden_dim": 64, "pairwise_hidden_dim": 64, "n_layers": 2}
 """A quarter of the default network: the demo is for two cores."""
 
@@ -46,6 +48,47 @@ def run_demo(out: Path, seed: int, overwrite: bool, console: Console) -> Path:
 
 def _train(out: Path, cohort: Cohort, config: TrainingConfig) -> Run:
     train, regions = hold_out_regions(cohort.train, config.validation_fraction, config.seed)
-    data = TrainingData(train, regions, "held-out regions", cohort.genes, "synthetic", description={"data": "synthetic"})
+    data = TrainingData(
+        train, regions, "held-out regions", cohort.genes, "synthetic", description={"data": "synthetic"}
+    )
     with epochs_bar(config.epochs, data.selected_on) as on_epoch:
         return fit(data, out, DENOISER, config, overwrite=True, on_epoch=on_epoch)
+
+
+def _write_report(out: Path, cohort: Cohort, run: Run, evaluation: Evaluation, seconds: float) -> Path:
+    result = evaluation.result
+    curves = out / "training.png"
+    report.training_curves(curves, run.records, "held-out regions")
+    pictures = report.evaluation_pictures(
+        out / "pictures", result, evaluation.slides, evaluation.truth, evaluation.predicted
+    )
+    slide = cohort.test[0]
+    sections = [
+        (
+            "What this is",
+            f"stflow-fast trained a small denoiser on {len(cohort.train)} synthetic slides of "
+            f"{cohort.train[0].n_spots:,} spots, chose its epoch on regions held out of them, and sampled the "
+            f"expression of {len(cohort.genes)} genes at all {slide.n_spots:,} spots of a test slide in one pass "
+            f"({result['nfe']} denoiser calls, {result['sampling_seconds']:.1f} s). The data are made up: they show "
+            "that the program works, and what neighbours can add, not what to expect of a real cohort.",
+        ),
+        ("Scores on the test slide", report.results_table(result)),
+        (
+            "",
+            "The image features of a patch see the tissue through noise that the patches around it do not share. Ridge "
+            "regression reads one patch at a time; the denoiser reads the neighbours too.",
+        ),
+        (
+            "Known markers",
+            report.biomarker_table(result, [gene for gene in BIOMARKERS if gene in cohort.genes]),
+        ),
+        (
+            "Files",
+            f"run/ holds the model, predictions/{slide.id}.h5ad the prediction. Made in {seconds:.0f} s.",
+        ),
+    ]
+    captions = {"scores.png": "Pearson correlation per gene", "training.png": "Training"}
+    figures = [(captions.get(path.name, "Truth beside prediction"), path) for path in (*pictures, curves)]
+    page = out / REPORT
+    report.write_html(page, "stflow-fast demo", sections, figures)
+    return page

@@ -62,7 +62,11 @@ def _installed(name: str) -> str | None:
 def _device() -> tuple[str, str, str]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return "device", properties.name, f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        return (
+            "device",
+            properties.name,
+            f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
+        )
     reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device or driver"
     return "device", f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", reason
 

@@ -69,9 +69,7 @@ def _check_pair(truth: np.ndarray, prediction: np.ndarray, genes: Sequence[str])
     if truth.ndim != 2 or truth.shape[1] != n_genes:
         raise InputError(f"truth: must have shape [N, {n_genes}] for {n_genes} genes, not {shape}")
     if prediction.shape != truth.shape:
-        raise InputError(
-            f"prediction: must have the shape of the truth {shape}, not {list(prediction.shape)}"
-        )
+        raise InputError(f"prediction: must have the shape of the truth {shape}, not {list(prediction.shape)}")
     if not truth.size:
         raise InputError(f"truth: {shape[0]} spots of {n_genes} genes; at least one of each is needed")
     for name, values in (("truth", truth), ("prediction", prediction)):
@@ -221,9 +219,7 @@ def compare(
     others = baselines(train, test, genes, normalize)
     truth = [slide.expression(genes, normalize) for slide in test]
     result = _pooled_and_per_slide(ids, truth, prediction, genes)
-    result["baselines"] = {
-        name: _pooled_and_per_slide(ids, truth, made, genes) for name, made in others.items()
-    }
+    result["baselines"] = {name: _pooled_and_per_slide(ids, truth, made, genes) for name, made in others.items()}
     return result
 
 

@@ -29,12 +29,14 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, final)
     except OSError as error:
-        raise InputError(f"{final}: cannot be written ({error.strerror or error}); free space or choose another --out") from error
+        raise InputError(
+            f"{final}: cannot be written ({error.strerror or error}); free space or choose another --out"
+        ) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.is_file():
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -7,6 +7,7 @@ enough that a rotated, mirrored or shifted slide yields the same table and, to r
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,7 +52,7 @@ def knn_graph(coords: Tensor | np.ndarray, k: int, slide_ptr: Tensor | np.ndarra
     if k < 1:
         raise InputError(f"k: must be at least 1, not {k}")
     table = np.full((len(points), k), MISSING, dtype=np.int64)
-    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, stop in itertools.pairwise(boundaries):
         found = _slide_neighbors(points[start:stop], k)
         table[start:stop, : found.shape[1]] = found + start
     return torch.from_numpy(table)
@@ -70,7 +71,13 @@ def _checked_coords(coords: Tensor | np.ndarray) -> np.ndarray:
 
 def _checked_ptr(slide_ptr: Tensor | np.ndarray | None, n: int) -> np.ndarray:
     pointers = np.asarray([0, n] if slide_ptr is None else slide_ptr, dtype=np.int64)
-    if pointers.ndim != 1 or len(pointers) < 2 or pointers[0] != 0 or pointers[-1] != n or (np.diff(pointers) < 0).any():
+    if (
+        pointers.ndim != 1
+        or len(pointers) < 2
+        or pointers[0] != 0
+        or pointers[-1] != n
+        or (np.diff(pointers) < 0).any()
+    ):
         raise InputError(f"slide_ptr: must rise from 0 to the number of spots ({n})")
     return pointers
 
@@ -124,7 +131,7 @@ def space_order(coords: Tensor | np.ndarray, slide_ptr: Tensor | np.ndarray | No
     points = _checked_coords(coords)
     boundaries = _checked_ptr(slide_ptr, len(points))
     order = np.arange(len(points))
-    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, stop in itertools.pairwise(boundaries):
         if stop > start:
             order[start:stop] = start + np.argsort(_morton_code(points[start:stop]), kind="stable")
     return torch.from_numpy(order)

@@ -105,7 +105,9 @@ class EdgeAttention(nn.Module):
             output._replace(fc1_weight=torch.cat([on_values, on_messages, on_weight], dim=1)),
         )
 
-    def forward(self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
+    ) -> Tensor:
         """[N, d] context of the spots, from expression x [N, G] and tokens [N, d]."""
         folded, d = layer.folded, self.config.hidden_dim
         norm = self.layernorm_qkv[0]
@@ -128,7 +130,12 @@ class EdgeAttention(nn.Module):
             edges_are_messages=kept,
         )
         return gated_mlp(
-            torch.cat(taken, dim=1), folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT
+            torch.cat(taken, dim=1),
+            folded.output,
+            self.W_output.activation,
+            self.config.dropout,
+            keys,
+            STREAM_OUTPUT,
         )
 
 
@@ -206,14 +213,17 @@ class SpatialTransformer(nn.Module):
         for block, state in zip(self.blks, states, strict=True):
             budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, state.folded.edges)
             if budget >= 0:
-                state = state._replace(
-                    messages=ops.make_messages(graph.geometry, state.folded.edges, block.attn.spec)
-                )
+                state = state._replace(messages=ops.make_messages(graph.geometry, state.folded.edges, block.attn.spec))
             kept.append(state)
         return kept
 
     def run(
-        self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: list[LayerState], slide_seed: Tensor | None = None
+        self,
+        graph: SpotGraph,
+        x: Tensor,
+        tokens: Tensor,
+        states: list[LayerState],
+        slide_seed: Tensor | None = None,
     ) -> Tensor:
         """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
 

@@ -74,9 +74,7 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
         InputError: a gene of ``names`` is not among the predicted ones.
     """
     baselines = result.get("baselines", {})
-    scored = {
-        key: _by_gene(scores) for key, scores in baselines.items() if scores["pearson_mean"] is not None
-    }
+    scored = {key: _by_gene(scores) for key, scores in baselines.items() if scores["pearson_mean"] is not None}
     own = _by_gene(result)
     absent = [name for name in names if name not in own]
     if absent:
@@ -91,9 +89,7 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
     for name in names:
         others = (_number(genes[name]["pearson"]) for genes in scored.values())
         gene = own[name]
-        table.add_row(
-            Text(name), _number(gene["pearson"]), *others, _number(gene["mse"]), _number(gene["r2"])
-        )
+        table.add_row(Text(name), _number(gene["pearson"]), *others, _number(gene["mse"]), _number(gene["r2"]))
     return table
 
 
@@ -201,9 +197,7 @@ def gene_maps(
         label = f"{labels[row]}: " if row < len(labels) else ""
         correlation = "Pearson undefined" if pearson is None else f"Pearson {pearson:.2f}"
         captions = (f"{label}{name}, measured", f"{name}, predicted: {correlation}")
-        for axes, values, caption in zip(
-            panels[row], (truth[:, row], prediction[:, row]), captions, strict=True
-        ):
+        for axes, values, caption in zip(panels[row], (truth[:, row], prediction[:, row]), captions, strict=True):
             _draw_spots(axes, coords, values, diameter, box, unit)
             axes.set_title(caption, fontsize=11)
     if micron_per_pixel is not None:
@@ -256,9 +250,7 @@ def _draw_scale_bar(axes: Axes, box: tuple[float, ...], micron_per_pixel: float)
     pixels = length * 1000 / micron_per_pixel
     gap = 0.03 * (box[1] - box[0])
     y = box[3] - gap
-    axes.plot(
-        [box[0] + gap, box[0] + gap + pixels], [y, y], color="black", linewidth=3, solid_capstyle="butt"
-    )
+    axes.plot([box[0] + gap, box[0] + gap + pixels], [y, y], color="black", linewidth=3, solid_capstyle="butt")
     axes.text(box[0] + 2 * gap + pixels, y, f"{length:g} mm", ha="left", va="center_baseline", fontsize=10)
 
 
@@ -274,9 +266,9 @@ def training_curves(
     """Draw loss and Pearson over epochs, with the chosen epoch marked, as PNG.
 
     Args:
-        records: one dict per epoch: ``epoch, train_loss, val_loss, val_pearson, best``. A value may be None
+        records: one dict per epoch: ``epoch, train_loss, selection_mse, selection_pearson, best``. A value may be None
             or absent where it was not measured. The last record whose ``best`` is true is the chosen epoch.
-        selected_on: the spots on which ``val_*`` were measured and the epoch chosen.
+        selected_on: the spots on which ``selection_*`` were measured and the epoch chosen.
 
     Raises:
         InputError: there is no record, or the file cannot be written.
@@ -287,8 +279,8 @@ def training_curves(
     losses, pearsons = figure.subplots(2, 1, sharex=True)
     _draw_curve(losses, records, "train_loss", "training", PLAIN_COLOR)
     label = textwrap.fill(selected_on, 32)
-    _draw_curve(losses, records, "val_loss", label, MODEL_COLOR)
-    _draw_curve(pearsons, records, "val_pearson", label, MODEL_COLOR)
+    _draw_curve(losses, records, "selection_mse", label, MODEL_COLOR)
+    _draw_curve(pearsons, records, "selection_pearson", label, MODEL_COLOR)
     losses.set_ylabel("loss (mean squared error)")
     pearsons.set(ylabel="Pearson, mean over genes", xlabel="epoch")
     pearsons.set_ylim(bottom=min(0.0, pearsons.get_ylim()[0]))
@@ -308,7 +300,7 @@ def training_curves(
         }
         for axes in (losses, pearsons):
             axes.axvline(chosen["epoch"], **line)
-        pearson = chosen.get("val_pearson")
+        pearson = chosen.get("selection_pearson")
         reached = "" if pearson is None else f": Pearson {pearson:.3f}"
         title = f"Epoch {chosen['epoch']} chosen on {selected_on}{reached}"
     figure.suptitle(textwrap.fill(title, 80), fontsize=12)
@@ -359,9 +351,7 @@ def _draw_bar(axes: Axes, row: int, scores: Mapping[str, Any], color: str) -> No
     axes.scatter(genes, row + spread, s=11, color=color, edgecolor="white", linewidth=0.3)
     axes.text(1.02, row, f"{mean:.3f}", fontsize=12, fontweight="bold", **beside)
     if scores["n_constant_genes"]:
-        axes.text(
-            1.02, row + 0.32, f"{scores['n_constant_genes']} undefined", fontsize=8, color=SOFT, **beside
-        )
+        axes.text(1.02, row + 0.32, f"{scores['n_constant_genes']} undefined", fontsize=8, color=SOFT, **beside)
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -26,11 +27,15 @@ from .files import atomic_path, claim_output, read_json, write_json
 from .flow import CondOTPath, sample
 from .model import Denoiser
 from .pretrained import Provenance, load_tensors, save_tensors
-from .slides import HestTask, Slide
-from .windows import Standardization, TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions
+from .slides import HestTask
+from .windows import TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions
 
-RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = "run.json", "metrics.jsonl", "checkpoint.safetensors", "model"
-
+RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
+    "run.json",
+    "metrics.jsonl",
+    "checkpoint.safetensors",
+    "model",
+)
 
 
 class FlowObjective(nn.Module):
@@ -70,7 +75,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: its folder, the model (reads raw features), and a record of every epoch."""
+    """A finished training: its folder, the model, and a record of every epoch."""
 
     folder: Path
     model: Denoiser
@@ -111,23 +116,23 @@ def fit(
     out = Path(out)
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))
     accelerator = Accelerator(mixed_precision=precision)
-    standardization = Standardization.of(data.train, config.standardize)
-    windows = Windows([standardization.apply(slide) for slide in data.train], data, config, settings.n_neighbors)
-    selection = [standardization.apply(slide) for slide in data.selection]
+    windows = Windows(data, config, settings.n_neighbors)
     torch.manual_seed(config.seed)
     model = Denoiser(settings)
+    average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     description = _describe(data, settings, config, precision)
     if accelerator.is_main_process:
         _open_run(out, description, resume, overwrite)
     accelerator.wait_for_everyone()
     objective, optimizer = accelerator.prepare(FlowObjective(model), optimizer)
-    progress = _restore(out / CHECKPOINT_FILE, model, optimizer) if resume else Progress([], {})
+    average.to(accelerator.device)
+    progress = _restore(out / CHECKPOINT_FILE, model, average, optimizer) if resume else Progress([], {})
     while progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
         started = time.perf_counter()
         epoch = progress.epoch + 1
-        loss = _train_epoch(accelerator, objective, optimizer, windows, epoch, config)
-        found = evaluate_selection(model, selection, data, config)
+        loss = _train_epoch(accelerator, objective, average, optimizer, windows, epoch, config)
+        found = evaluate_selection(average, data, config)
         reached = found["selection_pearson"]
         improved = reached is not None and reached > progress.best_score
         record = {
@@ -138,13 +143,13 @@ def fit(
             "best": improved or not progress.best,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        best = _copy(model.state_dict()) if record["best"] else progress.best
+        best = _copy(average.state_dict()) if record["best"] else progress.best
         progress = Progress([*progress.records, record], best)
         if accelerator.is_main_process:
-            _save_progress(out, progress, model, optimizer)
+            _save_progress(out, progress, model, average, optimizer)
             if on_epoch:
                 on_epoch(record)
-    final = _finished_model(settings, data, description, progress, standardization)
+    final = _finished_model(settings, data, description, progress)
     if accelerator.is_main_process:
         _replace_model(out / MODEL_FOLDER, final)
     accelerator.wait_for_everyone()
@@ -216,10 +221,10 @@ def load_fold(
     return TrainingData(train, selection, selected_on, task.genes(genes), encoder, normalize, description)
 
 
-def evaluate_selection(model: Denoiser, slides: list[Slide], data: TrainingData, config: TrainingConfig) -> dict[str, Any]:
+def evaluate_selection(model: Denoiser, data: TrainingData, config: TrainingConfig) -> dict[str, Any]:
     """Mean over slides of the mean Pearson over genes, and the mean squared error, of sampled expression."""
     scores = []
-    for slide in slides:
+    for slide in data.selection:
         drawn = sample(model, slide, n_sample_steps=config.n_sample_steps, prior=config.prior, seed=config.seed)
         truth = slide.expression(data.genes, data.normalize)
         scores.append(score(truth, drawn.expression.numpy(), data.genes))
@@ -274,6 +279,7 @@ def _open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: b
 def _train_epoch(
     accelerator: Accelerator,
     objective: nn.Module,
+    average: Denoiser,
     optimizer: torch.optim.Optimizer,
     windows: Windows,
     epoch: int,
@@ -292,8 +298,21 @@ def _train_epoch(
         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        done = (epoch - 1) * steps + step
+        # The first steps are soon forgotten, or the mean would long remember the initial weights.
+        _follow(
+            average,
+            accelerator.unwrap_model(objective).denoiser,
+            min(config.ema_decay, (1 + done) / (10 + done)),
+        )
         total += loss.detach()
     return float(accelerator.reduce(total / steps, "mean"))
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1.0 - decay)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -310,16 +329,18 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _save_progress(out: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    best = {f"best.{name}": value for name, value in progress.best.items()}
-    tensors = _copy({**state, **_moments(model, optimizer), **best})
+def _save_progress(
+    out: Path, progress: Progress, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    parts = {"model": model.state_dict(), "average": average.state_dict(), "best": progress.best}
+    tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+    tensors = _copy({**tensors, **_moments(model, optimizer)})
     save_tensors(out / CHECKPOINT_FILE, tensors, {"records": json.dumps(progress.records)})
     with atomic_path(out / METRICS_FILE) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in progress.records))
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     if not path.exists():
         return Progress([], {})  # killed before the first epoch ended
     tensors = load_tensors(path)
@@ -327,9 +348,10 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         records = json.loads(file.metadata()["records"])
     part = {
         prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in ("model.", "best.", "adam.")
+        for prefix in ("model.", "average.", "best.", "adam.")
     }
     model.load_state_dict(part["model."], strict=True)
+    average.load_state_dict(part["average."], strict=True)
     for name, parameter in model.named_parameters():
         state = {key: part["adam."][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {
@@ -343,12 +365,11 @@ def _finished_model(
     data: TrainingData,
     description: dict[str, Any],
     progress: Progress,
-    standardization: Standardization,
 ) -> Denoiser:
     training = {key: value for key, value in description.items() if key not in ("genes", "denoiser", "encoder")}
     training["best_epoch"] = progress.best_epoch
     model = Denoiser(settings, Provenance(data.genes, data.encoder, data.normalize, training))
-    model.load_state_dict(standardization.fold_into(progress.best))
+    model.load_state_dict(progress.best)
     return model.eval()
 
 

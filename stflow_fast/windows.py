@@ -33,8 +33,8 @@ class TrainingConfig:
         n_sample_steps: times S of the sampler that scores an epoch.
         validation_fraction: share of every training slide's spots, one region per slide, that is held out to choose
             the epoch by (unless whole slides are).
-        standardize: bring every feature to mean 0 and variance 1 over the training spots. The saved model has this
-            folded into ``image_transform``, so it reads raw features. Published: off.
+        ema_decay: the model that is scored and kept is a running mean of the weights, with this share of the old per
+            step (less in the first steps); 0, as published, is the weights themselves.
         seed: of the initial weights, the windows, the noise and the dropout.
 
     Raises:
@@ -50,7 +50,7 @@ class TrainingConfig:
     prior: str = "zinb"
     n_sample_steps: int = 5
     validation_fraction: float = 0.15
-    standardize: bool = True
+    ema_decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +60,8 @@ class TrainingConfig:
         for field in ("learning_rate", "clip_norm"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
                 raise InputError(f"{field}: must be above 0, not {getattr(self, field)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay: must be in [0, 1), not {self.ema_decay}")
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
         if self.n_sample_steps < 2:
@@ -112,41 +114,13 @@ def hold_out_regions(slides: list[Slide], fraction: float, seed: int) -> tuple[l
         rest.append(slide.subset(np.sort(nearest[n:])))
     if not regions:
         raise InputError(
-            f"validation_fraction: {fraction} of the training slides is less than one spot; use larger slides or a val split"
+            f"validation_fraction: {fraction} of the training slides is less than one spot; raise it or give a val split"
         )
     return rest, regions
 
 
 def _nearest(coords: np.ndarray, spot: int, n: int) -> np.ndarray:
     return np.argsort(((coords - coords[spot]) ** 2).sum(axis=1), kind="stable")[:n]
-
-
-class Standardization(NamedTuple):
-    """Mean and scale [F] (float64) that features are brought to mean 0 and variance 1 with."""
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    @classmethod
-    def of(cls, slides: list[Slide], enabled: bool) -> Standardization:
-        size = slides[0].feature_dim
-        if not enabled:
-            return cls(np.zeros(size), np.ones(size))
-        spots = sum(slide.n_spots for slide in slides)
-        mean = sum(slide.features.sum(axis=0, dtype=np.float64) for slide in slides) / spots
-        square = sum(((slide.features - mean) ** 2).sum(axis=0) for slide in slides) / spots
-        # A feature that never varies says nothing; dividing by its rounding noise would make it say something.
-        return cls(mean, np.where(square > 1e-12 * (1 + mean**2), np.sqrt(square), 1.0))
-
-    def apply(self, slide: Slide) -> Slide:
-        return dataclasses.replace(slide, features=((slide.features - self.mean) / self.scale).astype(np.float32))
-
-    def fold_into(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of a model of raw features that equals the model ``state`` of standardised ones."""
-        weight, bias = state["image_transform.weight"].double(), state["image_transform.bias"].double()
-        weight = weight / torch.from_numpy(self.scale)
-        bias = bias - weight @ torch.from_numpy(self.mean)
-        return {**state, "image_transform.weight": weight.float(), "image_transform.bias": bias.float()}
 
 
 class WindowBatch(NamedTuple):
@@ -166,15 +140,17 @@ class WindowBatch(NamedTuple):
 class Windows:
     """The windows of an epoch. Each is a function of (seed, epoch, slide, number), whatever the batches."""
 
-    def __init__(self, slides: list[Slide], data: TrainingData, config: TrainingConfig, n_neighbors: int) -> None:
-        self._slides = slides
-        self._targets = [slide.expression(data.genes, data.normalize) for slide in slides]
+    def __init__(self, data: TrainingData, config: TrainingConfig, n_neighbors: int) -> None:
+        self._slides = data.train
+        self._targets = [slide.expression(data.genes, data.normalize) for slide in data.train]
         self._config = config
         self._n_neighbors = n_neighbors
 
     def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
         """(slide, number) of the windows of each step, shuffled."""
-        windows = [(slide, number) for slide in range(len(self._slides)) for number in range(self._config.windows_per_slide)]
+        windows = [
+            (slide, number) for slide in range(len(self._slides)) for number in range(self._config.windows_per_slide)
+        ]
         order = np.random.default_rng([self._config.seed, 1, epoch]).permutation(len(windows))
         size = self._config.batch_size
         return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]

@@ -28,7 +28,12 @@ def published(**settings: object) -> EagerDenoiser:
 
 def inputs() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
-    return torch.rand(2, 30, 6).double(), torch.randn(2, 30, 9).double(), torch.rand(2, 30, 2).double(), torch.rand(2).double()
+    return (
+        torch.rand(2, 30, 6).double(),
+        torch.randn(2, 30, 9).double(),
+        torch.rand(2, 30, 2).double(),
+        torch.rand(2).double(),
+    )
 
 
 def test_a_saved_model_comes_back_with_its_meaning(tmp_path: Path) -> None:
@@ -100,7 +105,7 @@ def test_a_published_checkpoint_is_converted(tmp_path: Path, wrapped: bool) -> N
 def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
     good, path = published().state_dict(), tmp_path / "x.pth"
     cases = {
-        "cannot be read": None,
+        "does not exist": None,
         "not those of a STFlow": {"weight": torch.zeros(3)},
         "is not a state_dict": [1, 2],
         "blks.0.extra is": {**good, "backbone.blks.0.extra": torch.zeros(1)},

@@ -110,9 +110,7 @@ def test_depth_oracle_correlates_as_the_depth_of_the_test_spot_does(cohort):
     truth, depth = cohort.test[0].expression(cohort.genes), np.log1p(cohort.test[0].total_counts)
     for gene in range(len(cohort.genes)):
         expected = pearsonr(truth[:, gene], depth).statistic
-        assert abs(pearsonr(truth[:, gene], made[:, gene]).statistic) == pytest.approx(
-            abs(expected), abs=1e-4
-        )
+        assert abs(pearsonr(truth[:, gene], made[:, gene]).statistic) == pytest.approx(abs(expected), abs=1e-4)
 
 
 def test_baselines_see_nothing_of_the_test_slide_but_its_features_and_depth(cohort):

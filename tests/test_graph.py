@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,9 @@ def brute_force(points: np.ndarray, k: int) -> np.ndarray:
     table = np.full((len(points), k), MISSING)
     for spot, point in enumerate(points):
         distance = np.linalg.norm(points - point, axis=1)
-        others = sorted((index for index in range(len(points)) if index != spot), key=lambda i: (round(distance[i], 4), i))
+        others = sorted(
+            (index for index in range(len(points)) if index != spot), key=lambda i: (round(distance[i], 4), i)
+        )
         table[spot, : len(others[:k])] = others[:k]
     return table
 
@@ -40,7 +44,8 @@ clouds = {
     "random": np.random.default_rng(0).uniform(0, 100, (200, 2)),
     "hexagonal": hexagonal(12, 15),
     "square": square(13, 11),
-    "clusters": np.random.default_rng(1).normal(0, 1, (150, 2)) + np.random.default_rng(2).integers(0, 4, (150, 1)) * 50,
+    "clusters": np.random.default_rng(1).normal(0, 1, (150, 2))
+    + np.random.default_rng(2).integers(0, 4, (150, 1)) * 50,
     "duplicated": np.repeat(np.random.default_rng(3).uniform(0, 10, (12, 2)), 9, axis=0),
     "all in one place": np.zeros((40, 2)),
     "on a line": np.column_stack([np.arange(50.0), np.zeros(50)]),
@@ -68,7 +73,7 @@ def test_neighbours_never_cross_slides() -> None:
     points = np.random.default_rng(0).uniform(size=(60, 2))
     slide_ptr = [0, 25, 25, 28, 60]
     table = knn_graph(points, 5, slide_ptr)
-    for start, stop in zip(slide_ptr[:-1], slide_ptr[1:], strict=True):
+    for start, stop in itertools.pairwise(slide_ptr):
         alone = knn_graph(points[start:stop], 5)
         assert torch.equal(table[start:stop], torch.where(alone == MISSING, MISSING, alone + start))
 

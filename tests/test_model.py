@@ -30,7 +30,9 @@ def inputs(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return x, features, 100 * torch.rand(n, 2, generator=draw).double()
 
 
-def predict(model: Denoiser, x: torch.Tensor, features: torch.Tensor, coords: torch.Tensor, t: float = 0.4) -> torch.Tensor:
+def predict(
+    model: Denoiser, x: torch.Tensor, features: torch.Tensor, coords: torch.Tensor, t: float = 0.4
+) -> torch.Tensor:
     return model.inference(x[None], features[None], coords[None], torch.tensor([t]).double())[0]
 
 

@@ -139,9 +139,7 @@ def test_gene_maps_add_a_scale_bar_only_where_pixels_have_a_size(tmp_path):
     assert found == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("width_mm", "length"), [(20.0, 5.0), (6.5, 1.0), (4.0, 1.0), (1.0, 0.2), (0.9, 0.2)]
-)
+@pytest.mark.parametrize(("width_mm", "length"), [(20.0, 5.0), (6.5, 1.0), (4.0, 1.0), (1.0, 0.2), (0.9, 0.2)])
 def test_scale_bar_has_a_round_length_of_at_most_a_quarter(width_mm, length):
     assert report._round_length(width_mm / 4) == length
 
@@ -150,17 +148,13 @@ def test_scale_bar_has_a_round_length_of_at_most_a_quarter(width_mm, length):
 def test_gene_maps_draw_the_smallest_slides(tmp_path, n):
     coords = np.full((n, 2), 7.0)  # one spot, or two at one place
     values = np.zeros((n, 1))
-    report.gene_maps(
-        tmp_path / "maps.png", coords, values, values, ["A"], [None], "tiny", micron_per_pixel=0.5
-    )
+    report.gene_maps(tmp_path / "maps.png", coords, values, values, ["A"], [None], "tiny", micron_per_pixel=0.5)
     assert picture(tmp_path / "maps.png").std() > 0
 
 
 def test_gene_maps_refuse_shapes_that_disagree(tmp_path):
     with pytest.raises(InputError, match="1600 spots and 1 genes"):
-        report.gene_maps(
-            tmp_path / "m.png", lattice(), np.zeros((9, 1)), np.zeros((9, 1)), ["A"], [0.1], "slide"
-        )
+        report.gene_maps(tmp_path / "m.png", lattice(), np.zeros((9, 1)), np.zeros((9, 1)), ["A"], [0.1], "slide")
     assert not list(tmp_path.iterdir())
 
 
@@ -183,8 +177,8 @@ def test_training_curves_mark_the_last_best_epoch_and_bear_gaps(tmp_path):
         {
             "epoch": epoch,
             "train_loss": 1 / (epoch + 1),
-            "val_loss": None,
-            "val_pearson": 0.01 * epoch,
+            "selection_mse": None,
+            "selection_pearson": 0.01 * epoch,
             "best": epoch < 7,
         }
         for epoch in range(10)

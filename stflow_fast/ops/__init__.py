@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..graph import MISSING
-from .reference import AttentionOutput, AttentionSpec, Dropouts, EdgeWeights, attend, attend_block, edge_messages
+from .reference import (
+    AttentionOutput,
+    AttentionSpec,
+    Dropouts,
+    EdgeWeights,
+    attend,
+    attend_block,
+    edge_messages,
+)
 
 BLOCK_BYTES = 8 * 2**20
 """Live bytes of one block of spots: a block that stays in a core's cache beats a larger one (benchmarks/results)."""
@@ -132,7 +140,13 @@ def edge_attention(
         near = neighbors[start:stop]
         gathered = keys_values.index_select(0, near.clamp(min=0).flatten())
         return function(
-            query[start:stop], gathered, near != MISSING, edges[start:stop], weights, spec, dropouts.rows(start, stop)
+            query[start:stop],
+            gathered,
+            near != MISSING,
+            edges[start:stop],
+            weights,
+            spec,
+            dropouts.rows(start, stop),
         )
 
     if training:
@@ -160,7 +174,7 @@ def _plan(
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
     """
     if compiled and n >= COMPILED_BLOCK and backend_for(device, n).name == "reference_compiled":
-        starts = list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)) + [n - COMPILED_BLOCK]
+        starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
         return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
     per_spot = 3 * k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
     size = max(1, BLOCK_BYTES // per_spot)

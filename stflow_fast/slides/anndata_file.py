@@ -28,7 +28,7 @@ def open_h5ad(path: Path) -> anndata.AnnData:
 
 def counts_of(table: anndata.AnnData, path: Path) -> scipy.sparse.csr_matrix | None:
     """[N, G] float32 raw counts: ``layers["counts"]`` where there is one, else X; None without either."""
-    matrix = table.layers["counts"] if "counts" in table.layers else table.X
+    matrix = table.layers.get("counts", table.X)
     if matrix is None or matrix.shape[1] == 0:
         return None
     try:

@@ -48,7 +48,14 @@ def read_embeddings(path: str | Path) -> Slide:
     found = _open_embeddings(path)
     notes = () if found.half_patch else ("coordinates are top-left corners: the file does not say the patch size",)
     coords = found.corners + (found.half_patch or 0.0)
-    return Slide(path.stem, found.features, coords, found.barcodes, micron_per_pixel=found.micron_per_pixel, notes=notes)
+    return Slide(
+        path.stem,
+        found.features,
+        coords,
+        found.barcodes,
+        micron_per_pixel=found.micron_per_pixel,
+        notes=notes,
+    )
 
 
 def read_slide(path: str | Path, features_key: str = "features") -> Slide:
@@ -238,5 +245,7 @@ def _unmatched(n_embedded: int, n_expressed: int, n_common: int) -> tuple[str, .
     if n_common < n_embedded:
         notes.append(f"{n_embedded - n_common} of {n_embedded} embeddings have no expression and are left out")
     if n_common < n_expressed:
-        notes.append(f"{n_expressed - n_common} of {n_expressed} spots with expression have no embedding and are left out")
+        notes.append(
+            f"{n_expressed - n_common} of {n_expressed} spots with expression have no embedding and are left out"
+        )
     return tuple(notes)

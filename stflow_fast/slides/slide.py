@@ -54,11 +54,15 @@ class Slide:
         for name in ("features", "coords"):
             broken = int((~np.isfinite(getattr(self, name))).any(axis=1).sum())
             if broken:
-                raise InputError(f"slide {self.id}: {name} of {broken} of {n} spots are NaN or infinite; remove those spots")
+                raise InputError(
+                    f"slide {self.id}: {name} of {broken} of {n} spots are NaN or infinite; remove those spots"
+                )
         names, times = np.unique(self.barcodes, return_counts=True)
         if len(names) < n:
             first = names[times.argmax()]
-            raise InputError(f"slide {self.id}: {n - len(names)} duplicated barcodes, such as {first}; make them unique")
+            raise InputError(
+                f"slide {self.id}: {n - len(names)} duplicated barcodes, such as {first}; make them unique"
+            )
         self._check_counts(n)
 
     def _check_counts(self, n: int) -> None:
@@ -107,7 +111,11 @@ class Slide:
         """The spots of ``index`` (whole numbers or booleans), as a slide of the same id."""
         counts = None if self.counts is None else self.counts[index]
         return dataclasses.replace(
-            self, features=self.features[index], coords=self.coords[index], barcodes=self.barcodes[index], counts=counts
+            self,
+            features=self.features[index],
+            coords=self.coords[index],
+            barcodes=self.barcodes[index],
+            counts=counts,
         )
 
     def _known_counts(self) -> scipy.sparse.csr_matrix:

@@ -1,0 +1,45 @@
+"""Packaging of stflow-fast. Ranges are wide and torch is never pinned: what we test with is in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "stflow_fast" / "_version.py").read_text()).group(1)
+
+setup(
+    name="stflow-fast",
+    version=VERSION,
+    description="Spatial gene expression from histology for whole slides: STFlow in memory linear in the spots",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["stflow_fast", "stflow_fast.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.24",
+        "scipy>=1.10",
+        "pandas>=2.0",
+        "h5py>=3.8",
+        "anndata>=0.10",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.26",
+        "accelerate>=1.0",
+        "scikit-learn>=1.3",
+        "matplotlib>=3.7",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "import-linter>=2.1",
+        ],
+    },
+    entry_points={"console_scripts": ["stflow-fast = stflow_fast.cli:main"]},
+)

@@ -1,0 +1,140 @@
+"""Predictions as files, and the evaluation of a fold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+from stflow_fast.cohort import MANIFEST, SamplingConfig, evaluate, evaluate_slides, load_model, predict
+from stflow_fast.config import DenoiserConfig
+from stflow_fast.errors import InputError
+from stflow_fast.flow import sample
+from stflow_fast.model import Denoiser
+from stflow_fast.pretrained import Provenance
+from stflow_fast.slides import Slide
+from stflow_fast.synthetic import Cohort, make_cohort
+from stflow_fast.training import fit, load_fold
+from stflow_fast.windows import TrainingConfig, TrainingData
+
+
+@pytest.fixture(scope="module")
+def cohort() -> Cohort:
+    return make_cohort(n_train=2, train_spots=80, test_spots=60, n_genes=6, feature_dim=12)
+
+
+@pytest.fixture(scope="module")
+def model(cohort: Cohort) -> Denoiser:
+    torch.manual_seed(0)
+    config = DenoiserConfig(n_genes=6, feature_dim=12, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    training = {"training": {"prior": "gaussian", "n_sample_steps": 4}, "selected_on": "held-out regions"}
+    return Denoiser(config, Provenance(cohort.genes, "synthetic", "log1p", training)).eval()
+
+
+def without_counts(slide: Slide) -> Slide:
+    return dataclasses.replace(slide, counts=None, gene_names=(), notes=("nothing left out",))
+
+
+def test_a_prediction_says_what_it_is(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slide = without_counts(cohort.test[0])
+    [path] = predict(model, [slide], tmp_path / "out", sampling=SamplingConfig(seed=5))
+    table = anndata.read_h5ad(path)
+    expected = sample(model, slide, n_sample_steps=4, prior="gaussian", seed=5).expression.numpy()
+    assert np.array_equal(table.X, expected)
+    assert list(table.var_names) == list(cohort.genes)
+    assert list(table.obs_names) == list(slide.barcodes)
+    assert np.array_equal(table.obsm["spatial"], slide.coords)
+    about = table.uns["stflow_fast"]
+    assert (about["seed"], about["nfe"], about["prior"]) == (5, 3, "gaussian")
+    assert about["encoder"] == "synthetic"
+    assert about["normalize"] == "log1p"
+    assert about["version"]
+    assert about["micron_per_pixel"] == 0.5
+    assert list(about["notes"]) == ["nothing left out"]
+
+
+def test_a_slide_does_not_depend_on_its_cohort(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slides = [without_counts(slide) for slide in (*cohort.train, *cohort.test)]
+    together = predict(model, slides, tmp_path / "together")
+    [alone] = predict(model, slides[-1:], tmp_path / "alone")
+    assert np.array_equal(anndata.read_h5ad(together[-1]).X, anndata.read_h5ad(alone).X)
+
+
+def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slides = [without_counts(slide) for slide in cohort.train]
+    first, second = predict(model, slides, tmp_path / "out")
+    kept = first.read_bytes()
+    second.unlink()
+    with pytest.raises(InputError, match="exists already"):
+        predict(model, slides, tmp_path / "out")
+    done: list[str] = []
+    assert predict(model, slides, tmp_path / "out", resume=True, on_slide=done.append) == [first, second]
+    assert first.read_bytes() == kept
+    assert done == [slide.id for slide in slides]
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["seed"] == 0
+
+
+def test_two_slides_of_one_name_are_refused(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is the name of 2 slides"):
+        predict(model, [cohort.test[0], cohort.test[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="training did not finish"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_an_evaluation_scores_the_predictions_of_the_test_slides(cohort: Cohort, model: Denoiser) -> None:
+    found = evaluate_slides(model, cohort.train, cohort.test)
+    slide = cohort.test[0]
+    predicted = sample(model, slide, n_sample_steps=4, prior="gaussian").expression.numpy()
+    truth = slide.expression(cohort.genes)
+    for gene, scores in enumerate(found.result["genes"]):
+        assert scores["pearson"] == pytest.approx(np.corrcoef(truth[:, gene], predicted[:, gene])[0, 1], abs=1e-5)
+    assert set(found.result["baselines"]) == {"train_mean", "hest_ridge", "ridge_alpha_1e4", "depth_oracle"}
+    assert found.result["nfe"] == 3
+    json.dumps(found.result, allow_nan=False)
+
+
+def test_a_model_is_not_scored_on_slides_it_was_trained_on(
+    shared: Callable[[str], Path], model: Denoiser, tmp_path: Path
+) -> None:
+    model.provenance.training["train"] = {"C6": 178}
+    try:
+        encoder = dataclasses.replace(model.provenance, encoder="efficientnet_lite0")
+        told = Denoiser(model.config, encoder)
+        with pytest.raises(InputError, match="fold 0: the model was trained on its test slides C6"):
+            evaluate(told, shared("data/her2st"), 0)
+    finally:
+        del model.provenance.training["train"]
+
+
+def test_a_short_real_fold_end_to_end(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    """Four epochs on fold 1 of her2st, chosen honestly, beat the ridge that HEST-bench uses."""
+    root = shared("data/her2st")
+    config = TrainingConfig(epochs=4)
+    data: TrainingData = load_fold(root, "efficientnet_lite0", 1, config=config)
+    run = fit(data, tmp_path / "run", config=config)
+    found = evaluate(run.folder, root, 1)
+    scores = {name: other["pearson_mean"] for name, other in found.result["baselines"].items()}
+    assert scores["hest_ridge"] == pytest.approx(0.290, abs=0.002)
+    assert scores["ridge_alpha_1e4"] == pytest.approx(0.477, abs=0.002)
+    assert scores["depth_oracle"] == pytest.approx(0.724, abs=0.002)
+    assert found.result["pearson_mean"] > scores["ridge_alpha_1e4"]
+    embeddings = root / "embeddings" / "efficientnet_lite0" / "fp32" / "B4.h5"
+    [path] = predict(run.folder, [embeddings], tmp_path / "out")
+    table = anndata.read_h5ad(path)
+    order = table.obs_names.get_indexer(found.slides[0].barcodes)
+    # The embeddings' corners and the expression's centres differ by a shift, rounded to a pixel: not by what is seen.
+    correlation = np.corrcoef(table.X[order].ravel(), found.predicted[0].ravel())[0, 1]
+    assert correlation > 0.999

@@ -1,0 +1,158 @@
+"""The path, the solver, the priors, and what a sample depends on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stflow_fast.config import DenoiserConfig
+from stflow_fast.errors import InputError
+from stflow_fast.flow import CondOTPath, EulerSolver, parse_bytes, sample, time_grid
+from stflow_fast.model import Denoiser
+from stflow_fast.priors import Prior, slide_seed
+from stflow_fast.slides import Slide
+
+
+def model() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(DenoiserConfig(n_genes=5, feature_dim=6, hidden_dim=16, pairwise_hidden_dim=16, n_layers=2))
+
+
+def slide(n: int = 40, name: str = "a") -> Slide:
+    rng = np.random.default_rng(n)
+    features = rng.normal(size=(n, 6)).astype(np.float32)
+    return Slide(name, features, rng.uniform(size=(n, 2)) * 1000, np.arange(n).astype(str))
+
+
+def test_the_path_is_straight_and_its_velocity_its_slope() -> None:
+    x_0, x_1 = torch.rand(2, 4, 3).double()
+    for t in (0.0, 0.3, 0.9):
+        x_t = CondOTPath.sample(x_0, x_1, torch.tensor(t).double())
+        torch.testing.assert_close(CondOTPath.velocity(x_t, x_1, t), x_1 - x_0)
+
+
+@pytest.mark.parametrize("n_sample_steps", [2, 5, 20])
+def test_a_perfect_prediction_is_reached_from_anywhere_along_a_straight_line(n_sample_steps: int) -> None:
+    x_0, x_1 = torch.rand(2, 4, 3).double()
+    solver = EulerSolver(time_grid(n_sample_steps))
+    visited = []
+
+    def predict(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        visited.append((t, x_t))
+        return x_1
+
+    *_, last = solver.solve(predict, x_0)
+    assert torch.equal(last, x_1)
+    assert len(visited) == solver.nfe == n_sample_steps - 1
+    assert visited[0][0] == pytest.approx(0.01)
+    for t, x_t in visited:
+        along = (t - 0.01) / 0.99
+        torch.testing.assert_close(x_t, x_0 + along * (x_1 - x_0))
+
+
+def test_a_grid_needs_two_times() -> None:
+    with pytest.raises(InputError, match="n_sample_steps: must be at least 2"):
+        time_grid(1)
+
+
+def test_zinb_has_the_published_distribution() -> None:
+    """theta 1 and logits 0.1 make a geometric distribution of mean e^0.1; half of the draws are excess zeros."""
+    counts = np.expm1(Prior("zinb").draw(2000, 500, np.random.SeedSequence(0)))
+    mean, n = np.exp(0.1), counts.size
+    stop = 1 / (1 + mean)
+    expected = [0.5 + 0.5 * stop, 0.5 * stop * (1 - stop), 0.5 * stop * (1 - stop) ** 2]
+    for value, probability in enumerate(expected):
+        share = np.isclose(counts, value, atol=1e-3).mean()
+        assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / n)
+    assert abs(counts.mean() - mean / 2) < 0.01
+
+
+def test_the_other_priors() -> None:
+    assert not Prior("zero").draw(10, 3, np.random.SeedSequence(0)).any()
+    drawn = Prior("gaussian").draw(2000, 500, np.random.SeedSequence(0))
+    assert abs(drawn.mean()) < 0.005
+    assert abs(drawn.std() - 1) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"name": "normal"}, "prior"), ({"total_count": 0.0}, "total_count"), ({"logits": float("nan")}, "logits")],
+)
+def test_impossible_priors_are_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(InputError, match=f"{field}: must be"):
+        Prior(**settings)
+
+
+def test_noise_belongs_to_seed_and_slide() -> None:
+    def draw(seed: int, name: str) -> np.ndarray:
+        return Prior().draw(30, 4, slide_seed(seed, name))
+
+    assert np.array_equal(draw(0, "a"), draw(0, "a"))
+    assert not np.array_equal(draw(0, "a"), draw(1, "a"))
+    assert not np.array_equal(draw(0, "a"), draw(0, "b"))
+
+
+def test_a_sample_is_a_function_of_the_seed_and_leaves_the_model_alone() -> None:
+    denoiser = model().train()
+    torch.manual_seed(1)
+    first = sample(denoiser, slide(), seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(sample(denoiser, slide(), seed=3).expression, first.expression)
+    assert not torch.equal(sample(denoiser, slide(), seed=4).expression, first.expression)
+    assert denoiser.training
+    assert first.nfe == 4
+    assert first.trajectory is None
+
+
+def test_the_trajectory_ends_in_the_sample() -> None:
+    drawn = sample(model(), slide(), n_sample_steps=4, trajectory=True)
+    assert drawn.trajectory.shape == (3, 40, 5)
+    assert torch.equal(drawn.trajectory[-1], drawn.expression)
+
+
+@pytest.mark.parametrize("budget", [0, "20kB", "1GiB"])
+def test_memory_does_not_change_the_result(budget: int | str) -> None:
+    whole = sample(model(), slide(200), memory_budget="4GiB").expression
+    torch.testing.assert_close(sample(model(), slide(200), memory_budget=budget).expression, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_slide_and_its_tensors_give_the_same() -> None:
+    one = slide(name="")
+    tensors = torch.from_numpy(one.features), torch.from_numpy(one.coords)
+    assert torch.equal(sample(model(), one).expression, sample(model(), tensors).expression)
+
+
+def test_samples_follow_the_order_of_the_spots() -> None:
+    one, order = slide(), np.random.default_rng(0).permutation(40)
+    x_0 = torch.rand(40, 5)
+    plain = sample(model(), one, x_0=x_0).expression
+    permuted = sample(model(), one.subset(order), x_0=x_0[order]).expression
+    torch.testing.assert_close(permuted, plain[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 8, 9])
+def test_small_slides(n: int) -> None:
+    drawn = sample(model(), (torch.rand(n, 6), torch.rand(n, 2))).expression
+    assert drawn.shape == (n, 5)
+    assert drawn.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("features", "coords", "complaint"),
+    [
+        (torch.rand(4, 7), torch.rand(4, 2), "features: 7 numbers per spot, but the model reads 6"),
+        (torch.rand(4, 6), torch.rand(3, 2), r"coords: must have shape \[4, 2\]"),
+        (torch.tensor([[0.0] * 6, [float("nan")] * 6]), torch.rand(2, 2), "features: 1 of 2 spots are NaN"),
+        (torch.rand(2, 6), torch.tensor([[0.0, float("inf")], [0, 0]]), "coords: 1 of 2 spots are NaN"),
+    ],
+)
+def test_bad_inputs_are_named(features: torch.Tensor, coords: torch.Tensor, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        sample(model(), (features, coords))
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert [parse_bytes(text) for text in (7, "7", "4GiB", "500 MB", "1.5k")] == [7, 7, 2**32, 5 * 10**8, 1500]
+    with pytest.raises(InputError, match="memory_budget: must be a size"):
+        parse_bytes("much")
