@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,7 +136,9 @@ def train(
     for slide in (*loaded.train, *loaded.selection):
         for note in slide.notes:
             console.print(f"{slide.id}: {note}", markup=False)
-    with epochs_bar(config.epochs, loaded.selected_on) as on_epoch:
+    # Under `accelerate launch` every process runs this; the first one speaks and draws.
+    speaks = os.environ.get("RANK", "0") == "0"
+    with epochs_bar(config.epochs, loaded.selected_on, quiet=not speaks) as on_epoch:
         run = fit(
             loaded,
             out,
@@ -146,6 +149,8 @@ def train(
             overwrite=overwrite,
             on_epoch=on_epoch,
         )
+    if not speaks:
+        return
     report.training_curves(out / "training.png", run.records, loaded.selected_on)
     typer.echo(
         f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {loaded.selected_on}; model in {run.folder}"

@@ -17,6 +17,8 @@ from .windows import TrainingConfig, TrainingData, hold_out_regions
 
 REPORT = "index.html"
 
+EPOCHS = 12
+
 BIOMARKERS = ("ERBB2", "GATA3", "UBE2C", "VWF")
 
 DENOISER = {"hidden_dim": 64, "pairwise_hidden_dim": 64, "n_layers": 2}
@@ -35,7 +37,7 @@ def run_demo(out: Path, seed: int, overwrite: bool, console: Console) -> Path:
     started = time.perf_counter()
     claim_output(out, REPORT, reuse=overwrite)
     cohort = make_cohort(seed=seed)
-    config = TrainingConfig(epochs=12, patience=12, windows_per_slide=6, seed=seed)
+    config = TrainingConfig(epochs=EPOCHS, windows_per_slide=6, seed=seed)
     run = _train(out / "run", cohort, config)
     console.print(f"sampling {cohort.test[0].n_spots:,} spots and fitting the baselines")
     evaluation = evaluate_slides(run.model, cohort.train, cohort.test)

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 
-def _progress() -> Progress:
+def _progress(quiet: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -26,14 +26,14 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 @contextlib.contextmanager
-def epochs_bar(epochs: int, selected_on: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar over epochs; yields what to call with each epoch's record."""
+def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar over epochs; yields what to call with each epoch's record. ``quiet`` shows nothing."""
     best: dict[str, Any] = {}
-    with _progress() as progress:
+    with _progress(quiet) as progress:
         task = progress.add_task("epoch", total=epochs, status="")
 
         def update(record: dict[str, Any]) -> None:

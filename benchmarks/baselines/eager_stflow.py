@@ -168,14 +168,19 @@ class EagerBackbone(nn.Module):
 class EagerTimeEmbedding(nn.Module):
     """Sinusoids of the flow time, float32 whatever the model's dtype, then an MLP."""
 
-    def __init__(self, dim: int, n_frequencies: int = 128) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.n_frequencies = n_frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    @staticmethod
+    def frequencies(device: torch.device) -> Tensor:
+        """10000^(-i / 128) for 128 frequencies. The exponential is float32, as published, so its last bit is the
+        processor's; the test against the golden files puts in those of the machine that made them."""
+        index = torch.arange(128, dtype=torch.float32, device=device)
+        return torch.exp(-math.log(10000.0) * index / 128)
 
     def forward(self, t: Tensor) -> Tensor:
-        index = torch.arange(self.n_frequencies, dtype=torch.float32, device=t.device)
-        angle = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * index / self.n_frequencies)
+        angle = t.float().unsqueeze(-1) * self.frequencies(t.device)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -224,3 +229,16 @@ class EagerDenoiser(nn.Module):
         prediction = self.inference(exp, img_features, coords, t_steps)
         real = img_features.sum(dim=-1) != 0
         return prediction, F.mse_loss(prediction[real], labels[real])
+
+
+@torch.no_grad()
+def eager_sample(
+    model: EagerDenoiser, features: Tensor, coords: Tensor, x_0: Tensor, n_sample_steps: int = 5
+) -> Tensor:
+    """The published sampling loop of one slide: features [N, F], coordinates [N, 2] and noise [N, G] -> [N, G]."""
+    times = torch.linspace(0.01, 1.0, n_sample_steps, dtype=torch.float64).tolist()
+    x, features, coords = x_0.unsqueeze(0), features.unsqueeze(0), coords.unsqueeze(0)
+    for now, after in zip(times[:-1], times[1:], strict=True):
+        prediction = model.inference(x, features, coords, torch.full((1,), now, dtype=torch.float64))
+        x = x + (after - now) * (prediction - x) / (1 - now)
+    return prediction[0]
