@@ -28,7 +28,7 @@ from .flow import CondOTPath, sample
 from .model import Denoiser
 from .pretrained import Provenance, load_tensors, save_tensors
 from .slides import HestTask
-from .windows import TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions
+from .windows import TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions, hold_out_slides
 
 RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
     "run.json",
@@ -188,8 +188,8 @@ def load_fold(
 ) -> TrainingData:
     """The training side of one fold of a HEST-bench task folder.
 
-    The epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one, else on regions held out of
-    the training slides; with ``select_on="test"`` on the test slides, as the published code does.
+    The epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one, else on training slides
+    held out, or on regions of them where they are few; with ``select_on="test"`` on the test slides, as the published code does.
 
     Args:
         data: the task folder.
@@ -215,8 +215,11 @@ def load_fold(
     elif split.val:
         selection, selected_on = [task.slide(name) for name in split.val], "held-out slides"
     else:
-        train, selection = hold_out_regions(train, config.validation_fraction, config.seed)
-        selected_on = "held-out regions"
+        train, selection = hold_out_slides(train, config.validation_fraction, config.seed)
+        selected_on = "held-out slides"
+        if not selection:
+            train, selection = hold_out_regions(train, config.validation_fraction, config.seed)
+            selected_on = "held-out regions"
     description = {"data": str(data), "fold": fold, "gene_list": genes, "test": list(split.test)}
     return TrainingData(train, selection, selected_on, task.genes(genes), encoder, normalize, description)
 

@@ -31,8 +31,8 @@ class TrainingConfig:
         clip_norm: largest norm of the gradient.
         prior: name of the source distribution.
         n_sample_steps: times S of the sampler that scores an epoch.
-        validation_fraction: share of every training slide's spots, one region per slide, that is held out to choose
-            the epoch by (unless whole slides are).
+        validation_fraction: share of the training slides that is held out to choose the epoch by; with too few
+            slides for that, one region of every slide, this share of its spots.
         ema_decay: the model that is scored and kept is a running mean of the weights, with this share of the old per
             step (less in the first steps); 0, as published, is the weights themselves.
         seed: of the initial weights, the windows, the noise and the dropout.
@@ -92,6 +92,20 @@ class TrainingData:
     encoder: str
     normalize: str = "log1p"
     description: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def hold_out_slides(slides: list[Slide], fraction: float, seed: int) -> tuple[list[Slide], list[Slide]]:
+    """Split off ``round(fraction * n)`` random slides: (the others, those). None with few slides.
+
+    What a model must do is predict a slide that it has not seen. Regions of training slides say less about that: their
+    surroundings, stain and depth are known.
+    """
+    n = round(fraction * len(slides))
+    chosen = set(np.random.default_rng([seed, len(slides)]).permutation(len(slides))[:n].tolist())
+    return (
+        [slide for index, slide in enumerate(slides) if index not in chosen],
+        [slide for index, slide in enumerate(slides) if index in chosen],
+    )
 
 
 def hold_out_regions(slides: list[Slide], fraction: float, seed: int) -> tuple[list[Slide], list[Slide]]:

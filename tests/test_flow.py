@@ -114,7 +114,9 @@ def test_the_trajectory_ends_in_the_sample() -> None:
 @pytest.mark.parametrize("budget", [0, "20kB", "1GiB"])
 def test_memory_does_not_change_the_result(budget: int | str) -> None:
     whole = sample(model(), slide(200), memory_budget="4GiB").expression
-    torch.testing.assert_close(sample(model(), slide(200), memory_budget=budget).expression, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sample(model(), slide(200), memory_budget=budget).expression, whole, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_slide_and_its_tensors_give_the_same() -> None:

@@ -15,7 +15,7 @@ from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.training import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Run, fit, load_fold
-from stflow_fast.windows import TrainingConfig, TrainingData, Windows, hold_out_regions
+from stflow_fast.windows import TrainingConfig, TrainingData, Windows, hold_out_regions, hold_out_slides
 
 TINY = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
 QUICK = TrainingConfig(epochs=3, windows_per_slide=4, ema_decay=0.5)
@@ -150,6 +150,16 @@ def test_regions_are_held_out_whole(data: TrainingData) -> None:
         assert (np.linalg.norm(rest.coords - centre, axis=1) < 0.7 * inside).sum() == 0
 
 
+def test_whole_slides_are_held_out_where_there_are_enough(data: TrainingData) -> None:
+    slides = [dataclasses.replace(data.train[0], id=str(number)) for number in range(10)]
+    for n, expected in ((2, 0), (3, 0), (4, 1), (10, 2)):
+        train, held_out = hold_out_slides(slides[:n], 0.15, seed=0)
+        assert len(held_out) == expected
+        assert sorted(slide.id for slide in train + held_out) == [str(number) for number in range(n)]
+    chosen = {hold_out_slides(slides, 0.1, seed)[1][0].id for seed in range(100)}
+    assert chosen == {slide.id for slide in slides}
+
+
 def test_windows_are_the_nearest_spots_and_do_not_depend_on_their_batch(data: TrainingData) -> None:
     windows = Windows(data, QUICK, n_neighbors=5)
     everything = [window for batch in windows.batches(1) for window in batch]
@@ -198,7 +208,9 @@ def test_selecting_on_the_test_fold_is_named_everywhere(shared: object, tmp_path
     root = shared("data/her2st")
     honest = load_fold(root, "efficientnet_lite0", 1)
     published = load_fold(root, "efficientnet_lite0", 1, select_on="test")
-    assert {slide.id for slide in honest.selection} == {slide.id for slide in honest.train}
+    assert honest.selected_on == "held-out slides"
+    assert len(honest.selection) == 1
+    assert {slide.id for slide in honest.train + honest.selection} == {"A1", "C2", "C3", "C4", "C5", "C6"}
     assert {slide.id for slide in published.selection} == {"B4"}
     run = fit(published, tmp_path / "run", TINY, TrainingConfig(epochs=1, windows_per_slide=1))
     assert {record["selected_on"] for record in run.records} == {"TEST"}
