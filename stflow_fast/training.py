@@ -189,7 +189,8 @@ def load_fold(
     """The training side of one fold of a HEST-bench task folder.
 
     The epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one, else on training slides
-    held out, or on regions of them where they are few; with ``select_on="test"`` on the test slides, as the published code does.
+    that are held out, or on regions of them where they are few; with ``select_on="test"`` on the test slides, as the
+    published code does.
 
     Args:
         data: the task folder.

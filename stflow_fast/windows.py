@@ -128,7 +128,7 @@ def hold_out_regions(slides: list[Slide], fraction: float, seed: int) -> tuple[l
         rest.append(slide.subset(np.sort(nearest[n:])))
     if not regions:
         raise InputError(
-            f"validation_fraction: {fraction} of the training slides is less than one spot; raise it or give a val split"
+            f"validation_fraction: {fraction} of every training slide is less than a spot; raise it or give a val split"
         )
     return rest, regions
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, -0x7B935975  # the second is 0x846CA68B as int32
 
 
