@@ -148,7 +148,7 @@ def write_prediction(path: Path, model: Denoiser, slide: Slide, drawn: Sample, a
                 "encoder": provenance.encoder,
                 "normalize": provenance.normalize,
                 "selected_on": str(provenance.training.get("selected_on", "unknown")),
-                "notes": list(slide.notes),
+                "notes": "; ".join(slide.notes),
             }
         },
     )

@@ -30,6 +30,8 @@ from .pretrained import Provenance, load_tensors, save_tensors
 from .slides import HestTask
 from .windows import TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions, hold_out_slides
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
     "run.json",
     "metrics.jsonl",
@@ -112,6 +114,8 @@ def fit(
         InputError: genes missing from a slide, features of different sizes, an occupied ``out``, another
             configuration on resume, a truncated checkpoint, a full disk.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     config = config or TrainingConfig()
     out = Path(out)
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))

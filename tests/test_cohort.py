@@ -56,7 +56,7 @@ def test_a_prediction_says_what_it_is(cohort: Cohort, model: Denoiser, tmp_path:
     assert about["normalize"] == "log1p"
     assert about["version"]
     assert about["micron_per_pixel"] == 0.5
-    assert list(about["notes"]) == ["nothing left out"]
+    assert about["notes"] == "nothing left out"
 
 
 def test_a_slide_does_not_depend_on_its_cohort(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ code does. Parameters have the published names and shapes; outputs and gradients
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -238,7 +239,7 @@ def eager_sample(
     """The published sampling loop of one slide: features [N, F], coordinates [N, 2] and noise [N, G] -> [N, G]."""
     times = torch.linspace(0.01, 1.0, n_sample_steps, dtype=torch.float64).tolist()
     x, features, coords = x_0.unsqueeze(0), features.unsqueeze(0), coords.unsqueeze(0)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         prediction = model.inference(x, features, coords, torch.full((1,), now, dtype=torch.float64))
         x = x + (after - now) * (prediction - x) / (1 - now)
     return prediction[0]

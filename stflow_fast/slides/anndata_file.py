@@ -21,7 +21,7 @@ def open_h5ad(path: Path) -> anndata.AnnData:
         raise InputError(f"{path}: does not exist")
     try:
         return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, anndata.io.AnnDataReadError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({reason})") from error
 

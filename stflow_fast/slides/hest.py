@@ -35,19 +35,21 @@ class _Embeddings:
     micron_per_pixel: float | None
 
 
-def read_embeddings(path: str | Path) -> Slide:
+def read_embeddings(path: str | Path, patches: str | Path | None = None) -> Slide:
     """Read a slide without expression from a STFlow embeddings file: ``embeddings``, ``coords``, ``barcodes``.
 
     Coordinates in the file are the top-left corners of the patches; the centre is taken where the file says how large
-    a patch is (``coords.attrs["patch_size_src"]``). Elsewhere they stay corners, and a note says so.
+    a patch is (``coords.attrs["patch_size_src"]``), or HEST's file ``patches`` of the slide does. Elsewhere they stay
+    corners, and a note says so.
 
     Raises:
         InputError: a missing, unreadable or truncated file, missing keys, or what Slide refuses.
     """
     path = Path(path)
     found = _open_embeddings(path)
-    notes = () if found.half_patch else ("coordinates are top-left corners: the file does not say the patch size",)
-    coords = found.corners + (found.half_patch or 0.0)
+    half_patch = found.half_patch or _half_patch(patches)
+    notes = () if half_patch else ("coordinates are top-left corners: the file does not say the patch size",)
+    coords = found.corners + (half_patch or 0.0)
     return Slide(
         path.stem,
         found.features,
@@ -56,6 +58,18 @@ def read_embeddings(path: str | Path) -> Slide:
         micron_per_pixel=found.micron_per_pixel,
         notes=notes,
     )
+
+
+def _half_patch(patches: str | Path | None) -> float | None:
+    """Half the size of a patch in level-0 pixels by HEST's ``patches/{id}.h5``, None where it does not say."""
+    if patches is None or not Path(patches).is_file():
+        return None
+    try:
+        with h5py.File(patches, "r") as file:
+            size = file["coords"].attrs.get("patch_size_src", 0) if "coords" in file else 0
+    except OSError as error:
+        raise InputError(f"{patches}: is not readable HDF5, or is truncated ({error})".splitlines()[0]) from error
+    return float(size) / 2 or None
 
 
 def read_slide(path: str | Path, features_key: str = "features") -> Slide:
@@ -208,7 +222,7 @@ class HestTask:
         """
         embedded_path = self.embeddings_folder / f"{sample_id}.h5"
         if not expression:
-            return read_embeddings(embedded_path)
+            return read_embeddings(embedded_path, Path(self.root) / "patches" / f"{sample_id}.h5")
         embedded = _open_embeddings(embedded_path)
         path = Path(self.root) / "adata" / f"{sample_id}.h5ad"
         table = open_h5ad(path)

@@ -1,0 +1,277 @@
+"""Bad input gets one line on standard error and exit code 2, and nothing that was written before is lost."""
+
+from __future__ import annotations
+
+import errno
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from stflow_fast import cli
+from stflow_fast.config import DenoiserConfig
+from stflow_fast.model import Denoiser
+from stflow_fast.pretrained import Provenance
+
+from .builders import ENCODER, FEATURES, GENE_LIST, PANEL, arrays, gene_names, write_embeddings, write_h5ad, write_task
+
+TRAIN = ["--encoder", ENCODER, "--epochs", "1", "--set", "hidden_dim=16", "--set", "pairwise_hidden_dim=16"]
+
+
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the program; return its one line of complaint. Progress bars before it are not lines of complaint."""
+
+    def run(*arguments: object, code: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["stflow-fast", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capfd.readouterr()
+        assert (ended.value.code or 0) == code, said.err
+        assert "Traceback" not in said.err
+        complaints = re.findall(r"^stflow-fast: .*$", said.err, flags=re.MULTILINE)
+        if code:
+            assert len(complaints) == 1
+            assert said.err.rstrip().endswith(complaints[0]), "the complaint has more than one line"
+        return complaints[0] if complaints else ""
+
+    return run
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    return write_task(tmp_path / "task")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    Denoiser(config, Provenance(tuple(gene_names()[3:11]), ENCODER)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def slide_file(folder: Path, name: str = "S0", n: int = 60, **changes: np.ndarray) -> Path:
+    return write_h5ad(folder / f"{name}.h5ad", {**arrays(name, n), **changes}, features=True)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def embeddings_of(task: Path, name: str) -> Path:
+    return task / "embeddings" / ENCODER / "fp32" / f"{name}.h5"
+
+
+def delete_key(path: Path, key: str) -> None:
+    with h5py.File(path, "a") as file:
+        del file[key]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil(path: Path, key: str, value: float) -> None:
+    with h5py.File(path, "a") as file:
+        file[key][3:5] = value
+
+
+BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing embeddings": (lambda t: embeddings_of(t, "S1").unlink(), r"S1\.h5: does not exist"),
+    "missing expression": (lambda t: (t / "adata" / "S1.h5ad").unlink(), r"S1\.h5ad: does not exist"),
+    "truncated embeddings": (lambda t: cut(embeddings_of(t, "S1")), r"S1\.h5: is not readable HDF5, or is truncated"),
+    "truncated expression": (lambda t: cut(t / "adata" / "S1.h5ad"), r"S1\.h5ad: is not a readable \.h5ad"),
+    "no embeddings key": (lambda t: delete_key(embeddings_of(t, "S1"), "embeddings"), "has no 'embeddings'; it has"),
+    "no barcodes key": (lambda t: delete_key(embeddings_of(t, "S1"), "barcodes"), "has no 'barcodes'; it has"),
+    "no common barcodes": (
+        lambda t: write_embeddings(embeddings_of(t, "S1"), {**arrays("S1"), "barcodes": np.arange(60).astype(str)}),
+        r"S1\.h5: no barcode in common with .*S1\.h5ad",
+    ),
+    "duplicated barcodes": (
+        lambda t: write_embeddings(embeddings_of(t, "S1"), arrays("S1"), np.r_[0, 0, 1:60]),
+        r"S1\.h5: 1 duplicated barcodes",
+    ),
+    "NaN features": (lambda t: spoil(embeddings_of(t, "S1"), "embeddings", np.nan), "slide S1: features of 2 of 60"),
+    "infinite coordinates": (
+        lambda t: write_h5ad(t / "adata" / "S1.h5ad", {**arrays("S1"), "centres": np.full((60, 2), np.inf)}),
+        "slide S1: coords of 60 of 60 spots",
+    ),
+    "genes missing": (
+        lambda t: (t / GENE_LIST).write_text('{"genes": ["GENE1", "NOSUCH"]}'),
+        "1 of 2 genes are not in its expression: NOSUCH",
+    ),
+    "no gene list": (lambda t: (t / GENE_LIST).unlink(), f"{GENE_LIST}: does not exist"),
+    "empty slide": (
+        lambda t: write_embeddings(embeddings_of(t, "S1"), arrays("S1"), np.arange(0)),
+        r"S1\.h5: (no barcode in common|has no spots)",
+    ),
+    "features of another size": (
+        lambda t: write_embeddings(embeddings_of(t, "S1"), {**arrays("S1"), "features": np.zeros((60, 3), np.float32)}),
+        "slide S1: features of size 3, others have 16",
+    ),
+    "no splits": (lambda t: [path.unlink() for path in (t / "splits").iterdir()], "fold: 0 is not in"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_training_on_broken_data(say: Callable[..., str], task: Path, tmp_path: Path, name: str) -> None:
+    spoil_it, complaint = BREAKAGES[name]
+    spoil_it(task)
+    assert re.search(complaint, say("train", task, "--out", tmp_path / "run", *TRAIN))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--set", "n_heads=5"], "hidden_dim: must be a multiple of n_heads"),
+        (["--set", "width=5"], "--set width: is not a setting"),
+        (["--set", "n_layers=two"], "--set n_layers: 'two' is not a int"),
+        (["--normalize", "sqrt"], "normalize: must be one of"),
+        (["--select-on", "luck"], "select_on: must be validation or test"),
+        (["--fold", "4"], "fold: 4 is not in"),
+        (["--learning-rate", "0"], "learning_rate: must be above 0"),
+        (["--precision", "fp7"], "precision: must be one of no, bf16, fp16"),
+    ],
+)
+def test_training_with_bad_settings(
+    say: Callable[..., str], task: Path, tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    assert complaint in say("train", task, "--out", tmp_path / "run", *TRAIN, *arguments)
+
+
+def test_an_occupied_folder_is_left_as_it_is(say: Callable[..., str], task: Path, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    before = contents(other)
+    for command in (["train", task, *TRAIN], ["predict", model, slide_file(tmp_path)]):
+        assert "exists already" in say(*command, "--out", other)
+        assert "not an earlier result" in say(*command, "--out", other, "--overwrite")
+    (tmp_path / "genes.json").write_text("{}")
+    assert contents(other) == before
+
+
+def test_a_run_survives_bad_input_to_its_successor(say: Callable[..., str], task: Path, tmp_path: Path) -> None:
+    say("train", task, "--out", tmp_path / "run", *TRAIN, code=0)
+    before = contents(tmp_path / "run")
+    cut(embeddings_of(task, "S1"))
+    for mode in ([], ["--overwrite"], ["--resume"]):
+        say("train", task, "--out", tmp_path / "run", *TRAIN, *mode)
+    assert contents(tmp_path / "run") == before
+
+
+def test_resuming_what_is_not_there_or_cut_off(say: Callable[..., str], task: Path, tmp_path: Path) -> None:
+    assert "run.json: cannot be read" in say("train", task, "--out", tmp_path / "none", *TRAIN, "--resume")
+    say("train", task, "--out", tmp_path / "run", *TRAIN, code=0)
+    cut(tmp_path / "run" / "checkpoint.safetensors")
+    complaint = say("train", task, "--out", tmp_path / "run", *TRAIN, "--resume")
+    assert "checkpoint.safetensors: cannot be read" in complaint
+
+
+def test_models_that_cannot_be_read(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    slide = slide_file(tmp_path)
+    assert "does not exist" in say("predict", tmp_path / "none", slide, "--out", tmp_path / "out")
+    cut(model / "model.safetensors")
+    assert "model.safetensors: cannot be read" in say("predict", model, slide, "--out", tmp_path / "out")
+    (model / "config.json").write_text("{")
+    assert "config.json: is not valid JSON" in say("predict", model, slide, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 9])
+def test_slides_smaller_than_a_neighbourhood_are_predicted(
+    say: Callable[..., str], model: Path, tmp_path: Path, n: int
+) -> None:
+    say("predict", model, slide_file(tmp_path, n=n), "--out", tmp_path / "out", code=0)
+    table = anndata.read_h5ad(tmp_path / "out" / "S0.h5ad")
+    assert table.shape == (n, PANEL)
+    assert np.isfinite(table.X).all()
+
+
+def test_one_bad_slide_does_not_stop_the_others(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    good = [slide_file(tmp_path / "in", name) for name in ("S0", "S2")]
+    wide = {"features": np.zeros((60, 5), np.float32)}
+    bad = slide_file(tmp_path / "in", "S1", **wide)
+    complaint = say("predict", model, good[0], bad, good[1], "--out", tmp_path / "out")
+    assert "slide S1: features: 5 numbers per spot, but the model reads 16" in complaint
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.h5ad")) == ["S0.h5ad", "S2.h5ad"]
+    slide_file(tmp_path / "in", "S1")
+    say("predict", model, good[0], bad, good[1], "--out", tmp_path / "out", "--resume", code=0)
+    assert len(list((tmp_path / "out").glob("*.h5ad"))) == 3
+
+
+def test_predicting_from_files_without_features(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    bare = write_h5ad(tmp_path / "bare.h5ad", arrays("S0"))
+    assert "has no obsm['features'] with patch embeddings; it has spatial" in say(
+        "predict", model, bare, "--out", tmp_path / "out"
+    )
+    assert "is neither .h5ad" in say("predict", model, tmp_path / "x.svs", "--out", tmp_path / "out2")
+
+
+def test_a_full_disk_leaves_the_last_result(
+    say: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide, out = slide_file(tmp_path), tmp_path / "out"
+    say("predict", model, slide, "--out", out, code=0)
+    before = (out / "S0.h5ad").read_bytes()
+
+    def full(self: anndata.AnnData, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(anndata.AnnData, "write_h5ad", full)
+    complaint = say("predict", model, slide, "--out", out, "--overwrite", "--seed", 1)
+    assert "S0.h5ad: cannot be written (No space left on device)" in complaint
+    assert (out / "S0.h5ad").read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["S0.h5ad", "predictions.json"]
+
+
+def test_training_on_a_disk_that_fills_up(task: Path, tmp_path: Path) -> None:
+    """A real write error, from a limit on the size of files: the checkpoint does not fit."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "stflow_fast", "train", str(task), "--out", str(tmp_path / "run"), *TRAIN]
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert ended.returncode == 2, ended.stderr
+    assert "checkpoint.safetensors: cannot be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json"]
+
+
+def test_evaluating_what_cannot_be_scored(say: Callable[..., str], task: Path, model: Path, tmp_path: Path) -> None:
+    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    Denoiser(config).save_pretrained(tmp_path / "nameless")
+    assert "names no genes or no encoder" in say("evaluate", tmp_path / "nameless", task)
+    told = Provenance(tuple(gene_names()[3:11]), ENCODER, training={"train": {"S2": 60}})
+    Denoiser(config, told).save_pretrained(tmp_path / "cheat")
+    assert "trained on its test slides S2" in say("evaluate", tmp_path / "cheat", task)
+    out = tmp_path / "maps"
+    assert "GENE29" in say("evaluate", model, task, "--maps", out, "--biomarkers", "GENE3,GENE29")
+    assert not out.exists()
+
+
+def test_converting_without_the_right_genes(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    state = Denoiser.from_pretrained(model).state_dict()
+    torch.save(state, tmp_path / "published.pth")
+    (tmp_path / "genes.json").write_text('["A", "B"]')
+    command = ["convert", tmp_path / "published.pth", "--out", tmp_path / "out", "--genes", tmp_path / "genes.json"]
+    assert "predicts 8 genes, but 2 names were given" in say(*command)
+    (tmp_path / "genes.json").write_text('{"list": 3}')
+    assert "genes.json: must be a JSON list" in say(*command)
+    cut(tmp_path / "published.pth")
+    (tmp_path / "genes.json").write_text('["A"]')
+    assert "published.pth: is truncated" in say(*command)
+    assert not (tmp_path / "out").exists()

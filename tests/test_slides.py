@@ -1,0 +1,230 @@
+"""Slides and their readers: alignment by name, coordinates, normalisation, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse
+
+from stflow_fast.errors import InputError
+from stflow_fast.files import write_json
+from stflow_fast.slides import HestTask, Slide, normalize_counts, read_embeddings, read_h5ad, read_slide
+
+from .builders import (
+    ENCODER,
+    GENE_LIST,
+    PATCH,
+    arrays,
+    gene_names,
+    write_embeddings,
+    write_h5ad,
+    write_split,
+    write_task,
+)
+
+
+def embeddings_of(root: Path, name: str) -> Path:
+    return root / "embeddings" / ENCODER / "fp32" / f"{name}.h5"
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("key", ["barcodes", "barcode"])
+def test_embeddings_and_expression_meet_by_name(tmp_path: Path, text: bool, flat: bool, key: str) -> None:
+    root, made = write_task(tmp_path / "task"), arrays("S0")
+    order = np.random.default_rng(0).permutation(60)
+    write_embeddings(embeddings_of(root, "S0"), made, order, text, flat, key)
+    slide = HestTask(root, ENCODER).slide("S0")
+    assert list(slide.barcodes) == list(made["barcodes"][order])
+    assert np.array_equal(slide.features, made["features"][order])
+    assert np.array_equal(slide.counts.toarray(), made["counts"][order])
+    assert np.array_equal(slide.coords, made["centres"][order])
+    assert slide.notes == ()
+    assert slide.micron_per_pixel == 0.5
+
+
+def test_what_does_not_match_is_counted_and_said(tmp_path: Path) -> None:
+    root, made = write_task(tmp_path / "task"), arrays("S0")
+    write_embeddings(embeddings_of(root, "S0"), made, np.arange(50))
+    kept = {name: values[10:] for name, values in made.items()}
+    write_h5ad(root / "adata" / "S0.h5ad", kept)
+    slide = HestTask(root, ENCODER).slide("S0")
+    assert list(slide.barcodes) == list(made["barcodes"][10:50])
+    assert slide.notes == (
+        "10 of 50 embeddings have no expression and are left out",
+        "10 of 50 spots with expression have no embedding and are left out",
+    )
+
+
+def test_slides_without_expression_have_centres_where_the_patch_size_is_known(tmp_path: Path) -> None:
+    root, made = write_task(tmp_path / "task"), arrays("S0")
+    path = embeddings_of(root, "S0")
+    corners = HestTask(root, ENCODER).slide("S0", expression=False)
+    assert np.abs(corners.coords - (made["centres"] - PATCH / 2)).max() <= 1
+    assert "top-left" in corners.notes[0]
+    write_embeddings(root / "patches" / "S0.h5", made, key="barcode", patch_size=PATCH)
+    from_patches = HestTask(root, ENCODER).slide("S0", expression=False)
+    write_embeddings(path, made, patch_size=PATCH)
+    for slide in (from_patches, read_slide(path)):
+        assert np.abs(slide.coords - made["centres"]).max() <= 1
+        assert slide.notes == ()
+        assert slide.counts is None
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense", "int"])
+def test_h5ad_with_features(tmp_path: Path, form: str) -> None:
+    made = arrays("S1")
+    slide = read_slide(write_h5ad(tmp_path / "sample.h5ad", made, form, features=True))
+    assert slide.id == "sample"
+    assert np.array_equal(slide.features, made["features"])
+    assert np.array_equal(slide.coords, made["centres"])
+    genes = ["GENE7", "GENE2"]
+    assert np.allclose(slide.expression(genes), np.log1p(made["counts"][:, [7, 2]]))
+
+
+def test_h5ad_layers_of_counts_come_before_x(tmp_path: Path) -> None:
+    made = arrays("S1")
+    path = write_h5ad(tmp_path / "a.h5ad", made, features=True)
+    table = anndata.read_h5ad(path)
+    table.layers["counts"] = table.X.copy()
+    table.X = np.log1p(table.X.toarray())
+    table.write_h5ad(path)
+    assert np.array_equal(read_h5ad(path).counts.toarray(), made["counts"])
+
+
+def test_h5ad_without_x_predicts_but_has_no_expression(tmp_path: Path) -> None:
+    slide = read_h5ad(write_h5ad(tmp_path / "a.h5ad", arrays("S1"), None, features=True))
+    assert slide.counts is None
+    with pytest.raises(InputError, match="slide a: has no expression"):
+        slide.expression(["GENE1"])
+
+
+def test_normalisations() -> None:
+    counts, total = np.array([[3.0, 0.0], [5.0, 5.0], [0.0, 0.0]]), np.array([30.0, 10.0, 0.0])
+    assert np.allclose(normalize_counts(counts, total, "log1p"), np.log1p(counts))
+    assert np.array_equal(normalize_counts(counts, total, "counts"), counts)
+    expected = np.log1p([[1000.0, 0.0], [5000.0, 5000.0], [0.0, 0.0]])
+    assert np.allclose(normalize_counts(counts, total, "cp10k_log1p"), expected)
+    with pytest.raises(InputError, match="normalize: must be one of"):
+        normalize_counts(counts, total, "sqrt")
+
+
+def test_depth_counts_every_gene(tmp_path: Path) -> None:
+    made = arrays("S1")
+    slide = read_h5ad(write_h5ad(tmp_path / "a.h5ad", made, features=True))
+    assert np.allclose(slide.total_counts, made["counts"].sum(axis=1))
+    per_10k = made["counts"][:, [4]] * 1e4 / made["counts"].sum(axis=1, keepdims=True)
+    assert np.allclose(slide.expression(["GENE4"], "cp10k_log1p"), np.log1p(per_10k), atol=1e-5)
+
+
+def test_subsets_keep_everything_in_line(tmp_path: Path) -> None:
+    slide = read_h5ad(write_h5ad(tmp_path / "a.h5ad", arrays("S1"), features=True))
+    index = np.array([5, 3, 40])
+    part = slide.subset(index)
+    assert (part.id, part.n_spots, part.gene_names) == (slide.id, 3, slide.gene_names)
+    for name in ("features", "coords", "barcodes"):
+        assert np.array_equal(getattr(part, name), getattr(slide, name)[index])
+    assert np.array_equal(part.counts.toarray(), slide.counts.toarray()[index])
+
+
+def test_folds(tmp_path: Path) -> None:
+    root = write_task(tmp_path / "task")
+    task = HestTask(root, ENCODER)
+    assert task.folds() == [0]
+    assert (task.fold(0).train, task.fold(0).test, task.fold(0).val) == (("S0", "S1"), ("S2",), ())
+    write_split(root, "train", ("S0",))
+    write_split(root, "val", ("S1",))
+    assert task.fold(0).val == ("S1",)
+    assert task.genes(GENE_LIST) == tuple(gene_names()[3:11])
+
+
+def test_embeddings_may_lie_elsewhere_and_below_the_name_of_the_task(tmp_path: Path) -> None:
+    root = write_task(tmp_path / "task")
+    (tmp_path / "embedded").mkdir()
+    (root / "embeddings").rename(tmp_path / "embedded" / "task")
+    assert HestTask(root, ENCODER, tmp_path / "embedded").slide("S0").n_spots == 60
+
+
+@pytest.mark.parametrize(
+    ("side", "names"), [("test", ("S2", "S0")), ("val", ("S2",)), ("val", ("S0",))], ids=["test", "val-test", "val"]
+)
+def test_a_slide_on_two_sides_is_refused(tmp_path: Path, side: str, names: tuple[str, ...]) -> None:
+    root = write_task(tmp_path / "task")
+    write_split(root, side, names)
+    with pytest.raises(InputError, match="on two sides"):
+        HestTask(root, ENCODER).fold(0)
+
+
+@pytest.mark.parametrize("content", [{"genes": ["A", "A"]}, {"genes": []}, {"names": ["A"]}, ["A"], {"genes": [1]}])
+def test_broken_gene_lists_are_refused(tmp_path: Path, content: object) -> None:
+    root = write_task(tmp_path / "task")
+    write_json(root / "list.json", content)
+    with pytest.raises(InputError, match=r"list\.json: "):
+        HestTask(root, ENCODER).genes("list.json")
+
+
+def good_slide() -> Slide:
+    made = arrays("S0")
+    counts = scipy.sparse.csr_matrix(made["counts"])
+    return Slide("s", made["features"], made["centres"], made["barcodes"], counts, tuple(gene_names()))
+
+
+def spoiled(values: np.ndarray, value: float) -> np.ndarray:
+    values = values.copy()
+    values[[1, 7]] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: {"features": spoiled(s.features, np.nan)}, "slide s: features of 2 of 60 spots are NaN"),
+        (lambda s: {"coords": spoiled(s.coords, np.inf)}, "slide s: coords of 2 of 60 spots are NaN"),
+        (lambda s: {"barcodes": np.repeat(s.barcodes[:30], 2)}, "slide s: 30 duplicated barcodes, such as 0x0"),
+        (lambda s: {"features": s.features[:5]}, r"slide s: features must have shape \[60, F\]"),
+        (lambda s: {"coords": s.coords[:, :1]}, r"slide s: coords must have shape \[60, 2\]"),
+        (lambda s: {"counts": s.counts[:, :3]}, r"slide s: counts must have shape \[60, 30\]"),
+        (lambda s: {"counts": s.counts * -1}, "counts are negative"),
+    ],
+)
+def test_slides_are_checked_when_made(change: Callable[[Slide], dict[str, object]], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        dataclasses.replace(good_slide(), **change(good_slide()))
+
+
+def test_genes_that_are_missing_or_ambiguous_are_named() -> None:
+    with pytest.raises(InputError, match="slide s: 2 of 3 genes are not in its expression: X, Y"):
+        good_slide().expression(["X", "GENE1", "Y"])
+    twice = dataclasses.replace(good_slide(), gene_names=("GENE1", *gene_names()[1:]))
+    with pytest.raises(InputError, match="gene GENE1 stands in several columns"):
+        twice.expression(["GENE1"])
+    assert twice.expression(["GENE5"]).shape == (60, 1)
+
+
+def test_real_slides(shared: Callable[[str], Path]) -> None:
+    root = shared("data/her2st")
+    task = HestTask(root, "efficientnet_lite0")
+    assert task.folds() == [0, 1, 2]
+    assert task.fold(2).train == ("A1", "B4")
+    spots = {"A1": 346, "B4": 283, "C2": 187, "C3": 180, "C4": 184, "C5": 181, "C6": 178}
+    genes = list(task.genes())
+    for name, n in spots.items():
+        slide, table = task.slide(name), anndata.read_h5ad(root / "adata" / f"{name}.h5ad")
+        assert (slide.n_spots, slide.feature_dim, slide.notes) == (n, 1280, ())
+        expected = np.log1p(table[slide.barcodes, genes].X.toarray())
+        assert np.allclose(slide.expression(genes), expected)
+        alone = task.slide(name, expression=False)
+        assert np.abs(alone.coords - slide.coords).max() <= 1.0
+        assert 0.6 < slide.micron_per_pixel < 1.0
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is neither \.h5ad"):
+        read_slide(tmp_path / "slide.svs")
+    with pytest.raises(InputError, match="does not exist"):
+        read_embeddings(tmp_path / "slide.h5")
