@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .config import DenoiserConfig
@@ -87,7 +87,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", paper_url="ht
         path = Path(model_id) / WEIGHTS_FILE
         if not Path(model_id).is_dir():
             path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **download))
-        state = load_tensors(path)
+        state, _ = load_tensors(path)
         model = cls(DenoiserConfig.from_dict(config["denoiser"]), Provenance.from_dict(config.get("provenance", {})))
         load_state(model, state, path)
         return model.to(map_location).eval()
@@ -102,10 +102,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
             raise OSError(str(error)) from error
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the CPU. Raises InputError when it is missing or truncated."""
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file onto the CPU: (tensors, metadata). Raises InputError when it is missing or truncated."""
     try:
-        return safetensors.torch.load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error}); it is missing or truncated") from error
 

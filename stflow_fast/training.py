@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import DenoiserConfig
@@ -114,50 +113,27 @@ def fit(
         InputError: genes missing from a slide, features of different sizes, an occupied ``out``, another
             configuration on resume, a truncated checkpoint, a full disk.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     config = config or TrainingConfig()
     out = Path(out)
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))
-    accelerator = Accelerator(mixed_precision=precision)
-    windows = Windows(data, config, settings.n_neighbors)
-    torch.manual_seed(config.seed)
-    model = Denoiser(settings)
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    trainer = _Trainer(data, settings, config, precision)
     description = _describe(data, settings, config, precision)
-    if accelerator.is_main_process:
+    speaks = trainer.accelerator.is_main_process
+    if speaks:
         _open_run(out, description, resume, overwrite)
-    accelerator.wait_for_everyone()
-    objective, optimizer = accelerator.prepare(FlowObjective(model), optimizer)
-    average.to(accelerator.device)
-    progress = _restore(out / CHECKPOINT_FILE, model, average, optimizer) if resume else Progress([], {})
+    trainer.accelerator.wait_for_everyone()
+    progress = trainer.restore(out / CHECKPOINT_FILE) if resume else Progress([], {})
     while progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
-        started = time.perf_counter()
-        epoch = progress.epoch + 1
-        loss = _train_epoch(accelerator, objective, average, optimizer, windows, epoch, config)
-        found = evaluate_selection(average, data, config)
-        reached = found["selection_pearson"]
-        improved = reached is not None and reached > progress.best_score
-        record = {
-            "epoch": epoch,
-            "train_loss": loss,
-            **found,
-            "selected_on": data.selected_on,
-            "best": improved or not progress.best,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        best = _copy(average.state_dict()) if record["best"] else progress.best
-        progress = Progress([*progress.records, record], best)
-        if accelerator.is_main_process:
-            _save_progress(out, progress, model, average, optimizer)
+        progress = trainer.advance(progress)
+        if speaks:
+            trainer.save(out, progress)
             if on_epoch:
-                on_epoch(record)
-    final = _finished_model(settings, data, description, progress)
-    if accelerator.is_main_process:
-        _replace_model(out / MODEL_FOLDER, final)
-    accelerator.wait_for_everyone()
-    return Run(out, final, progress.records, progress.best_epoch)
+                on_epoch(progress.records[-1])
+    model = _finished_model(settings, data, description, progress)
+    if speaks:
+        _replace_model(out / MODEL_FOLDER, model)
+    trainer.accelerator.wait_for_everyone()
+    return Run(out, model, progress.records, progress.best_epoch)
 
 
 def train(
@@ -229,20 +205,6 @@ def load_fold(
     return TrainingData(train, selection, selected_on, task.genes(genes), encoder, normalize, description)
 
 
-def evaluate_selection(model: Denoiser, data: TrainingData, config: TrainingConfig) -> dict[str, Any]:
-    """Mean over slides of the mean Pearson over genes, and the mean squared error, of sampled expression."""
-    scores = []
-    for slide in data.selection:
-        drawn = sample(model, slide, n_sample_steps=config.n_sample_steps, prior=config.prior, seed=config.seed)
-        truth = slide.expression(data.genes, data.normalize)
-        scores.append(score(truth, drawn.expression.numpy(), data.genes))
-    defined = [one["pearson_mean"] for one in scores if one["pearson_mean"] is not None]
-    return {
-        "selection_mse": float(np.mean([one["mse_mean"] for one in scores])),
-        "selection_pearson": float(np.mean(defined)) if defined else None,
-    }
-
-
 def _feature_dim(data: TrainingData) -> int:
     sizes = {slide.id: slide.feature_dim for slide in [*data.train, *data.selection]}
     first = next(iter(sizes.values()))
@@ -284,37 +246,102 @@ def _open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: b
             raise InputError(f"{out / RUN_FILE}: {field} differs from this call; resume with the settings of the run")
 
 
-def _train_epoch(
-    accelerator: Accelerator,
-    objective: nn.Module,
-    average: Denoiser,
-    optimizer: torch.optim.Optimizer,
-    windows: Windows,
-    epoch: int,
-    config: TrainingConfig,
-) -> float:
-    objective.train()
-    batches, world = windows.batches(epoch), accelerator.num_processes
-    # Every process takes as many steps as the others, or their gradient exchange would wait for ever.
-    steps = math.ceil(len(batches) / world)
-    total = torch.zeros((), device=accelerator.device)
-    for step in range(steps):
-        batch = batches[(step * world + accelerator.process_index) % len(batches)]
-        with accelerator.autocast():
-            loss = objective(windows.make(epoch, batch).to(accelerator.device))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = (epoch - 1) * steps + step
-        # The first steps are soon forgotten, or the mean would long remember the initial weights.
-        _follow(
-            average,
-            accelerator.unwrap_model(objective).denoiser,
-            min(config.ema_decay, (1 + done) / (10 + done)),
-        )
-        total += loss.detach()
-    return float(accelerator.reduce(total / steps, "mean"))
+class _Trainer:
+    """The network, its running mean and its optimiser, and one epoch after another."""
+
+    def __init__(self, data: TrainingData, settings: DenoiserConfig, config: TrainingConfig, precision: str) -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.data, self.config = data, config
+        self.windows = Windows(data, config, settings.n_neighbors)
+        self.truth = [slide.expression(data.genes, data.normalize) for slide in data.selection]
+        self.accelerator = Accelerator(mixed_precision=precision)
+        torch.manual_seed(config.seed)
+        self.model = Denoiser(settings)
+        self.average = copy.deepcopy(self.model).to(self.accelerator.device)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.objective, self.optimizer = self.accelerator.prepare(FlowObjective(self.model), optimizer)
+
+    def advance(self, progress: Progress) -> Progress:
+        """Train one epoch more and score it."""
+        started = time.perf_counter()
+        loss = self._train_epoch(progress.epoch + 1)
+        scores = self._score()
+        reached = scores["selection_pearson"]
+        improved = reached is not None and reached > progress.best_score
+        record = {
+            "epoch": progress.epoch + 1,
+            "train_loss": loss,
+            **scores,
+            "selected_on": self.data.selected_on,
+            "best": improved or not progress.best,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        best = _copy(self.average.state_dict()) if record["best"] else progress.best
+        return Progress([*progress.records, record], best)
+
+    def _train_epoch(self, epoch: int) -> float:
+        self.objective.train()
+        batches, world = self.windows.batches(epoch), self.accelerator.num_processes
+        # Every process takes as many steps as the others, or their gradient exchange would wait for ever.
+        steps = math.ceil(len(batches) / world)
+        total = torch.zeros((), device=self.accelerator.device)
+        for step in range(steps):
+            batch = batches[(step * world + self.accelerator.process_index) % len(batches)]
+            with self.accelerator.autocast():
+                loss = self.objective(self.windows.make(epoch, batch).to(self.accelerator.device))
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            done = (epoch - 1) * steps + step
+            # The first steps are soon forgotten, or the mean would long remember the initial weights.
+            _follow(self.average, self.model, min(self.config.ema_decay, (1 + done) / (10 + done)))
+            total += loss.detach()
+        return float(self.accelerator.reduce(total / steps, "mean"))
+
+    def _score(self) -> dict[str, float | None]:
+        """Mean over slides of the mean Pearson over genes, and of the mean squared error, of sampled expression."""
+        how = {name: getattr(self.config, name) for name in ("n_sample_steps", "prior", "seed")}
+        scores = []
+        for slide, truth in zip(self.data.selection, self.truth, strict=True):
+            drawn = sample(self.average, slide, **how)
+            scores.append(score(truth, drawn.expression.numpy(), self.data.genes))
+        defined = [one["pearson_mean"] for one in scores if one["pearson_mean"] is not None]
+        return {
+            "selection_mse": float(np.mean([one["mse_mean"] for one in scores])),
+            "selection_pearson": float(np.mean(defined)) if defined else None,
+        }
+
+    def save(self, out: Path, progress: Progress) -> None:
+        """Write checkpoint.safetensors and metrics.jsonl."""
+        parts = {"model": self.model.state_dict(), "average": self.average.state_dict(), "best": progress.best}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                parts.setdefault(f"adam.{key}", {})[names[parameter]] = value
+        tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        save_tensors(out / CHECKPOINT_FILE, _copy(tensors), {"records": json.dumps(progress.records)})
+        with atomic_path(out / METRICS_FILE) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in progress.records))
+
+    def restore(self, path: Path) -> Progress:
+        """Go back to a checkpoint; to the start where there is none: killed before the first epoch ended."""
+        if not path.exists():
+            return Progress([], {})
+        tensors, metadata = load_tensors(path)
+        part = {
+            prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in ("model.", "average.", "best.", "adam.")
+        }
+        self.model.load_state_dict(part["model."], strict=True)
+        self.average.load_state_dict(part["average."], strict=True)
+        for name, parameter in self.model.named_parameters():
+            state = {key: part["adam."][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
+        return Progress(json.loads(metadata["records"]), part["best."])
 
 
 @torch.no_grad()
@@ -325,47 +352,6 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of Adam by parameter name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"adam.{key}.{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _save_progress(
-    out: Path, progress: Progress, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    parts = {"model": model.state_dict(), "average": average.state_dict(), "best": progress.best}
-    tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-    tensors = _copy({**tensors, **_moments(model, optimizer)})
-    save_tensors(out / CHECKPOINT_FILE, tensors, {"records": json.dumps(progress.records)})
-    with atomic_path(out / METRICS_FILE) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in progress.records))
-
-
-def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    if not path.exists():
-        return Progress([], {})  # killed before the first epoch ended
-    tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        records = json.loads(file.metadata()["records"])
-    part = {
-        prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in ("model.", "average.", "best.", "adam.")
-    }
-    model.load_state_dict(part["model."], strict=True)
-    average.load_state_dict(part["average."], strict=True)
-    for name, parameter in model.named_parameters():
-        state = {key: part["adam."][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-        }
-    return Progress(records, part["best."])
 
 
 def _finished_model(

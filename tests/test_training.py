@@ -79,7 +79,7 @@ def test_a_run_killed_before_its_first_epoch_resumes(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train_epoch", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(training._Trainer, "advance", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(data, tmp_path / "run", TINY, QUICK)
     assert len(fit(data, tmp_path / "run", TINY, QUICK, resume=True).records) == 3
