@@ -18,7 +18,15 @@ from .config import DenoiserConfig
 from .errors import InputError
 from .graph import SpotGraph
 from .ops.dropout import DropoutKeys, dropout
-from .ops.reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, fold_edge_weights, gated_mlp
+from .ops.reference import (
+    AttentionOutput,
+    AttentionSpec,
+    Dropouts,
+    EdgeWeights,
+    MLPWeights,
+    fold_edge_weights,
+    gated_mlp,
+)
 from .pretrained import Pretrained, Provenance
 
 TIME_FREQUENCIES = 256
@@ -105,38 +113,21 @@ class EdgeAttention(nn.Module):
             output._replace(fc1_weight=torch.cat([on_values, on_messages, on_weight], dim=1)),
         )
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
-    ) -> Tensor:
-        """[N, d] context of the spots, from expression x [N, G] and tokens [N, d]."""
-        folded, d = layer.folded, self.config.hidden_dim
-        norm = self.layernorm_qkv[0]
+    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> tuple[Tensor, Tensor]:
+        """Expression x [n, G] and tokens [n, d] to the terms A_i [n, H * P] and B_j with the values behind it."""
+        norm, d = self.layernorm_qkv[0], self.config.hidden_dim
         projected = F.linear(
             F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps), folded.project, folded.project_bias
         )
         width = (projected.shape[1] - d) // 2
         gene = (x @ folded.gene.T).repeat(1, self.spec.n_heads)
-        query = projected[:, :width] - gene
         keys_values = torch.cat([projected[:, width : 2 * width] + gene, projected[:, 2 * width :]], dim=1)
-        kept = layer.messages is not None
-        taken = ops.edge_attention(
-            query,
-            keys_values,
-            graph.neighbors,
-            layer.messages if kept else graph.geometry,
-            folded.edges,
-            self.spec,
-            Dropouts(keys, self.config.dropout, self.config.attn_dropout),
-            edges_are_messages=kept,
-        )
-        return gated_mlp(
-            torch.cat(taken, dim=1),
-            folded.output,
-            self.W_output.activation,
-            self.config.dropout,
-            keys,
-            STREAM_OUTPUT,
-        )
+        return projected[:, :width] - gene, keys_values
+
+    def output(self, taken: AttentionOutput, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
+        """[n, d] context of the spots, from what they took from their neighbours."""
+        context = torch.cat(taken, dim=1)
+        return gated_mlp(context, folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
 
 
 class LayerState(NamedTuple):
@@ -176,9 +167,25 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
         """Expression [N, G] and tokens [N, d] to the next layer's."""
-        tokens = tokens + self.attn(x, tokens, layer, graph, keys)
-        tokens = tokens + self.mlp(tokens, self.attn.config.dropout, keys, STREAM_MLP)
-        return self.gene_updater(tokens, keys), tokens
+        attn, folded = self.attn, layer.folded
+        p, attn_p = attn.config.dropout, attn.config.attn_dropout
+
+        def project(x: Tensor, tokens: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, ...]:
+            return attn.project(x, tokens, folded)
+
+        def finish(tokens: Tensor, *rest: Tensor | DropoutKeys | None) -> tuple[Tensor, Tensor]:
+            *taken, keys = rest
+            tokens = tokens + attn.output(AttentionOutput(*taken), folded, keys)
+            tokens = tokens + self.mlp(tokens, p, keys, STREAM_MLP)
+            return self.gene_updater(tokens, keys), tokens
+
+        query, keys_values = ops.by_rows(project, (x, tokens), keys)
+        kept = layer.messages is not None
+        edges = layer.messages if kept else graph.geometry
+        taken = ops.edge_attention(
+            query, keys_values, graph.neighbors, edges, folded.edges, attn.spec, Dropouts(keys, p, attn_p), kept
+        )
+        return ops.by_rows(finish, (tokens, *taken), keys)
 
 
 class SpatialTransformer(nn.Module):
