@@ -31,7 +31,9 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
+	$(BIN)/python -m benchmarks.summarize .benchmarks/cpu.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -21,8 +21,9 @@ def main(n_spots: int, mode: str) -> None:
     model = network()
     with use_compile(mode):
         # Code first, so that torch.compile's own memory is not counted; then the inputs; then what sampling adds.
-        features, coords, noise = slide(max(COMPILED_BLOCK, 1000))
-        sample(model, (features, coords), x_0=noise, n_sample_steps=SAMPLE_STEPS)
+        for small in (COMPILED_BLOCK, 2 * COMPILED_BLOCK):
+            features, coords, noise = slide(small)
+            sample(model, (features, coords), x_0=noise, n_sample_steps=SAMPLE_STEPS)
         features, coords, noise = slide(n_spots)
         before = peak_bytes()
         sample(model, (features, coords), x_0=noise, n_sample_steps=SAMPLE_STEPS)

@@ -68,7 +68,7 @@ def page(found: dict) -> str:
         "# On the CPU",
         f"{found['date']}, commit {found['commit']}; {found['device']}, {threads[0]} thread(s) used; "
         f"torch {found['versions']['torch']}, Python {found['versions']['python']}. "
-        f"Load average before each run: {min(load):.1f} to {max(load):.1f} (other jobs shared the machine). "
+        f"Load average before each run: {min(load):.1f} to {max(load):.1f}. "
         "Default model, 50 genes, 1024 features, random weights, hexagonal lattice, 4 denoiser calls. "
         "Seconds are the shortest of the rounds; compilation is left out (a first sample paid for it).",
     ]
@@ -90,7 +90,7 @@ def page(found: dict) -> str:
             [f"{run['n_spots']:,}", f"{run['seconds_min']:.2f}", f"{run['seconds_min'] / run['n_spots'] * 1e6:.0f}"]
             for run in groups["scaling"]
         ]
-        parts += ["## Larger slides (torch.compile)", table(["spots", "seconds", "microseconds per spot"], rows)]
+        parts += ["## Larger slides (plain torch)", table(["spots", "seconds", "microseconds per spot"], rows)]
     if "memory" in groups:
         rows = [
             [TITLES[run["variant"]], f"{run['n_spots']:,}", f"{run['peak_above_inputs'] / 1e9:.2f}"]

@@ -49,8 +49,8 @@ def time_ours(benchmark: BenchmarkFixture, mode: str, n_spots: int) -> None:
     benchmark.extra_info.update(n_spots=n_spots, variant=mode)
     with use_compile(mode):
         begun = time.perf_counter()
-        small = max(COMPILED_BLOCK, 1000)  # of the same network: what is compiled does not depend on the slide's size
-        sample(model, (features[:small], coords[:small]), x_0=noise[:small], n_sample_steps=SAMPLE_STEPS)
+        for small in (COMPILED_BLOCK, 2 * COMPILED_BLOCK):  # the second size makes torch.compile see that it varies
+            sample(model, (features[:small], coords[:small]), x_0=noise[:small], n_sample_steps=SAMPLE_STEPS)
         benchmark.extra_info["first_sample_seconds"] = time.perf_counter() - begun
         drawn = benchmark.pedantic(
             sample,
@@ -95,11 +95,10 @@ def test_they_compute_the_same() -> None:
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@needs_compiler
 @pytest.mark.benchmark(group="scaling")
 @pytest.mark.parametrize("n_spots", SCALING_SPOTS)
 def test_time_per_spot(benchmark: BenchmarkFixture, n_spots: int) -> None:
-    time_ours(benchmark, "on", n_spots)
+    time_ours(benchmark, "off", n_spots)
 
 
 @pytest.mark.benchmark(group="graph")

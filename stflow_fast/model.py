@@ -113,16 +113,16 @@ class EdgeAttention(nn.Module):
             output._replace(fc1_weight=torch.cat([on_values, on_messages, on_weight], dim=1)),
         )
 
-    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> tuple[Tensor, Tensor]:
-        """Expression x [n, G] and tokens [n, d] to the terms A_i [n, H * P] and B_j with the values behind it."""
+    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> tuple[Tensor, Tensor, Tensor]:
+        """Expression x [n, G] and tokens [n, d] to the terms A_i and B_j [n, H * P] and the values [n, d]."""
         norm, d = self.layernorm_qkv[0], self.config.hidden_dim
         projected = F.linear(
             F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps), folded.project, folded.project_bias
         )
         width = (projected.shape[1] - d) // 2
         gene = (x @ folded.gene.T).repeat(1, self.spec.n_heads)
-        keys_values = torch.cat([projected[:, width : 2 * width] + gene, projected[:, 2 * width :]], dim=1)
-        return projected[:, :width] - gene, keys_values
+        query, key, value = projected.split([width, width, d], dim=1)
+        return query - gene, key + gene, value
 
     def output(self, taken: AttentionOutput, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
         """[n, d] context of the spots, from what they took from their neighbours."""
@@ -179,11 +179,11 @@ class TransformerBlock(nn.Module):
             tokens = tokens + self.mlp(tokens, p, keys, STREAM_MLP)
             return self.gene_updater(tokens, keys), tokens
 
-        query, keys_values = ops.by_rows(project, (x, tokens), keys)
+        query, key, value = ops.by_rows(project, (x, tokens), keys)
         kept = layer.messages is not None
         edges = layer.messages if kept else graph.geometry
         taken = ops.edge_attention(
-            query, keys_values, graph.neighbors, edges, folded.edges, attn.spec, Dropouts(keys, p, attn_p), kept
+            query, key, value, graph.neighbors, edges, folded.edges, attn.spec, Dropouts(keys, p, attn_p), kept
         )
         return ops.by_rows(finish, (tokens, *taken), keys)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..graph import MISSING
 from .dropout import DropoutKeys
 from .reference import (
     AttentionOutput,
@@ -40,18 +39,19 @@ TRAINING_BLOCK_BYTES = 128 * 2**20
 """The same with gradients, where a second block means that every block is computed twice. A window of a few hundred
 spots stays whole: a step takes a sixth less time than with blocks of 8 MiB."""
 
-ROW_BLOCK = 512
-"""Spots in a block of what treats every spot alone, so that its temporaries stay in a core's cache."""
+ROW_BLOCK = 1024
+"""Spots in a block of what treats every spot alone, so that its temporaries stay in a core's cache. 10,000 spots, two
+threads: 2.76 s whole, 2.44 in blocks of 512, 2.37 of 1024, 2.38 of 2048."""
 
 COMPILED_BLOCK = 512
 """Spots in a block of the compiled path: one shape for every slide, so one compilation per configuration.
 
 Microseconds per spot as above: 350 at 128 spots, 359 at 256, 381 at 512, 372 at 1024, 636 at 2048, on a machine whose
-load moves them by a tenth (325 at 512 and 328 at 256 on another occasion): flat to 1024. The gather is compiled with
-the rest: 457 against 444 in turns in one process, so hardly more than noise."""
+load moves them by a tenth."""
 
-COMPILE_FROM_SPOTS = 8192
-"""Slides below this never repay the tens of seconds that a first compilation takes."""
+COMPILE_FROM_SPOTS = 200_000
+"""Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
+20 s. With two threads they save nothing (2.4 s both: inductor's own loops take 0.47 s with one thread, 0.66 with two)."""
 
 _compile_mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("stflow_compile", default=None)
 
@@ -70,6 +70,8 @@ def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -
         return Backend("reference", "plain torch; STFLOW_COMPILE=off")
     if cpp_compiler() is None:
         return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
+    if mode == "auto" and torch.get_num_threads() > 1:
+        return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
     if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
         return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
     return Backend("reference_compiled", f"torch.compile with {cpp_compiler()}")
@@ -77,7 +79,8 @@ def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -
 
 @contextlib.contextmanager
 def use_compile(mode: str) -> Iterator[None]:
-    """Choose how the CPU runs inference: ``auto`` (compiled for large slides), ``on`` or ``off``.
+    """Choose how the CPU runs inference: ``auto`` (compiled for large slides where there is one thread), ``on``
+    or ``off``.
 
     The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled.
 
@@ -106,7 +109,7 @@ def cpp_compiler() -> str | None:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, fullgraph=True)
 
 
 def by_rows(
@@ -151,7 +154,8 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
 
 def edge_attention(
     query: Tensor,
-    keys_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
     neighbors: Tensor,
     edges: Tensor,
     weights: EdgeWeights,
@@ -162,8 +166,9 @@ def edge_attention(
     """Attention of every spot over its neighbours, block after block.
 
     Args:
-        query: [N, H * P] per-spot terms A_i.
-        keys_values: [N, H * P + d] per-spot terms B_j with the values behind them.
+        query: [N, H * P] terms A_i.
+        keys: [N, H * P] terms B_j.
+        values: [N, d].
         neighbors: [N, K] int64, MISSING where there is none.
         edges: [N, K, 3] geometry, or [N, K, E] messages of :func:`make_messages`.
 
@@ -171,16 +176,14 @@ def edge_attention(
         AttentionOutput of N spots. With gradients and more than one block, blocks are recomputed in the backward.
     """
     n, k = neighbors.shape
-    width = query.shape[1]
-    values_width = keys_values.shape[1] - width
     function = attend if edges_are_messages else attend_block
     training = torch.is_grad_enabled() and query.requires_grad
     function, blocks = _plan(n, k, weights, function, query.device, training)
 
     def run(start: int, stop: int) -> AttentionOutput:
-        near, part = neighbors[start:stop], dropouts.rows(start, stop)
-        gathered = keys_values.index_select(0, near.clamp(min=0).flatten())
-        return function(query[start:stop], gathered, near != MISSING, edges[start:stop], weights, spec, part)
+        rows = slice(start, stop)
+        part = dropouts.rows(start, stop)
+        return function(query[rows], keys, values, neighbors[rows], edges[rows], weights, spec, part)
 
     if training:
         if len(blocks) == 1:
@@ -189,7 +192,7 @@ def edge_attention(
         if parts:
             return AttentionOutput(*map(torch.cat, zip(*parts, strict=True)))
     output = AttentionOutput(
-        query.new_empty(n, values_width),
+        query.new_empty(n, values.shape[1]),
         query.new_empty(n, spec.n_heads * weights.message_to_logit.shape[0]),
         query.new_empty(n, spec.n_heads),
     )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..graph import MISSING
 from .dropout import DropoutKeys, dropout
 
 LAYERNORM_EPS = 1e-5
@@ -112,8 +113,9 @@ def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, d
 
 def attend(
     query: Tensor,
-    gathered: Tensor,
-    present: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    neighbors: Tensor,
     messages: Tensor,
     weights: EdgeWeights,
     spec: AttentionSpec,
@@ -122,14 +124,16 @@ def attend(
     """Attention of n spots over their neighbours.
 
     Args:
-        query: [n, H * P] per-spot term A_i of the pre-activation.
-        gathered: [n * K, H * P + d] the neighbours' terms B_j with their values behind them.
-        present: [n, K] false for missing neighbours.
+        query: [n, H * P] term A_i of the pre-activation.
+        keys: [N, H * P] terms B_j of all spots.
+        values: [N, d] of all spots.
+        neighbors: [n, K] rows of ``keys`` and ``values``, MISSING where there is none.
         messages: [n, K, E].
     """
-    n, k = present.shape
-    n_heads, width = spec.n_heads, query.shape[1]
-    pre = torch.addmm(gathered[:, :width], messages.reshape(n * k, -1), weights.message_to_logit)
+    n, k = neighbors.shape
+    n_heads = spec.n_heads
+    present, near = neighbors != MISSING, neighbors.clamp(min=0).flatten()
+    pre = (messages.reshape(n * k, -1) @ weights.message_to_logit).add_(keys.index_select(0, near))
     pre = pre.view(n, k, n_heads, -1) + query.view(n, 1, n_heads, -1)
     hidden = dropout(gate(pre, spec.logit_activation), dropouts.mlp, dropouts.keys, STREAM_LOGIT_HIDDEN)
     logits = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS) @ weights.logit_weight + weights.logit_bias
@@ -138,23 +142,26 @@ def attend(
     logits = logits.masked_fill(~present.unsqueeze(-1), torch.finfo(logits.dtype).min)
     attention = logits.softmax(dim=1) * present.unsqueeze(-1)
     attention = dropout(attention, dropouts.attention, dropouts.keys, STREAM_ATTENTION).transpose(1, 2)  # [n, H, K]
-    values = gathered[:, width:].view(n, k, n_heads, -1).transpose(1, 2)
-    from_values = (attention.unsqueeze(2) @ values).view(n, -1)
+    near_values = values.index_select(0, near).view(n, k, n_heads, -1).transpose(1, 2)
+    from_values = (attention.unsqueeze(2) @ near_values).view(n, -1)
     from_edges = (attention @ messages).view(n, -1)
     return AttentionOutput(from_values, from_edges, attention.sum(dim=2))
 
 
 def attend_block(
     query: Tensor,
-    gathered: Tensor,
-    present: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    neighbors: Tensor,
     geometry: Tensor,
     weights: EdgeWeights,
     spec: AttentionSpec,
     dropouts: Dropouts,
 ) -> AttentionOutput:
     """:func:`attend` with the messages made on the way, for when they are not kept."""
-    return attend(query, gathered, present, edge_messages(geometry, weights, spec, dropouts), weights, spec, dropouts)
+    return attend(
+        query, keys, values, neighbors, edge_messages(geometry, weights, spec, dropouts), weights, spec, dropouts
+    )
 
 
 def fold_edge_weights(
