@@ -28,7 +28,7 @@ def slide(n: int = 40, name: str = "a") -> Slide:
 def test_the_path_is_straight_and_its_velocity_its_slope() -> None:
     x_0, x_1 = torch.rand(2, 4, 3).double()
     for t in (0.0, 0.3, 0.9):
-        x_t = CondOTPath.sample(x_0, x_1, torch.tensor(t).double())
+        x_t = CondOTPath.sample(x_0, x_1, torch.tensor(t, dtype=torch.float64))
         torch.testing.assert_close(CondOTPath.velocity(x_t, x_1, t), x_1 - x_0)
 
 

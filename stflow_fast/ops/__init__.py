@@ -51,7 +51,7 @@ load moves them by a tenth."""
 
 COMPILE_FROM_SPOTS = 200_000
 """Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
-20 s. With two threads they save nothing (2.4 s both: inductor's own loops take 0.47 s with one thread, 0.66 with two)."""
+20 s. With two threads they save nothing (2.4 s both): inductor's loops take 0.47 s with one thread, 0.66 with two."""
 
 _compile_mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("stflow_compile", default=None)
 
