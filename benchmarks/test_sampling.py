@@ -122,4 +122,4 @@ def test_peak_memory(benchmark: BenchmarkFixture, mode: str) -> None:
 
     measured = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info.update(measured, n_spots=MEMORY_SPOTS, variant=mode)
-    assert measured["peak_above_inputs"] < 3e9
+    assert 0 < measured["peak_above_inputs"] < 3e9
