@@ -21,7 +21,7 @@ from .dropout import DropoutKeys, dropout
 
 LAYERNORM_EPS = 1e-5
 
-# Streams of randomness inside one layer; the model adds a layer's offset (LAYER_STREAMS) to the keys.
+# Streams of randomness inside one layer; a layer has keys of its own (SpatialTransformer.run).
 STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
 
 
