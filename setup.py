@@ -23,7 +23,7 @@ setup(
         "scipy>=1.10",
         "pandas>=2.0",
         "h5py>=3.8",
-        "anndata>=0.10",
+        "anndata>=0.11",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.26",
         "accelerate>=1.0",

@@ -18,19 +18,33 @@ from .pretrained import Provenance, load_state
 
 _ENCODER_PREFIX = "backbone."
 
+# What torch.load raises for files of the wrong kind, cut off, or empty; the last four come from its unpickler.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+
 
 def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
     """The settings of a published denoiser or encoder, read off its parameters.
 
-    Shapes tell every size but ``n_neighbors``, ``n_heads`` and whether an ungated MLP uses gelu or relu: those, and
-    ``non_negative``, come from ``settings`` or are the published defaults.
+    Shapes tell everything but ``n_neighbors``, ``non_negative``, the dropouts, which come from ``settings`` or are the
+    published defaults, and whether an ungated MLP uses gelu or relu, which has no default.
 
     Args:
         state: a ``state_dict``, with or without the prefix ``backbone.`` of a whole denoiser.
         settings: fields of DenoiserConfig that the shapes do not tell.
 
     Raises:
-        InputError: the parameters are not those of STFlow, or contradict the settings.
+        InputError: the parameters are not those of STFlow or contradict the settings, or the activation is unknown.
     """
     whole = any(name.startswith(_ENCODER_PREFIX) for name in state)
     encoder = {name.removeprefix(_ENCODER_PREFIX): value for name, value in state.items()}
@@ -46,7 +60,9 @@ def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserCo
     # mlp_attn reads a query head, a key head, an edge head and the genes: (2 d + de) / H + G numbers.
     per_head = attention_inputs - genes
     n_heads = (2 * d + edge) // per_head if per_head > 0 else 0
-    activation = "swiglu" if gated * 2 == edge else settings.get("activation", "gelu")
+    activation = "swiglu" if gated * 2 == edge else settings.get("activation", "unknown")
+    if gated == edge and activation not in ("gelu", "relu"):
+        raise InputError(f"activation: is {activation}, and ungated MLPs do not tell gelu from relu; say which it is")
     read = {
         "n_genes": genes,
         "feature_dim": feature_dim,
@@ -104,12 +120,14 @@ def convert(
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"{path}: does not exist")
+        raise InputError(f"{path}: is no file; give a .pth of the published code")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: is truncated, or holds more than tensors, which is not loaded ({reason})") from error
+    except _UNREADABLE as error:
+        # Not with torch's own words: they advise to load whatever is in the file.
+        raise InputError(
+            f"{path}: is truncated, no checkpoint, or holds more than tensors, which is not loaded"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -165,9 +183,9 @@ def _attributes(encoder: nn.Module) -> dict[str, Any]:
     ):
         found |= {name: getattr(owner, name) for name in names if hasattr(owner, name)}
     activation = getattr(block.attn.edge_trans, "act", None)
-    names = {nn.GELU: "gelu", nn.ReLU: "relu"}
-    if type(activation) in names:
-        found["activation"] = names[type(activation)]
+    if activation is not None:
+        names = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swiglu"}
+        found["activation"] = names.get(type(activation), type(activation).__name__)
     drops = [part.p for part in block.mlp.modules() if isinstance(part, nn.Dropout)]
     if drops:
         found["dropout"] = drops[0]

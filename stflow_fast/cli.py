@@ -15,15 +15,15 @@ from rich.console import Console
 from . import report
 from ._version import __version__
 from .checkpoints import convert as convert_checkpoint
-from .cohort import SamplingConfig, evaluate, predict
+from .cohort import SamplingConfig, evaluate, load_model, predict
 from .config import DenoiserConfig
 from .demo import run_demo
 from .doctor import diagnose
 from .errors import InputError
-from .files import claim_output, read_json, write_json
+from .files import check_output, read_json, write_json
 from .progress import epochs_bar, slides_bar
-from .slides import NORMALIZATIONS
-from .training import fit, load_fold
+from .slides import NORMALIZATIONS, Slide
+from .training import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE, fit, load_fold
 from .windows import TrainingConfig
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ Steps = Annotated[
     int | None,
     typer.Option(help="Times S of the flow's grid (S - 1 denoiser calls); as trained when left out."),
 ]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
 
@@ -83,6 +84,8 @@ def _parse_settings(pairs: list[str], taken: Iterable[str]) -> tuple[dict[str, A
     found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for pair in pairs:
         name, _, text = pair.partition("=")
+        if name in taken:
+            raise InputError(f"--set {name}: has a flag of its own, --{name.replace('_', '-')}")
         if name not in fields:
             raise InputError(f"--set {name}: is not a setting; the settings are {', '.join(fields)}")
         home, kind = fields[name]
@@ -91,6 +94,13 @@ def _parse_settings(pairs: list[str], taken: Iterable[str]) -> tuple[dict[str, A
         except (ValueError, KeyError) as error:
             raise InputError(f"--set {name}: {text!r} is not a {kind.__name__}") from error
     return found
+
+
+def _print_notes(slides: Iterable[Slide]) -> None:
+    console = Console(stderr=True)
+    for name, notes in {slide.id: slide.notes for slide in slides}.items():  # the regions of a slide share its notes
+        for note in notes:
+            console.print(f"{name}: {note}", markup=False)
 
 
 @app.command()
@@ -114,7 +124,9 @@ def train(
         typer.Option("--set", metavar="NAME=VALUE", help="Any field of TrainingConfig or DenoiserConfig; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    precision: Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")] = "no",
+    precision: Annotated[
+        str | None, typer.Option(help="no (float32), bf16 or, on a GPU, fp16; as Accelerate is set when left out.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -122,6 +134,10 @@ def train(
     chosen = {"epochs": epochs, "patience": patience, "learning_rate": learning_rate, "seed": seed}
     training, denoiser = _parse_settings(settings or [], taken=chosen)
     config = TrainingConfig(**chosen, **training)
+    # Before slides are read, which may take minutes.
+    DenoiserConfig(n_genes=1, feature_dim=1, **denoiser)
+    if not resume:
+        check_output(out, RUN_FILE, reuse=overwrite)
     loaded = load_fold(
         data,
         encoder,
@@ -132,12 +148,10 @@ def train(
         select_on=select_on,
         config=config,
     )
-    console = Console(stderr=True)
-    for slide in (*loaded.train, *loaded.selection):
-        for note in slide.notes:
-            console.print(f"{slide.id}: {note}", markup=False)
     # Under `accelerate launch` every process runs this; the first one speaks and draws.
     speaks = os.environ.get("RANK", "0") == "0"
+    if speaks:
+        _print_notes((*loaded.train, *loaded.selection))
     with epochs_bar(config.epochs, loaded.selected_on, quiet=not speaks) as on_epoch:
         run = fit(
             loaded,
@@ -151,10 +165,9 @@ def train(
         )
     if not speaks:
         return
-    report.training_curves(out / "training.png", run.records, loaded.selected_on)
-    typer.echo(
-        f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {loaded.selected_on}; model in {run.folder}"
-    )
+    report.training_curves(out / CURVES_FILE, run.records, loaded.selected_on)
+    chosen_on = f"{loaded.selected_on} ({', '.join(sorted({slide.id for slide in loaded.selection}))})"
+    typer.echo(f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {chosen_on}; model in {run.folder}")
 
 
 @app.command(name="evaluate")
@@ -169,22 +182,23 @@ def evaluate_command(
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     memory_budget: Budget = "2GiB",
 ) -> None:
     """Score a model on the test slides of a fold, beside the baselines."""
     sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget)
+    names = [name.strip() for name in biomarkers.split(",") if name.strip()] if biomarkers else []
+    report.check_genes(names, load_model(run, device).provenance.genes)
     with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
-        found = evaluate(run, data, fold, embeddings=embeddings, sampling=sampling)
+        found = evaluate(run, data, fold, embeddings=embeddings, sampling=sampling, device=device)
+    _print_notes(found.slides)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    names = [name.strip() for name in biomarkers.split(",")] if biomarkers else []
-    markers = report.biomarker_table(found.result, names) if names else None
     console.print(report.results_table(found.result))
-    if markers:
-        console.print(markers)
-    console.print(f"epoch chosen on: {found.result['selected_on']}", markup=False)
+    if names:
+        console.print(report.biomarker_table(found.result, names))
     if json_file:
         write_json(json_file, found.result)
-    folder = maps or (Path(run) / "evaluation" if Path(run).is_dir() else Path("evaluation"))
+    folder = maps or (Path(run) / EVALUATION_FOLDER if Path(run).is_dir() else Path("evaluation"))
     for path in report.evaluation_pictures(folder, found.result, found.slides, found.truth, found.predicted):
         console.print(f"wrote {path}", markup=False)
 
@@ -198,6 +212,7 @@ def predict_command(
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     memory_budget: Budget = "2GiB",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
@@ -209,6 +224,7 @@ def predict_command(
             slides,
             out,
             sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget),
+            device=device,
             features_key=features_key,
             overwrite=overwrite,
             resume=resume,
@@ -238,7 +254,7 @@ def convert(
     if activation:
         settings["activation"] = activation
     model = convert_checkpoint(published, tuple(names), encoder, normalize, **settings)
-    claim_output(out, "config.json", reuse=overwrite)
+    check_output(out, "config.json", reuse=overwrite)
     model.save_pretrained(out)
     typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} genes; model in {out}")
 

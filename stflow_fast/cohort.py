@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
+import torch
 
 from ._version import __version__
-from .errors import InputError
+from .devices import choose_device
+from .errors import InputError, OutputError
 from .evaluation import compare
-from .files import atomic_path, claim_output, write_json
-from .flow import DEFAULT_MEMORY_BUDGET, Sample, sample
+from .files import atomic_path, check_output, read_json, write_json
+from .flow import DEFAULT_MEMORY_BUDGET, Sample, parse_bytes, resolve, sample, time_grid
 from .model import Denoiser
+from .priors import Prior, check_seed
 from .slides import HestTask, Slide, read_slide
 from .training import MODEL_FOLDER, RUN_FILE
+from .windows import TEST
 
 MANIFEST = "predictions.json"
 
@@ -29,56 +35,64 @@ class SamplingConfig:
     """How predictions are drawn. ``None`` is what the model was trained with (else the published default).
 
     Attributes:
-        n_sample_steps: times S of the flow's grid; S - 1 denoiser calls.
-        prior: name of the source distribution.
-        seed: with the slide's id, decides the noise.
+        n_sample_steps: times S of the flow's grid, at least 2; S - 1 denoiser calls.
+        prior: the source distribution or its name.
+        seed: with the slide's id, decides the noise; 0 or larger.
         memory_budget: see :func:`stflow_fast.sample`.
+
+    Raises:
+        InputError: a value out of its range, with the field's name.
     """
 
     n_sample_steps: int | None = None
-    prior: str | None = None
+    prior: Prior | str | None = None
     seed: int = 0
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET
 
+    def __post_init__(self) -> None:
+        if self.n_sample_steps is not None:
+            time_grid(self.n_sample_steps)
+        if isinstance(self.prior, str):
+            Prior(self.prior)
+        check_seed(self.seed)
+        parse_bytes(self.memory_budget)
+
     def draw(self, model: Denoiser, slide: Slide) -> Sample:
         """Sample one slide."""
-        return sample(model, slide, seed=self.seed, memory_budget=self.memory_budget, **self.resolved(model))
+        how = {"n_sample_steps": self.n_sample_steps, "prior": self.prior, "seed": self.seed}
+        return sample(model, slide, **how, memory_budget=self.memory_budget)
 
-    def resolved(self, model: Denoiser) -> dict[str, Any]:
-        """Steps and prior, with the model's own filled in."""
-        trained = model.provenance.training.get("training", {})
-        return {
-            "n_sample_steps": self.n_sample_steps or trained.get("n_sample_steps", 5),
-            "prior": self.prior or trained.get("prior", "zinb"),
-        }
+    def describe(self, model: Denoiser) -> dict[str, Any]:
+        """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
+        steps, prior = resolve(model, self.n_sample_steps, self.prior)
+        return {"seed": self.seed, "n_sample_steps": steps, "prior": prior.to_dict()}
 
 
-def load_model(run: str | Path) -> Denoiser:
+def load_model(run: str | Path, device: str = "auto") -> Denoiser:
     """The model of a run folder, of a ``save_pretrained`` folder, or of the Hugging Face Hub.
 
     Raises:
-        InputError: no model there, a truncated one, or a run that has not finished.
+        InputError: no model there, a truncated one, a run that has not finished, or a device that is not there.
     """
-    folder = Path(run)
+    folder, place = Path(run), str(choose_device(device))
     if (folder / MODEL_FOLDER).is_dir():
-        return Denoiser.from_pretrained(folder / MODEL_FOLDER)
+        return Denoiser.from_pretrained(folder / MODEL_FOLDER, map_location=place)
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/, its training did not finish; go on with train --resume")
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
-        raise InputError(f"{folder}: does not exist; give the folder of a run or of a model")
-    return Denoiser.from_pretrained(run)
+    return Denoiser.from_pretrained(run, map_location=place)
 
 
 def predict(
     run: str | Path | Denoiser,
-    slides: Iterable[str | Path | Slide],
+    slides: str | Path | Slide | Iterable[str | Path | Slide],
     out: str | Path,
     *,
     sampling: SamplingConfig | None = None,
+    device: str = "auto",
     features_key: str = "features",
     overwrite: bool = False,
     resume: bool = False,
-    on_slide: Callable[[str], None] | None = None,
+    on_slide: Callable[[str, tuple[str, ...]], None] | None = None,
 ) -> list[Path]:
     """Predict slides and write one ``{slide id}.h5ad`` each; no expression is needed.
 
@@ -88,54 +102,101 @@ def predict(
 
     Args:
         run: a run or model folder, or a model.
-        slides: ``.h5ad`` with ``obsm[features_key]`` and ``obsm["spatial"]``, or ``.h5`` embeddings; or Slides.
+        slides: one or several: ``.h5ad`` (``obsm[features_key]``, ``obsm["spatial"]``), ``.h5`` embeddings, or Slides.
         out: folder of the results.
         sampling: how to draw.
+        device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
         features_key: of the ``.h5ad``.
         overwrite: replace earlier predictions in ``out``.
-        resume: keep them, and predict the slides that are missing.
-        on_slide: called with a slide's id when it is done.
+        resume: keep those that this very call would make again, and predict the slides that are missing.
+        on_slide: called with a slide's id and its reader's notes when its file is there.
 
     Returns:
         The files, in the order of ``slides``.
 
     Raises:
-        InputError: a bad model or an occupied ``out``. Bad slides do not stop the good ones: they are reported
-            together when the others are written.
+        InputError: a bad model, an occupied ``out``, predictions of another model or seed on resume, or a full disk.
+            Bad slides do not stop the good ones: they are reported together when the others are written.
     """
-    model = run if isinstance(run, Denoiser) else load_model(run)
+    model = run if isinstance(run, Denoiser) else load_model(run, device)
     sampling = sampling or SamplingConfig()
-    origin = "in memory" if isinstance(run, Denoiser) else str(run)
-    slides = list(slides)
-    names = [slide.id if isinstance(slide, Slide) else Path(slide).stem for slide in slides]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name}: is the name of {names.count(name)} slides; rename one, each becomes one file")
-    out = claim_output(out, MANIFEST, reuse=overwrite or resume)
-    manifest = {"model": origin, "version": __version__, "seed": sampling.seed, **sampling.resolved(model)}
-    write_json(out / MANIFEST, manifest)
+    wanted: dict[str, str | Path | Slide] = {}
+    for slide in [slides] if isinstance(slides, str | Path | Slide) else slides:
+        name = slide.id if isinstance(slide, Slide) else Path(slide).stem
+        if name in wanted:
+            raise InputError(f"{name}: is the name of several slides; rename one, each becomes one file")
+        wanted[name] = slide
+    about = {
+        "model": "in memory" if isinstance(run, Denoiser) else str(run),
+        "weights_sha256": _fingerprint(model),
+        "version": __version__,
+        "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
+        **sampling.describe(model),
+    }
+    out = check_output(out, MANIFEST, reuse=overwrite or resume)
+    earlier = _open_predictions(out, about, resume)
     failed, written = [], []
-    for name, slide in zip(names, slides, strict=True):
-        path = out / f"{name}.h5ad"
-        if not (resume and path.exists()):
-            try:
-                loaded = slide if isinstance(slide, Slide) else read_slide(Path(slide), features_key)
-                write_prediction(path, model, loaded, sampling.draw(model, loaded), {**manifest, "slide": name})
-            except InputError as error:
-                failed.append(str(error))
-                continue
+    for name, slide in wanted.items():
+        path, notes = out / f"{name}.h5ad", ()
+        try:
+            if not (resume and _is_made_by(path, about)):
+                loaded = slide if isinstance(slide, Slide) else read_slide(slide, features_key, expression=False)
+                write_prediction(path, model, loaded, sampling.draw(model, loaded), about)
+                notes = loaded.notes
+        except OutputError:
+            raise
+        except InputError as error:
+            failed.append(str(error))
+            continue
         written.append(path)
         if on_slide:
-            on_slide(name)
+            on_slide(name, notes)
+    there = {path.stem for path in written} | (earlier if resume else set())
+    write_json(out / MANIFEST, {**about, "slides": sorted(there)})
+    for name in earlier - there:
+        (out / f"{name}.h5ad").unlink(missing_ok=True)
     if failed:
         raise InputError("; ".join(failed) + (f" ({len(written)} other slides are in {out})" if written else ""))
     return written
 
 
+def _fingerprint(model: Denoiser) -> str:
+    """SHA-256 of the parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, value in sorted(model.state_dict().items()):
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _open_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str]:
+    """The slides that earlier predictions in ``out`` are of; refuses to mix theirs with others when resuming."""
+    if not (out / MANIFEST).exists():
+        write_json(out / MANIFEST, {**about, "slides": []})
+        return set()
+    before = read_json(out / MANIFEST)
+    for field, value in about.items() if resume else ():
+        if before.get(field) != value:
+            raise InputError(f"{out / MANIFEST}: {field} differs from this call; choose another --out, or --overwrite")
+    return set(before.get("slides", ()))
+
+
+def _is_made_by(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a prediction stands there that was drawn as ``about`` says (one that is being overwritten was not)."""
+    try:
+        with h5py.File(path, "r") as file:
+            before = anndata.io.read_elem(file["uns/stflow_fast"])
+    except (OSError, KeyError):
+        return False
+    return all(before.get(field) == value for field, value in about.items())
+
+
 def write_prediction(path: Path, model: Denoiser, slide: Slide, drawn: Sample, about: dict[str, Any]) -> None:
-    """Write one predicted slide as AnnData, atomically; see :func:`predict`."""
+    """Write one predicted slide as AnnData, atomically; see :func:`predict`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     genes = model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
-    provenance = model.provenance
     table = anndata.AnnData(
         X=drawn.expression.float().numpy(),
         obs=pd.DataFrame(index=slide.barcodes.astype(str)),
@@ -144,18 +205,24 @@ def write_prediction(path: Path, model: Denoiser, slide: Slide, drawn: Sample, a
         uns={
             "stflow_fast": {
                 **about,
+                "slide": slide.id,
                 "nfe": drawn.nfe,
-                "encoder": provenance.encoder,
-                "normalize": provenance.normalize,
-                "selected_on": str(provenance.training.get("selected_on", "unknown")),
+                "device": str(next(model.parameters()).device),
+                "encoder": model.provenance.encoder,
+                "normalize": model.provenance.normalize,
                 "notes": "; ".join(slide.notes),
             }
         },
     )
     if slide.micron_per_pixel is not None:
         table.uns["stflow_fast"]["micron_per_pixel"] = slide.micron_per_pixel
+    # In memory first: HDF5 on a disk that fills up does not fail, it crashes when the file is closed.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+        anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
+        file.flush()
+        image = file.id.get_file_image()
     with atomic_path(path) as temporary:
-        table.write_h5ad(temporary, compression="gzip")
+        temporary.write_bytes(image)
 
 
 @dataclass(frozen=True)
@@ -184,6 +251,7 @@ def evaluate(
     *,
     embeddings: str | Path | None = None,
     sampling: SamplingConfig | None = None,
+    device: str = "auto",
 ) -> Evaluation:
     """Score a model on the test slides of a HEST-bench task folder, beside the baselines.
 
@@ -193,20 +261,23 @@ def evaluate(
         fold: number of the split.
         embeddings: where the embeddings are, if not in the task folder.
         sampling: how to draw.
+        device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
 
     Raises:
         InputError: a test slide that the model was trained on, a model without gene names, or what HestTask, Slide
             and sample refuse.
     """
-    model = run if isinstance(run, Denoiser) else load_model(run)
+    model = run if isinstance(run, Denoiser) else load_model(run, device)
     if not model.provenance.genes or not model.provenance.encoder:
         raise InputError(f"{run}: its config.json names no genes or no encoder; convert it with --genes and --encoder")
     task = HestTask(data, model.provenance.encoder, embeddings)
     split = task.fold(fold)
-    seen = sorted(set(split.test) & set(model.provenance.training.get("train", ())))
-    if seen:
+    about = model.provenance.training
+    seen = {*about.get("train", ()), *(about.get("selection", ()) if about.get("selected_on") != TEST else ())}
+    leaked = sorted(seen & set(split.test))
+    if leaked:
         raise InputError(
-            f"fold {fold}: the model was trained on its test slides {', '.join(seen)}; choose its own fold"
+            f"fold {fold}: the model was trained or chosen on its test slides {', '.join(leaked)}; give its own fold"
         )
     train, test = [task.slide(name) for name in split.train], [task.slide(name) for name in split.test]
     evaluation = evaluate_slides(model, train, test, sampling)
@@ -230,10 +301,11 @@ def evaluate_slides(
             "selected_on": model.provenance.training.get("selected_on", "unknown"),
             "encoder": model.provenance.encoder,
             "normalize": normalize,
-            "seed": sampling.seed,
-            **sampling.resolved(model),
+            **sampling.describe(model),
             "nfe": drawn[0].nfe,
+            "device": str(next(model.parameters()).device),
             "sampling_seconds": round(seconds, 3),
+            "notes": {slide.id: list(slide.notes) for slide in test if slide.notes},
             "version": __version__,
         }
     )

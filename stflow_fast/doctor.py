@@ -12,11 +12,14 @@ from rich.table import Table
 
 from . import ops
 from ._version import __version__
+from .devices import choose_device
+from .errors import InputError
 
 REQUIRED = (
     "torch",
     "numpy",
     "scipy",
+    "pandas",
     "h5py",
     "anndata",
     "safetensors",
@@ -28,8 +31,6 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = {
-    "triton": "GPU kernels; comes with torch for CUDA",
-    "nvidia-ml-py": "GPU memory in benchmarks: pip install nvidia-ml-py",
     "scanpy": "to look at predictions: pip install scanpy",
 }
 
@@ -72,11 +73,14 @@ def _device() -> tuple[str, str, str]:
 
 
 def _backend() -> tuple[str, str, str]:
-    backend = ops.backend_for("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        backend = ops.backend_for(choose_device())
+    except InputError as error:
+        return "edge attention", "cannot run", str(error)
     return "edge attention", backend.name, backend.reason
 
 
 def _compiler() -> tuple[str, str, str]:
     compiler = ops.cpp_compiler()
-    remark = "torch.compile on the CPU" if compiler else "inference on the CPU is about half as fast: apt install g++"
+    remark = "for torch.compile on the CPU" + ("" if compiler else ", plain torch runs instead: apt install g++")
     return "C++ compiler", compiler or "missing", remark

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, OutputError, first_line
+
+
+@contextlib.contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OutputError(f"{final}: cannot be written ({reason}); free space or choose another --out") from error
 
 
 @contextlib.contextmanager
@@ -20,23 +29,37 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
     The temporary name keeps the suffix of ``final`` (some writers choose the format by it).
 
     Raises:
-        InputError: the file cannot be written (no space, no permission); what stood at ``final`` is untouched.
+        OutputError: the file cannot be written (no space, no permission); what stood at ``final`` is untouched.
     """
     final = Path(final)
     temporary = final.with_name(f".{final.stem}.{os.getpid()}.part{final.suffix}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, final)
-    except OSError as error:
-        raise InputError(
-            f"{final}: cannot be written ({error.strerror or error}); free space or choose another --out"
-        ) from error
-    finally:
-        if temporary.is_dir():
+    with _writing(final):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; when all its files are written, move them into ``folder``, beside what is there.
+
+    Raises:
+        OutputError: as :func:`atomic_path`.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with _writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        elif temporary.is_file():
-            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -52,34 +75,37 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors leave a mark in front
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 
-def claim_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
-    """Make sure that results may be written into ``folder``; nothing in it is touched.
+def check_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
+    """Make sure that results may be written into ``folder``; nothing is touched or made.
 
     An earlier result is recognised by its file ``marker``, so that --overwrite never spoils somebody's other folder.
 
     Args:
-        folder: absent, empty, or with ``reuse`` an earlier result.
+        folder: absent, empty but for the marker, or with ``reuse`` an earlier result.
         marker: the file that every such result holds.
         reuse: the caller replaces or continues what is there.
 
     Raises:
-        InputError: the folder is occupied, or cannot be made.
+        InputError: the folder is occupied.
     """
     folder = Path(folder)
     try:
-        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if occupied and not reuse:
-            raise InputError(f"{folder}: exists already; choose another --out, or pass --overwrite or --resume")
-        if occupied and not (folder / marker).exists():
-            raise InputError(f"{folder}: holds no {marker}, so it is not an earlier result; choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
+        inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
+        raise OutputError(
+            f"{folder}: is not a folder to write into ({error.strerror}); choose another --out"
+        ) from error
+    if inside - {marker} and not reuse:
+        raise InputError(
+            f"{folder}: exists already; choose another --out, or pass --overwrite (train, predict: --resume)"
+        )
+    if inside and marker not in inside:
+        raise InputError(f"{folder}: holds no {marker}, so it is not an earlier result; choose another --out")
     return folder

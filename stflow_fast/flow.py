@@ -16,11 +16,13 @@ from torch import Tensor
 from .errors import InputError
 from .graph import SpotGraph
 from .model import Denoiser
-from .priors import Prior, slide_seed
+from .priors import Prior, check_seed, slide_seed
 from .slides import Slide
 
 FIRST_TIME = 0.01
 """Where the published sampling loop starts."""
+
+DEFAULT_SAMPLE_STEPS = 5
 
 DEFAULT_MEMORY_BUDGET = 2 * 2**30
 """Bytes that sampling may spend on keeping edge messages from one flow step to the next."""
@@ -49,7 +51,7 @@ def time_grid(n_sample_steps: int) -> list[float]:
     Raises:
         InputError: fewer than 2 times, which would be no call of the network at all.
     """
-    if n_sample_steps < 2:
+    if not isinstance(n_sample_steps, int) or n_sample_steps < 2:
         raise InputError(f"n_sample_steps: must be at least 2 (S times are S - 1 denoiser calls), not {n_sample_steps}")
     return np.linspace(FIRST_TIME, 1.0, n_sample_steps).tolist()
 
@@ -107,10 +109,10 @@ def parse_bytes(size: int | str) -> int:
 
 def sample(
     model: Denoiser,
-    slide: Slide | tuple[Tensor, Tensor],
+    slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray],
     x_0: Tensor | None = None,
-    n_sample_steps: int = 5,
-    prior: Prior | str = "zinb",
+    n_sample_steps: int | None = None,
+    prior: Prior | str | None = None,
     seed: int = 0,
     trajectory: bool = False,
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET,
@@ -124,8 +126,8 @@ def sample(
         model: the network; it runs in evaluation mode and is left in the mode it was in.
         slide: a Slide, or features [N, F] and coordinates [N, 2] (a slide with the empty id).
         x_0: [N, G] source sample in the order of the spots; drawn from ``prior`` when None.
-        n_sample_steps: times S of the grid, at least 2; NFE is S - 1.
-        prior: a Prior or its name.
+        n_sample_steps: times S of the grid, at least 2; NFE is S - 1. When None, as the model was trained, or 5.
+        prior: a Prior or its name. When None, as the model was trained, or ZINB as published.
         seed: with the slide's id, decides x_0.
         trajectory: return every call's prediction too.
         memory_budget: bytes, or text such as "4GiB".
@@ -136,8 +138,9 @@ def sample(
     """
     features, coords, slide_id = _inputs(slide)
     _check(model, features, coords, x_0, slide_id)
+    check_seed(seed)
+    n_sample_steps, prior = resolve(model, n_sample_steps, prior)
     solver = EulerSolver(time_grid(n_sample_steps))
-    prior = Prior(prior) if isinstance(prior, str) else prior
     if x_0 is None:
         draw = prior.draw(len(features), model.config.n_genes, slide_seed(seed, slide_id))
         x_0 = torch.from_numpy(draw)
@@ -159,10 +162,20 @@ def sample(
     return Sample(expression, solver.nfe, torch.stack(kept) if trajectory else None)
 
 
-def _inputs(slide: Slide | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, str]:
+def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | None) -> tuple[int, Prior]:
+    """Steps and prior; what is None is what the model was trained with, or else the published default."""
+    trained = model.provenance.training.get("training", {})
+    if n_sample_steps is None:
+        n_sample_steps = trained.get("n_sample_steps", DEFAULT_SAMPLE_STEPS)
+    if prior is None:
+        prior = Prior.of_training(trained)
+    return n_sample_steps, Prior(prior) if isinstance(prior, str) else prior
+
+
+def _inputs(slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> tuple[Tensor, Tensor, str]:
     if isinstance(slide, Slide):
         return torch.from_numpy(slide.features), torch.from_numpy(slide.coords), slide.id
-    features, coords = slide
+    features, coords = map(torch.as_tensor, slide)
     return features, coords, ""
 
 
@@ -180,6 +193,8 @@ def _check(model: Denoiser, features: Tensor, coords: Tensor, x_0: Tensor | None
         raise InputError(f"{where}coords: must have shape [{n}, 2], not {list(coords.shape)}")
     if x_0 is not None and tuple(x_0.shape) != (n, config.n_genes):
         raise InputError(f"{where}x_0: must have shape [{n}, {config.n_genes}], not {list(x_0.shape)}")
+    if x_0 is not None and not x_0.isfinite().all():
+        raise InputError(f"{where}x_0: has values that are NaN or infinite")
     broken = sum(int((~part.isfinite()).any(dim=1).sum()) for part in features.split(FEATURE_CHUNK))
     if broken:
         raise InputError(f"{where}features: {broken} of {n} spots are NaN or infinite; remove them or embed them again")
@@ -195,8 +210,9 @@ def _predictor(model: Denoiser, graph: SpotGraph, features: Tensor, budget: int)
     states = model.backbone.keep_messages(model.backbone.layer_states(), graph, budget)
 
     def predict(x_t: Tensor, t: float) -> Tensor:
-        # Time stays float64 until the embedding rounds it: the published loop does so too.
-        times = torch.full((graph.n_slides,), t, dtype=torch.float64, device=weight.device)
+        # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device
+        # has float64.
+        times = torch.full((graph.n_slides,), t, dtype=torch.float64)
         return model.denoise(graph, x_t, image, times, states)
 
     return predict

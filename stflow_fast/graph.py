@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ MISSING = -1
 """Entry of a neighbour table where a spot has fewer than K neighbours."""
 
 TIE_TOLERANCE = 1e-6
-"""Distances closer than this, relative to themselves, are tied: the smaller spot index comes first.
-
-Float64 coordinates of a rotated slide agree to about 1e-12 and float32 pixels of a whole slide to about 1e-6.
-"""
+"""Distances closer than this, relative to themselves, are tied: the smaller spot index comes first."""
 
 ISOTROPY_TOLERANCE = 1e-6
 """A neighbourhood whose two eigenvalues differ by less than this, relative to their sum, has no principal axis."""
+
+RESOLUTION_STEPS = 4
+"""Both tolerances grow to this many rounding steps of the coordinates as they came in: float32 pixels of a slide of
+20,000 pixels are rounded to 0.001, 1e-5 of a spot's distance to its neighbour. Pixels rounded to whole numbers are not
+a lattice any more, and nothing is made of their ties."""
 
 
 def knn_graph(coords: Tensor | np.ndarray, k: int, slide_ptr: Tensor | np.ndarray | None = None) -> Tensor:
@@ -37,7 +40,8 @@ def knn_graph(coords: Tensor | np.ndarray, k: int, slide_ptr: Tensor | np.ndarra
     neighbours at distance zero. Published: ``_build_graph`` of SpatialTransformer, a dense N x N top-k.
 
     Args:
-        coords: [N, 2] positions, any unit, finite.
+        coords: [N, 2] positions, any unit, finite; float32 ones are tied within their rounding
+            (:data:`RESOLUTION_STEPS`).
         k: neighbours wanted, at least 1.
         slide_ptr: [S + 1] first spot of each slide and N at the end; one slide when None.
 
@@ -47,26 +51,28 @@ def knn_graph(coords: Tensor | np.ndarray, k: int, slide_ptr: Tensor | np.ndarra
     Raises:
         InputError: k below 1, coordinates of the wrong shape or not finite, slide_ptr that does not cover 0..N.
     """
-    points = _checked_coords(coords)
+    points, resolution = _checked_coords(coords)
     boundaries = _checked_ptr(slide_ptr, len(points))
     if k < 1:
         raise InputError(f"k: must be at least 1, not {k}")
     table = np.full((len(points), k), MISSING, dtype=np.int64)
     for start, stop in itertools.pairwise(boundaries):
-        found = _slide_neighbors(points[start:stop], k)
+        found = _slide_neighbors(points[start:stop], k, RESOLUTION_STEPS * resolution)
         table[start:stop, : found.shape[1]] = found + start
     return torch.from_numpy(table)
 
 
-def _checked_coords(coords: Tensor | np.ndarray) -> np.ndarray:
+def _checked_coords(coords: Tensor | np.ndarray) -> tuple[np.ndarray, float]:
+    """Coordinates as float64, and the rounding step of the largest of them in the precision they came in."""
     points = coords.detach().cpu().numpy() if isinstance(coords, Tensor) else np.asarray(coords)
     if points.ndim != 2 or points.shape[1] != 2:
         raise InputError(f"coords: must have shape [N, 2], not {list(points.shape)}")
+    precision = np.finfo(points.dtype if points.dtype.kind == "f" else np.float64).eps
     points = points.astype(np.float64)
     broken = int((~np.isfinite(points)).any(axis=1).sum())
     if broken:
         raise InputError(f"coords: {broken} of {len(points)} spots are NaN or infinite; remove them")
-    return points
+    return points, float(precision * np.abs(points).max(initial=0.0))
 
 
 def _checked_ptr(slide_ptr: Tensor | np.ndarray | None, n: int) -> np.ndarray:
@@ -82,16 +88,17 @@ def _checked_ptr(slide_ptr: Tensor | np.ndarray | None, n: int) -> np.ndarray:
     return pointers
 
 
-def _slide_neighbors(points: np.ndarray, k: int) -> np.ndarray:
-    """[n, min(k, n - 1)] neighbours within one slide."""
+def _slide_neighbors(points: np.ndarray, k: int, tied: float) -> np.ndarray:
+    """[n, min(k, n - 1)] neighbours within one slide; distances that differ by less than ``tied`` are equal."""
     n = len(points)
     wanted = min(k, n - 1)
     table = np.empty((n, max(wanted, 0)), dtype=np.int64)
     if wanted < 1:
         return table
-    tree = cKDTree(points)
+    eligible = _first_in_place(points, k + 1)
+    tree = cKDTree(points[eligible])
     rows = np.arange(n)
-    candidates = min(n, wanted + 1 + 8)
+    candidates = min(len(eligible), wanted + 1 + 8)
     while len(rows):
         # A shell of ties may reach past the candidates (lattices, duplicates): ask again, for those rows alone.
         unsettled = []
@@ -99,36 +106,45 @@ def _slide_neighbors(points: np.ndarray, k: int) -> np.ndarray:
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             distance, index = tree.query(points[part], k=candidates, workers=-1)
-            nearest, settled = _order_ties(part, distance, index, wanted, exhausted=candidates == n)
-            table[part[settled]] = nearest[settled]
+            found = _order_ties(part, distance, eligible[index], wanted, tied)
+            settled = found.settled | (candidates == len(eligible))
+            table[part[settled]] = found.neighbors[settled]
             unsettled.append(part[~settled])
         rows = np.concatenate(unsettled)
-        candidates = min(n, candidates * 4)
+        candidates = min(len(eligible), candidates * 4)
     return table
 
 
-def _order_ties(
-    spots: np.ndarray, distance: np.ndarray, index: np.ndarray, wanted: int, exhausted: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sort each row's candidates by (tie group, index) without the spot itself; also which rows are settled."""
-    itself = index == spots[:, None]
-    # With many duplicates the k-d tree may return others in place of the spot itself; then nothing is dropped.
-    drop = np.where(itself.any(axis=1), itself.argmax(axis=1), distance.shape[1] - 1)
-    keep = np.ones_like(index, dtype=bool)
-    keep[np.arange(len(index)), drop] = False
-    shape = (len(index), index.shape[1] - 1)
-    index, distance = index[keep].reshape(shape), distance[keep].reshape(shape)
+def _first_in_place(points: np.ndarray, most: int) -> np.ndarray:
+    """Ascending indices of the first ``most`` points of every place: the others of a place are nobody's neighbours."""
+    order = np.lexsort(points.T)
+    moved = (np.diff(points[order], axis=0) != 0).any(axis=1)
+    first = np.concatenate([[0], np.flatnonzero(moved) + 1])
+    rank = np.arange(len(points)) - np.repeat(first, np.diff(first, append=len(points)))
+    return np.sort(order[rank < most])
+
+
+class _Nearest(NamedTuple):
+    neighbors: np.ndarray  # [n, wanted]
+    settled: np.ndarray  # [n] whether no tie reaches past the candidates
+
+
+def _order_ties(spots: np.ndarray, distance: np.ndarray, index: np.ndarray, wanted: int, tied: float) -> _Nearest:
+    """Sort each row's candidates by (tie group, index), without the spot itself."""
     step = np.diff(distance, axis=1, prepend=distance[:, :1])
-    group = (step > TIE_TOLERANCE * distance).cumsum(axis=1)
+    group = (step > np.maximum(TIE_TOLERANCE * distance, tied)).cumsum(axis=1)
+    last = group[:, -1]
+    # Among many duplicates a spot may not be its own candidate.
+    group = np.where(index == spots[:, None], len(group[0]), group)
     order = np.lexsort((index, group), axis=1)[:, :wanted]
-    settled = group[:, wanted - 1] < group[:, -1]
-    return np.take_along_axis(index, order, axis=1), settled | exhausted
+    farthest = np.take_along_axis(group, order[:, -1:], axis=1)[:, 0]
+    return _Nearest(np.take_along_axis(index, order, axis=1), farthest < last)
 
 
 def space_order(coords: Tensor | np.ndarray, slide_ptr: Tensor | np.ndarray | None = None) -> Tensor:
     """Permutation [N] that walks each slide along a Z-order curve, slide after slide: neighbours in space become
     neighbours in memory. Raises InputError like :func:`knn_graph`."""
-    points = _checked_coords(coords)
+    points, _ = _checked_coords(coords)
     boundaries = _checked_ptr(slide_ptr, len(points))
     order = np.arange(len(points))
     for start, stop in itertools.pairwise(boundaries):
@@ -145,7 +161,7 @@ def _morton_code(points: np.ndarray) -> np.ndarray:
     return cell[:, 0] | (cell[:, 1] << np.uint64(1))
 
 
-def edge_geometry(coords: Tensor, neighbors: Tensor) -> Tensor:
+def edge_geometry(coords: Tensor, neighbors: Tensor, resolution: float = 0.0) -> Tensor:
     """Frame-projected offsets and distances of all edges.
 
     For spot i with neighbours j: the offsets c_j - c_i, centred on their mean, are projected on the eigenvectors of
@@ -158,6 +174,7 @@ def edge_geometry(coords: Tensor, neighbors: Tensor) -> Tensor:
     Args:
         coords: [N, 2] float64.
         neighbors: [N, K] int64, :data:`MISSING` where there is none.
+        resolution: to which the coordinates are rounded.
 
     Returns:
         [N, K, 3] float64: projections on the minor and the major axis, and |c_j - c_i|. Zero for missing neighbours.
@@ -171,7 +188,9 @@ def edge_geometry(coords: Tensor, neighbors: Tensor) -> Tensor:
     xy = centred.prod(dim=-1).sum(dim=1)
     angle = 0.5 * torch.atan2(2 * xy, xx - yy)
     gap = torch.hypot(2 * xy, xx - yy)
-    isotropic = gap <= ISOTROPY_TOLERANCE * (xx + yy)
+    spread = xx + yy
+    rounded = RESOLUTION_STEPS * resolution * (neighbors.shape[1] * spread).sqrt()
+    isotropic = gap <= torch.maximum(ISOTROPY_TOLERANCE * spread, rounded)
     first = offsets[torch.arange(len(offsets)), (distance.squeeze(-1) > 0).int().argmax(dim=1)]
     angle = torch.where(isotropic, torch.atan2(first[:, 1], first[:, 0]), angle)
     cos, sin = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
@@ -211,9 +230,10 @@ class SpotGraph:
 
         Neighbours are found before the spots are reordered, so ties are broken by the caller's spot index.
         """
-        points = torch.from_numpy(_checked_coords(coords))
+        table = knn_graph(coords, k, slide_ptr)
+        checked, resolution = _checked_coords(coords)
+        points = torch.from_numpy(checked)
         boundaries = torch.from_numpy(_checked_ptr(slide_ptr, len(points)))
-        table = knn_graph(points, k, boundaries)
         order = space_order(points, boundaries)
         row_of = torch.empty_like(order)
         row_of[order] = torch.arange(len(order))
@@ -223,7 +243,7 @@ class SpotGraph:
         return cls(
             order=order,
             neighbors=neighbors,
-            geometry=edge_geometry(points[order], neighbors).to(dtype),
+            geometry=edge_geometry(points[order], neighbors, resolution).to(dtype),
             slide_ptr=boundaries,
             slide_of=slide_of,
             spot_id=order - boundaries[slide_of],

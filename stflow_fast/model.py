@@ -30,6 +30,7 @@ from .ops.reference import (
 from .pretrained import Pretrained, Provenance
 
 TIME_FREQUENCIES = 256
+ROUNDED_UP = [12, 106]  # see TimestepEmbedder.frequencies
 
 # Streams of randomness: an attention uses 0..4 (ops.reference), the rest of a layer these.
 STREAM_OUTPUT, STREAM_MLP, STREAM_GENE_HIDDEN, STREAM_GENE = 8, 10, 12, 13
@@ -257,20 +258,24 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
 
     @staticmethod
-    def frequencies(device: torch.device) -> Tensor:
-        """The 128 frequencies 10000^(-i / 128), float32 as published.
+    def frequencies() -> Tensor:
+        """The 128 frequencies 10000^(-i / 128) on the CPU, float32, with the bits of the published code.
 
-        The exponential is taken in float64 and rounded, which gives the same bits everywhere: in float32 they depend
-        on the processor (MKL's exp), and that alone moves a float64 prediction by 1e-8.
+        It takes exp in float32, whose last bit is the library's: MKL's portable path, which made the golden files,
+        and torch on AMD round all of them correctly but two, which they round up. Exponentials in float64 and these
+        two give the same bits everywhere; one bit moves a float64 prediction by 1e-8.
         """
         half = TIME_FREQUENCIES // 2
-        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half
-        return exponent.double().exp().float()
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half
+        frequencies = exponent.double().exp().float()
+        frequencies[ROUNDED_UP] = frequencies[ROUNDED_UP].nextafter(torch.tensor(1.0))
+        return frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         """[S] in [0, 1] -> [S, d]. Angles, cosines and sines are float32, as published, whatever the model's dtype."""
-        angles = t.float().unsqueeze(1) * self.frequencies(t.device)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        weight = self.mlp[0].weight
+        angles = t.float().to(weight.device).unsqueeze(1) * self.frequencies().to(weight.device)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))
 
 
 class Denoiser(nn.Module, Pretrained):

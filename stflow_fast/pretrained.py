@@ -11,12 +11,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .config import DenoiserConfig
-from .errors import InputError
-from .files import atomic_path, read_json, write_json
+from .errors import InputError, first_line
+from .files import atomic_files, atomic_path, read_json, write_json
+from .slides import NORMALIZATIONS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,6 +34,9 @@ class Provenance:
         normalize: what the predictions are, one of ``stflow_fast.slides.NORMALIZATIONS``.
         training: free description of the training: data, slides, fold, seed, how the epoch was selected.
         version: of stflow-fast that wrote it.
+
+    Raises:
+        InputError: a gene named twice, an unknown normalisation, or ``training`` that is no dict.
     """
 
     genes: tuple[str, ...] = ()
@@ -40,17 +45,54 @@ class Provenance:
     training: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
+    def __post_init__(self) -> None:
+        if len(set(self.genes)) < len(self.genes):
+            twice = next(name for name in self.genes if self.genes.count(name) > 1)
+            raise InputError(f"genes: {twice} is named twice; every predicted gene needs a name of its own")
+        if not isinstance(self.training, dict):
+            raise InputError(f"training: must be a dict that describes the training, not {self.training!r}")
+        if self.normalize not in NORMALIZATIONS:
+            raise InputError(f"normalize: must be one of {', '.join(NORMALIZATIONS)}, not {self.normalize!r}")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Provenance:
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         return cls(**{**known, "genes": tuple(known.get("genes", ()))})
 
 
-class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", paper_url="https://arxiv.org/abs/2506.05361"):
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# A STFlow denoiser, written by stflow-fast
+
+Predicts spatial gene expression from histology (flow matching, [STFlow](https://arxiv.org/abs/2506.05361)).
+`config.json` has the network's settings and where it comes from: genes in the order of its output, patch encoder,
+normalisation, training data, how the epoch was chosen. `model.safetensors` has the parameters by their published names.
+
+```python
+import stflow_fast
+
+model = stflow_fast.Denoiser.from_pretrained("this folder")
+stflow_fast.sample(model, (features, coords)).expression  # [N, genes]
+```
+"""
+
+
+class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_template=MODEL_CARD):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a module made from (config, provenance)."""
 
     config: DenoiserConfig
     provenance: Provenance
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> str | None:
+        """Write config.json, model.safetensors and a model card; ``options`` are those of PyTorchModelHubMixin.
+
+        Raises:
+            OutputError: the folder cannot be written; an earlier model in it is untouched.
+        """
+        with atomic_files(save_directory) as temporary:
+            return super().save_pretrained(temporary, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
@@ -59,47 +101,56 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", paper_url="ht
         write_json(Path(save_directory) / CONFIG_FILE, content)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, map_location: str = "cpu", **download: Any
+    ) -> Any:
         """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face Hub, in evaluation mode.
 
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's "owner/name".
+            map_location: device of the model.
+            download: ``revision``, ``token``, ``cache_dir``, ... of ``huggingface_hub.hf_hub_download``.
+
         Raises:
-            InputError: config.json or model.safetensors is missing, truncated or not a stflow-fast model.
+            InputError: config.json or model.safetensors is missing, truncated or not a stflow-fast model, or neither a
+                folder nor a repository within reach has this name.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            content = read_json(folder / CONFIG_FILE)
-            if not isinstance(content, dict) or not isinstance(content.get("denoiser"), dict):
-                raise InputError(f"{folder / CONFIG_FILE}: has no 'denoiser' section; it is not a stflow-fast model")
-        elif folder.is_absolute() or folder.exists():
-            raise InputError(f"{folder}: is not a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        config: dict[str, Any],
-        provenance: dict[str, Any] | None = None,
-        map_location: str = "cpu",
-        **download: Any,
-    ) -> Any:
-        path = Path(model_id) / WEIGHTS_FILE
-        if not Path(model_id).is_dir():
-            path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **download))
-        state, _ = load_tensors(path)
-        model = cls(DenoiserConfig.from_dict(config["denoiser"]), Provenance.from_dict(config.get("provenance", {})))
-        load_state(model, state, path)
+            config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        elif len(folder.parts) != 2 or folder.parent.is_dir():  # no "owner/name" of the Hub
+            raise InputError(f"{folder}: is not a folder; give the folder of a run or of a model")
+        else:
+            config_file, weights_file = _download(str(pretrained_model_name_or_path), download)
+        content = read_json(config_file)
+        if not isinstance(content, dict) or not isinstance(content.get("denoiser"), dict):
+            raise InputError(f"{config_file}: has no 'denoiser' section; it is not a stflow-fast model")
+        model = cls(DenoiserConfig.from_dict(content["denoiser"]), Provenance.from_dict(content.get("provenance", {})))
+        state, _ = load_tensors(weights_file)
+        load_state(model, state, weights_file)
         return model.to(map_location).eval()
 
 
+def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
+    try:
+        return tuple(Path(hf_hub_download(name, file, **options)) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"{name}: is neither a folder with {CONFIG_FILE} and {WEIGHTS_FILE} nor a model within reach on the "
+            f"Hugging Face Hub ({first_line(error)})"
+        ) from error
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Raises InputError when the disk is full or not writable."""
+    """Write a safetensors file atomically. Raises OutputError when the disk is full or not writable."""
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that nobody else may read
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        temporary.chmod(mode)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -107,8 +158,11 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); it is missing or truncated") from error
+        reason = first_line(error)
+        raise InputError(f"{path}: cannot be read as safetensors ({reason}); it is missing or truncated") from error
 
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

@@ -1,19 +1,26 @@
 """Source distributions of the flow: what ``x_0`` is drawn from.
 
-A draw belongs to a slide: it is a function of (seed, slide id, spot index) and of nothing else, so neither packing,
-spot order, chunking nor the number of workers changes a result.
+A draw belongs to a slide: a spot's is a function of (seed, slide id, spot index) and of nothing else, so neither
+packing, spot order, chunking, the number of workers nor the spots behind it change it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .errors import InputError
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless ``seed`` is a whole number that every generator takes."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed: must be a whole number from 0 to 2^63 - 1, not {seed}")
 
 
 def slide_seed(seed: int, slide_id: str) -> np.random.SeedSequence:
@@ -21,23 +28,30 @@ def slide_seed(seed: int, slide_id: str) -> np.random.SeedSequence:
     return np.random.SeedSequence([seed, zlib.crc32(slide_id.encode())])
 
 
-def _gaussian(prior: Prior, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    return rng.standard_normal(shape, dtype=np.float32)
+def _gaussian(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)
 
 
-def _zero(prior: Prior, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+def _zero(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
     return np.zeros(shape, dtype=np.float32)
 
 
-def _zinb(prior: Prior, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    rate = rng.standard_gamma(prior.total_count, shape, dtype=np.float32)
+def _zinb(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
+    # A stream for each of the three draws: each fills spot after spot, so that no spot depends on how many follow.
+    for_rate, for_counts, for_zeros = (np.random.Generator(np.random.Philox(child)) for child in _spawn(seed, 3))
+    rate = for_rate.standard_gamma(prior.total_count, shape, dtype=np.float32)
     rate *= np.float32(np.exp(prior.logits))
-    counts = rng.poisson(rate).astype(np.float32)
-    counts[rng.random(shape, dtype=np.float32) < 1.0 / (1.0 + np.exp(-prior.zi_logits))] = 0.0
+    counts = for_counts.poisson(rate).astype(np.float32)
+    counts[for_zeros.random(shape, dtype=np.float32) < 1.0 / (1.0 + np.exp(-prior.zi_logits))] = 0.0
     return np.log1p(counts, out=counts)
 
 
-_DRAWS: dict[str, Callable[[Prior, np.random.Generator, tuple[int, int]], np.ndarray]] = {
+def _spawn(seed: np.random.SeedSequence, n: int) -> list[np.random.SeedSequence]:
+    """``seed.spawn(n)``, but the same ones at every call."""
+    return [np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in range(n)]
+
+
+_DRAWS: dict[str, Callable[[Prior, np.random.SeedSequence, tuple[int, int]], np.ndarray]] = {
     "zinb": _zinb,
     "gaussian": _gaussian,
     "zero": _zero,
@@ -79,7 +93,13 @@ class Prior:
 
     def draw(self, n_spots: int, n_genes: int, seed: np.random.SeedSequence) -> np.ndarray:
         """x_0 [n_spots, n_genes] float32, rows in the slide's own order of spots."""
-        return _DRAWS[self.name](self, np.random.Generator(np.random.Philox(seed)), (n_spots, n_genes))
+        return _DRAWS[self.name](self, seed, (n_spots, n_genes))
+
+    @classmethod
+    def of_training(cls, settings: Mapping[str, Any]) -> Prior:
+        """The prior of a training, by the fields ``prior`` and ``prior_*`` of its TrainingConfig; else the default."""
+        names = {"prior": "name", **{f"prior_{name}": name for name in ("total_count", "logits", "zi_logits")}}
+        return cls(**{name: settings[field] for field, name in names.items() if field in settings})
 
     def to_dict(self) -> dict[str, str | float]:
         return dataclasses.asdict(self)

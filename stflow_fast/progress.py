@@ -12,7 +12,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -20,9 +19,8 @@ from rich.progress import (
 def _progress(quiet: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
@@ -39,16 +37,24 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
         def update(record: dict[str, Any]) -> None:
             best.update(record if record["best"] else {})
             reached = best.get("selection_pearson")
-            chosen = f"epoch {best['epoch']}" + ("" if reached is None else f", Pearson {reached:.3f}")
-            status = f"loss {record['train_loss']:.3f}; best on {selected_on}: {chosen}"
+            chosen = f"best {best['epoch']}" + ("" if reached is None else f": Pearson {reached:.3f}")
+            status = f"loss {record['train_loss']:.3f}, {chosen} on {selected_on}"
             progress.update(task, completed=record["epoch"], status=status)
+            if not progress.console.is_terminal and not quiet:  # a log has no bar
+                progress.console.print(f"epoch {record['epoch']} of {epochs}: {status}", markup=False)
 
         yield update
 
 
 @contextlib.contextmanager
-def slides_bar(n_slides: int) -> Iterator[Callable[[str], None]]:
-    """A bar over slides; yields what to call with the id of each slide that is done."""
+def slides_bar(n_slides: int) -> Iterator[Callable[[str, tuple[str, ...]], None]]:
+    """A bar over slides; yields what to call with the id of each slide that is done and the notes to print of it."""
     with _progress() as progress:
         task = progress.add_task("slide", total=n_slides, status="")
-        yield lambda name: progress.update(task, advance=1, status=name)
+
+        def update(name: str, notes: tuple[str, ...]) -> None:
+            for note in notes:
+                progress.console.print(f"{name}: {note}", markup=False)
+            progress.update(task, advance=1, status=name)
+
+        yield update

@@ -25,6 +25,7 @@ from .evaluation import score
 from .files import atomic_path
 from .slides import Slide
 
+MODEL_NAME = "stflow-fast"
 DPI = 150
 PANEL = (3.9, 5.5)  # inches: width of a map, and its largest height
 SCALE_BAR_STRIP = 0.34  # inches
@@ -34,8 +35,9 @@ LABELS = {
     "hest_ridge": "HEST ridge",
     "ridge_alpha_1e4": "ridge alpha 1e4",
     "depth_oracle": "depth oracle",
+    "shuffled_spots": "spots shuffled",
 }
-"""How a reader meets the baselines of :func:`stflow_fast.evaluation.baselines`."""
+"""How a reader meets the baselines of :func:`stflow_fast.evaluation.baselines`, and the demo's control."""
 
 CONSTANT_NOTE = "const: genes without Pearson, truth or prediction being the same everywhere."
 UNITS = {"log1p": "log1p counts", "cp10k_log1p": "log1p counts per 10,000"}
@@ -43,7 +45,7 @@ ORACLE_NOTE = "depth oracle: reads the true total count of each test spot, nothi
 _COMPACT: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
 
 
-def results_table(result: Mapping[str, Any], model: str = "stflow-fast") -> Table:
+def results_table(result: Mapping[str, Any], model: str = MODEL_NAME) -> Table:
     """The model's scores, then those of the baselines.
 
     Args:
@@ -51,9 +53,10 @@ def results_table(result: Mapping[str, Any], model: str = "stflow-fast") -> Tabl
         model: the name to give the first row.
     """
     baselines = result.get("baselines", {})
+    notes = (CONSTANT_NOTE, ORACLE_NOTE if "depth_oracle" in baselines else "", _selection(result))
     table = Table(
         title=f"{result['n_genes']} genes, {result['n_spots']:,} spots",
-        caption=f"{CONSTANT_NOTE}\n{ORACLE_NOTE}" if "depth_oracle" in baselines else CONSTANT_NOTE,
+        caption="\n".join(filter(None, notes)),
         caption_justify="left",
         **_COMPACT,
     )
@@ -67,22 +70,17 @@ def results_table(result: Mapping[str, Any], model: str = "stflow-fast") -> Tabl
     return table
 
 
-def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str = "stflow-fast") -> Table:
+def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str = MODEL_NAME) -> Table:
     """Pearson of single genes, the model beside the baselines that have one, and the model's MSE and R2.
 
     Raises:
-        InputError: a gene of ``names`` is not among the predicted ones.
+        InputError: as :func:`check_genes`.
     """
     baselines = result.get("baselines", {})
     scored = {key: _by_gene(scores) for key, scores in baselines.items() if scores["pearson_mean"] is not None}
     own = _by_gene(result)
-    absent = [name for name in names if name not in own]
-    if absent:
-        raise InputError(
-            f"biomarkers: {', '.join(absent)} not among the {len(own)} predicted genes; "
-            "leave out, or train with a gene list that has them"
-        )
-    table = Table(title="Pearson of chosen genes", **_COMPACT)
+    check_genes(names, tuple(own))
+    table = Table(title="Pearson of chosen genes", caption=_selection(result) or None, **_COMPACT)
     table.add_column("gene")
     for column in (model, *(LABELS.get(key, key) for key in scored), "MSE", "R2"):
         table.add_column(Text(column), justify="right")
@@ -91,6 +89,22 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
         gene = own[name]
         table.add_row(Text(name), _number(gene["pearson"]), *others, _number(gene["mse"]), _number(gene["r2"]))
     return table
+
+
+def check_genes(names: Sequence[str], predicted: Sequence[str]) -> None:
+    """Raise InputError where a gene to show is not among the predicted ones."""
+    absent = [name for name in names if name not in predicted]
+    if absent:
+        raise InputError(
+            f"biomarkers: {', '.join(absent)} not among the {len(predicted)} predicted genes; "
+            "leave out, or train with a gene list that has them"
+        )
+
+
+def _selection(result: Mapping[str, Any]) -> str:
+    """What the model's epoch was chosen on: every table and picture of a result says it. Empty where it is unknown."""
+    chosen = result.get("selected_on", "unknown")
+    return "" if chosen == "unknown" else f"{MODEL_NAME}: epoch chosen on {chosen}."
 
 
 def _by_gene(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -144,6 +158,7 @@ def evaluation_pictures(
         pearsons = [gene["pearson"] for gene in score(measured, made, names)["genes"]]  # of this slide alone
         written.append(Path(folder) / f"maps_{slide.id}.png")
         title = f"{slide.id}: {slide.n_spots:,} spots, best, median and worst of {len(order)} genes"
+        title = "\n".join(filter(None, (title, _selection(result))))
         size, unit = slide.micron_per_pixel, UNITS.get(normalize, normalize)
         gene_maps(written[-1], slide.coords, measured, made, names, pearsons, title, size, unit=unit)
     return written
@@ -315,7 +330,7 @@ def _draw_curve(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, labe
         axes.plot(epochs, values, color=color, label=label, marker="o", markersize=3.5, linewidth=1.5)
 
 
-def score_bars(path: str | os.PathLike, result: Mapping[str, Any], model: str = "stflow-fast") -> None:
+def score_bars(path: str | os.PathLike, result: Mapping[str, Any], model: str = MODEL_NAME) -> None:
     """Draw the mean Pearson of model and baselines as bars, with a point for every gene, as PNG.
 
     Raises:
@@ -332,6 +347,7 @@ def score_bars(path: str | os.PathLike, result: Mapping[str, Any], model: str = 
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("Pearson (bar and number: mean over genes; points: single genes)", fontsize=10)
+    axes.set_title(_selection(result), fontsize=10, loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .config import DenoiserConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .evaluation import score
-from .files import atomic_path, claim_output, read_json, write_json
+from .files import atomic_path, check_output, read_json, write_json
 from .flow import CondOTPath, sample
 from .model import Denoiser
-from .pretrained import Provenance, load_tensors, save_tensors
+from .pretrained import Provenance, load_state, load_tensors, save_tensors
 from .slides import HestTask
-from .windows import TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions, hold_out_slides
+from .windows import TEST, TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions, hold_out_slides
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -37,6 +38,8 @@ RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
     "checkpoint.safetensors",
     "model",
 )
+CURVES_FILE, EVALUATION_FOLDER = "training.png", "evaluation"
+"""What the command line adds to a run."""
 
 
 class FlowObjective(nn.Module):
@@ -74,12 +77,16 @@ class Progress(NamedTuple):
         return max((score for score in scores if score is not None), default=-math.inf)
 
 
+class Diverged(InputError):
+    """The loss or a sample is no longer finite."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training: its folder, the model, and a record of every epoch."""
 
     folder: Path
-    model: Denoiser
+    model: Denoiser = dataclasses.field(repr=False)
     records: list[dict[str, Any]]
     best_epoch: int
 
@@ -90,7 +97,7 @@ def fit(
     denoiser: dict[str, Any] | None = None,
     config: TrainingConfig | None = None,
     *,
-    precision: str = "no",
+    precision: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -104,35 +111,47 @@ def fit(
         out: the run folder.
         denoiser: fields of DenoiserConfig other than n_genes and feature_dim.
         config: how to train.
-        precision: of Accelerate: "no" (float32), "bf16" or "fp16".
-        resume: go on from the last finished epoch in ``out``; the weights end as if never interrupted.
-        overwrite: replace the run in ``out``.
+        precision: "no" (float32), "bf16" or "fp16" (on a GPU); Accelerate's own setting when None, float32 without.
+        resume: go on from the last finished epoch in ``out``; on the CPU the weights end with the same bits as if
+            never interrupted.
+        overwrite: replace the run in ``out``, once the first epoch is written.
         on_epoch: called with each epoch's record, for a progress bar.
 
     Raises:
         InputError: genes missing from a slide, features of different sizes, an occupied ``out``, another
-            configuration on resume, a truncated checkpoint, a full disk.
+            configuration on resume, a truncated checkpoint, or a full disk.
+        Diverged: the loss is no longer finite; the best model before that is in ``out``.
     """
     config = config or TrainingConfig()
     out = Path(out)
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))
     trainer = _Trainer(data, settings, config, precision)
-    description = _describe(data, settings, config, precision)
+    description = trainer.describe(settings)
     speaks = trainer.accelerator.is_main_process
     if speaks:
         _open_run(out, description, resume, overwrite)
     trainer.accelerator.wait_for_everyone()
-    progress = trainer.restore(out / CHECKPOINT_FILE) if resume else Progress([], {})
-    while progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
-        progress = trainer.advance(progress)
+    progress, diverged = trainer.restore(out) if resume else Progress([], {}), None
+    while not diverged and progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
+        try:
+            progress = trainer.advance(progress)
+        except Diverged as error:
+            if not progress.best:
+                raise
+            diverged = error
+            continue
         if speaks:
             trainer.save(out, progress)
+            if progress.epoch == 1:
+                _retire_last_run(out, description)
             if on_epoch:
                 on_epoch(progress.records[-1])
     model = _finished_model(settings, data, description, progress)
     if speaks:
-        _replace_model(out / MODEL_FOLDER, model)
+        model.save_pretrained(out / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
+    if diverged:
+        raise Diverged(f"{diverged} (the model of epoch {progress.best_epoch} is in {out / MODEL_FOLDER})")
     return Run(out, model, progress.records, progress.best_epoch)
 
 
@@ -141,17 +160,23 @@ def train(
     out: str | Path,
     encoder: str,
     fold: int = 0,
+    genes: str = "var_50genes.json",
     *,
+    embeddings: str | Path | None = None,
+    normalize: str = "log1p",
+    select_on: str = "validation",
     denoiser: dict[str, Any] | None = None,
     config: TrainingConfig | None = None,
-    precision: str = "no",
+    precision: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    **loading: Any,
 ) -> Run:
-    """Train on one fold of a HEST-bench task folder: :func:`load_fold` (``loading``: its other arguments) and
-    :func:`fit`, whose arguments and errors these are."""
-    loaded = load_fold(data, encoder, fold, config=config, **loading)
+    """Train on one fold of a HEST-bench task folder: :func:`load_fold` (``encoder`` to ``select_on``) and :func:`fit`
+    (the others), whose arguments and errors these are. The Python twin of ``stflow-fast train``, without its picture.
+    """
+    loaded = load_fold(
+        data, encoder, fold, genes, embeddings=embeddings, normalize=normalize, select_on=select_on, config=config
+    )
     return fit(loaded, out, denoiser, config, precision=precision, resume=resume, overwrite=overwrite)
 
 
@@ -192,7 +217,7 @@ def load_fold(
     split = task.fold(fold)
     train = [task.slide(name) for name in split.train]
     if select_on == "test":
-        selection, selected_on = [task.slide(name) for name in split.test], "TEST"
+        selection, selected_on = [task.slide(name) for name in split.test], TEST
     elif split.val:
         selection, selected_on = [task.slide(name) for name in split.val], "held-out slides"
     else:
@@ -214,63 +239,94 @@ def _feature_dim(data: TrainingData) -> int:
     return first
 
 
-def _describe(data: TrainingData, settings: DenoiserConfig, config: TrainingConfig, precision: str) -> dict[str, Any]:
-    return {
-        **data.description,
-        "encoder": data.encoder,
-        "normalize": data.normalize,
-        "genes": list(data.genes),
-        "train": {slide.id: slide.n_spots for slide in data.train},
-        "selected_on": data.selected_on,
-        "selection": {slide.id: slide.n_spots for slide in data.selection},
-        "denoiser": settings.to_dict(),
-        "training": dataclasses.asdict(config),
-        "precision": precision,
-    }
-
-
 def _open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    if not resume:
-        claim_output(out, RUN_FILE, reuse=overwrite)
-        for name in (CHECKPOINT_FILE, METRICS_FILE):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / MODEL_FOLDER, ignore_errors=True)
+    if resume:
+        _check_same_run(out / RUN_FILE, description)
+    else:
+        check_output(out, RUN_FILE, reuse=overwrite)
+    # Until its first epoch is on the disk, a run that overwrites another leaves it as it is.
+    if resume or not (out / CHECKPOINT_FILE).exists():
         write_json(out / RUN_FILE, description)
-        return
-    before = read_json(out / RUN_FILE)
-    # More epochs or more patience extend a run; anything else would make it another one.
-    for part in (before, description):
-        part["training"] = {k: v for k, v in part["training"].items() if k not in ("epochs", "patience")}
-    for field in description:
-        if before.get(field) != description[field]:
-            raise InputError(f"{out / RUN_FILE}: {field} differs from this call; resume with the settings of the run")
+
+
+def _retire_last_run(out: Path, description: dict[str, Any]) -> None:
+    """The first epoch of this run is on the disk: what was left of an overwritten one goes."""
+    write_json(out / RUN_FILE, description)
+    (out / CURVES_FILE).unlink(missing_ok=True)
+    for folder in (MODEL_FOLDER, EVALUATION_FOLDER):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _check_same_run(path: Path, description: dict[str, Any]) -> None:
+    before = read_json(path)
+    if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
+        raise InputError(f"{path}: does not describe a training; choose another --out")
+
+    def compared(run: dict[str, Any]) -> dict[str, Any]:
+        # More epochs or more patience extend a run, and data may move; anything else would make it another run.
+        training = {key: value for key, value in run["training"].items() if key not in ("epochs", "patience")}
+        return {**{key: value for key, value in run.items() if key != "data"}, "training": training}
+
+    difference = _difference(compared(before), compared(description))
+    if difference:
+        raise InputError(f"{path}: {difference}; resume with the settings of the run")
+
+
+def _difference(was: Any, now: Any, name: str = "") -> str | None:
+    """The first leaf of two nested dicts that differs, in words."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted(was.keys() | now.keys())
+        found = (_difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
+        return next(filter(None, found), None)
+    if was == now:
+        return None
+    return f"{name} differs" if isinstance(now, list) else f"{name} is {was!r} there and {now!r} in this call"
 
 
 class _Trainer:
     """The network, its running mean and its optimiser, and one epoch after another."""
 
     def __init__(self, data: TrainingData, settings: DenoiserConfig, config: TrainingConfig, precision: str) -> None:
-        if precision not in PRECISIONS:
-            raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.data, self.config = data, config
         self.windows = Windows(data, config, settings.n_neighbors)
         self.truth = [slide.expression(data.genes, data.normalize) for slide in data.selection]
-        self.accelerator = Accelerator(mixed_precision=precision)
+        self.accelerator = _accelerator(precision)
         torch.manual_seed(config.seed)
         self.model = Denoiser(settings)
         self.average = copy.deepcopy(self.model).to(self.accelerator.device)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.objective, self.optimizer = self.accelerator.prepare(FlowObjective(self.model), optimizer)
 
+    def describe(self, settings: DenoiserConfig) -> dict[str, Any]:
+        """What decides a run, for run.json and for the model (plain JSON types)."""
+        data = self.data
+        return {
+            **data.description,
+            "encoder": data.encoder,
+            "normalize": data.normalize,
+            "genes": list(data.genes),
+            "train": {slide.id: slide.n_spots for slide in data.train},
+            "selected_on": data.selected_on,
+            "selection": {slide.id: slide.n_spots for slide in data.selection},
+            "denoiser": settings.to_dict(),
+            "training": dataclasses.asdict(self.config),
+            "precision": self.accelerator.mixed_precision,
+            "num_processes": self.accelerator.num_processes,
+        }
+
     def advance(self, progress: Progress) -> Progress:
         """Train one epoch more and score it."""
         started = time.perf_counter()
-        loss = self._train_epoch(progress.epoch + 1)
-        scores = self._score()
+        epoch = progress.epoch + 1
+        loss = self._train_epoch(epoch)
+        # One process scores for all: were they to differ by a bit, they would stop at different epochs.
+        scores = self._score() if self.accelerator.is_main_process else {}
+        [scores] = broadcast_object_list([scores])
+        _check_finite(bool(scores), epoch)
         reached = scores["selection_pearson"]
         improved = reached is not None and reached > progress.best_score
         record = {
-            "epoch": progress.epoch + 1,
+            "epoch": epoch,
             "train_loss": loss,
             **scores,
             "selected_on": self.data.selected_on,
@@ -298,19 +354,29 @@ class _Trainer:
             # The first steps are soon forgotten, or the mean would long remember the initial weights.
             _follow(self.average, self.model, min(self.config.ema_decay, (1 + done) / (10 + done)))
             total += loss.detach()
-        return float(self.accelerator.reduce(total / steps, "mean"))
+        loss = float(self.accelerator.reduce(total / steps, "mean"))
+        _check_finite(math.isfinite(loss), epoch)
+        return loss
 
     def _score(self) -> dict[str, float | None]:
-        """Mean over slides of the mean Pearson over genes, and of the mean squared error, of sampled expression."""
-        how = {name: getattr(self.config, name) for name in ("n_sample_steps", "prior", "seed")}
-        scores = []
-        for slide, truth in zip(self.data.selection, self.truth, strict=True):
-            drawn = sample(self.average, slide, **how)
-            scores.append(score(truth, drawn.expression.numpy(), self.data.genes))
+        """Pearson and mean squared error, means over genes, of sampled expression; empty if that is not finite.
+
+        The spots of all TEST slides are pooled, as in the published selection and in HEST-bench. Held-out slides and
+        regions are scored one by one: they differ in depth, and pooled they would score that.
+        """
+        how = {"n_sample_steps": self.config.n_sample_steps, "prior": self.config.source(), "seed": self.config.seed}
+        drawn = [sample(self.average, slide, **how).expression.numpy() for slide in self.data.selection]
+        pairs = list(zip(self.truth, drawn, strict=True))
+        if not all(np.isfinite(made).all() for made in drawn):
+            return {}
+        if self.data.selected_on == TEST:
+            pairs = [tuple(map(np.concatenate, zip(*pairs, strict=True)))]
+        scores = [score(truth, made, self.data.genes) for truth, made in pairs]
         defined = [one["pearson_mean"] for one in scores if one["pearson_mean"] is not None]
         return {
             "selection_mse": float(np.mean([one["mse_mean"] for one in scores])),
             "selection_pearson": float(np.mean(defined)) if defined else None,
+            "n_constant_genes": sum(one["n_constant_genes"] for one in scores),
         }
 
     def save(self, out: Path, progress: Progress) -> None:
@@ -321,27 +387,58 @@ class _Trainer:
             for key, value in state.items():
                 parts.setdefault(f"adam.{key}", {})[names[parameter]] = value
         tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        save_tensors(out / CHECKPOINT_FILE, _copy(tensors), {"records": json.dumps(progress.records)})
+        scaler = self.accelerator.scaler
+        metadata = {
+            "records": json.dumps(progress.records),
+            "scaler": json.dumps(None if scaler is None else scaler.state_dict()),
+        }
+        save_tensors(out / CHECKPOINT_FILE, _copy(tensors), metadata)
         with atomic_path(out / METRICS_FILE) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in progress.records))
 
-    def restore(self, path: Path) -> Progress:
-        """Go back to a checkpoint; to the start where there is none: killed before the first epoch ended."""
+    def restore(self, out: Path) -> Progress:
+        """Go back to a run's checkpoint; to the start where there is none: killed before the first epoch ended."""
+        path = out / CHECKPOINT_FILE
         if not path.exists():
+            if (out / METRICS_FILE).exists():
+                raise InputError(f"{path}: is missing, but the run has trained; choose another --out, or --overwrite")
             return Progress([], {})
         tensors, metadata = load_tensors(path)
+        if "records" not in metadata:
+            raise InputError(f"{path}: is not the checkpoint of a training; choose another --out, or --overwrite")
         part = {
             prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in ("model.", "average.", "best.", "adam.")
         }
-        self.model.load_state_dict(part["model."], strict=True)
-        self.average.load_state_dict(part["average."], strict=True)
+        load_state(self.model, part["model."], path)
+        load_state(self.average, part["average."], path)
         for name, parameter in self.model.named_parameters():
             state = {key: part["adam."][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
         return Progress(json.loads(metadata["records"]), part["best."])
+
+
+def _accelerator(precision: str | None) -> Accelerator:
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    try:
+        # CUDA or the CPU, said outright: left to itself, Accelerate takes a Mac's GPU, which lacks float64, and takes
+        # each of several CPU processes for the only one.
+        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    except ValueError as error:  # Accelerate keeps one state for a whole process
+        raise InputError(f"precision: another training of this process set it; {first_line(error)}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("precision: fp16 needs a GPU; use bf16 or no")
+    return accelerator
+
+
+def _check_finite(finite: bool, epoch: int) -> None:
+    if not finite:
+        raise Diverged(f"learning_rate: training diverged in epoch {epoch}; lower it")
 
 
 @torch.no_grad()
@@ -365,11 +462,3 @@ def _finished_model(
     model = Denoiser(settings, Provenance(data.genes, data.encoder, data.normalize, training))
     model.load_state_dict(progress.best)
     return model.eval()
-
-
-def _replace_model(folder: Path, model: Denoiser) -> None:
-    """Write the model's folder whole, then put it where the last one was."""
-    with atomic_path(folder.with_name("model.new")) as temporary:
-        model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name("model.new").rename(folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph import SpotGraph
-from .priors import Prior
+from .priors import Prior, check_seed
 from .slides import Slide
 
 
@@ -29,7 +29,7 @@ class TrainingConfig:
             slide's spots around a random spot, at least K + 1 of them.
         learning_rate: of Adam.
         clip_norm: largest norm of the gradient.
-        prior: name of the source distribution.
+        prior: name of the source distribution; the three after it are the parameters of ``zinb``, see Prior.
         n_sample_steps: times S of the sampler that scores an epoch.
         validation_fraction: share of the training slides that is held out to choose the epoch by; with too few
             slides for that, one region of every slide, this share of its spots.
@@ -48,6 +48,9 @@ class TrainingConfig:
     learning_rate: float = 5e-4
     clip_norm: float = 1.0
     prior: str = "zinb"
+    prior_total_count: float = 1.0
+    prior_logits: float = 0.1
+    prior_zi_logits: float = 0.0
     n_sample_steps: int = 5
     validation_fraction: float = 0.15
     ema_decay: float = 0.0
@@ -66,9 +69,16 @@ class TrainingConfig:
             raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
         if self.n_sample_steps < 2:
             raise InputError(f"n_sample_steps: must be at least 2, not {self.n_sample_steps}")
-        if self.seed < 0:
-            raise InputError(f"seed: must be 0 or larger, not {self.seed}")
-        Prior(self.prior)
+        check_seed(self.seed)
+        self.source()
+
+    def source(self) -> Prior:
+        """The distribution of x_0."""
+        return Prior.of_training(dataclasses.asdict(self))
+
+
+TEST = "TEST"
+"""What a selection on the test slides is called, in capitals, wherever it shows."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class TrainingData:
     Attributes:
         train: slides with counts.
         selection: slides with counts, disjoint from ``train`` in spots.
-        selected_on: what ``selection`` is: "held-out regions", "held-out slides" or "TEST" (the published way).
+        selected_on: what ``selection`` is: "held-out regions", "held-out slides" or :data:`TEST` (the published way).
         genes: the panel, in the order of the model's output.
         encoder: name of the patch encoder.
         normalize: see ``stflow_fast.slides.NORMALIZATIONS``.
@@ -170,7 +180,7 @@ class Windows:
         return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]
 
     def make(self, epoch: int, batch: list[tuple[int, int]]) -> WindowBatch:
-        prior, k = Prior(self._config.prior), self._n_neighbors
+        prior, k = self._config.source(), self._n_neighbors
         coords, features, x_0, x_1, t, seeds = [], [], [], [], [], []
         for index, number in batch:
             slide = self._slides[index]
@@ -178,7 +188,8 @@ class Windows:
             for_window, for_noise, for_dropout = sequence.spawn(3)
             rng = np.random.default_rng(for_window)
             size = min(slide.n_spots, max(k + 1, math.ceil(rng.uniform() * slide.n_spots)))
-            spots = _nearest(slide.coords, int(rng.integers(slide.n_spots)), size)
+            # In the slide's order: ties between neighbours are broken by it, here as in the whole slide.
+            spots = np.sort(_nearest(slide.coords, int(rng.integers(slide.n_spots)), size))
             coords.append(slide.coords[spots])
             features.append(slide.features[spots])
             x_1.append(self._targets[index][spots])

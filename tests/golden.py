@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stflow_fast.model import TimestepEmbedder
-
 CASES = (
     "batched_padding",
     "default_config",
@@ -43,18 +41,6 @@ class Golden:
     def config(self) -> dict[str, int | str | bool]:
         settings = {key[7:]: self._file[key].item() for key in self._file.files if key.startswith("config/")}
         return {**settings, "n_genes": self["input/gene_exp"].shape[-1], "dropout": 0.0, "attn_dropout": 0.0}
-
-
-def golden_frequencies() -> torch.Tensor:
-    """The frequencies of the timestep embedding on the machine that made the golden files.
-
-    The published code takes exp in float32, which torch hands to MKL, whose last bit depends on the processor. There
-    it was its portable code path (``MKL_CBWR=COMPATIBLE`` shows it on any x86): two of 128 frequencies lie one unit in
-    the last place above the correctly rounded ones. Found by solving the golden predictions for the embedding.
-    """
-    frequencies = TimestepEmbedder.frequencies(torch.device("cpu")).numpy()
-    frequencies[[12, 106]] = np.nextafter(frequencies[[12, 106]], np.float32(2))
-    return torch.from_numpy(frequencies)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

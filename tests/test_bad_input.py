@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import dataclasses
+import json
 import re
 import resource
 import subprocess
@@ -21,7 +22,18 @@ from stflow_fast.config import DenoiserConfig
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 
-from .builders import ENCODER, FEATURES, GENE_LIST, PANEL, arrays, gene_names, write_embeddings, write_h5ad, write_task
+from .builders import (
+    ENCODER,
+    FEATURES,
+    GENE_LIST,
+    PANEL,
+    arrays,
+    gene_names,
+    write_embeddings,
+    write_h5ad,
+    write_split,
+    write_task,
+)
 
 TRAIN = ["--encoder", ENCODER, "--epochs", "1", "--set", "hidden_dim=16", "--set", "pairwise_hidden_dim=16"]
 
@@ -81,6 +93,18 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def replace_key(path: Path, key: str, value: object) -> None:
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file[key] = value
+
+
+def regroup(path: Path, key: str) -> None:
+    with h5py.File(path, "a") as file:
+        file.move(key, "aside")
+        file.create_group(key)
+
+
 def spoil(path: Path, key: str, value: float) -> None:
     with h5py.File(path, "a") as file:
         file[key][3:5] = value
@@ -101,6 +125,21 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda t: write_embeddings(embeddings_of(t, "S1"), arrays("S1"), np.r_[0, 0, 1:60]),
         r"S1\.h5: 1 duplicated barcodes",
     ),
+    "embeddings in a group": (lambda t: regroup(embeddings_of(t, "S1"), "embeddings"), "must be tables, not groups"),
+    "coordinates of one number": (lambda t: replace_key(embeddings_of(t, "S1"), "coords", 3.0), "disagree in size"),
+    "barcodes that are no text": (
+        lambda t: replace_key(embeddings_of(t, "S1"), "barcodes", np.full((60, 1), b"\xe9")),
+        "barcodes are not UTF-8 text",
+    ),
+    "a slide twice in a split": (
+        lambda t: write_split(t, "train", ("S0", "S1", "S0")),
+        r"train_0\.csv: names S0 twice; remove one",
+    ),
+    "a split without names": (lambda t: write_split(t, "train", ("S0", "")), r"train_0\.csv: names no slide in row 3"),
+    "a split of other columns": (
+        lambda t: (t / "splits" / "train_0.csv").write_text("slide,path\nS0,x\n"),
+        r"train_0\.csv: has no column sample_id; it has slide, path",
+    ),
     "NaN features": (lambda t: spoil(embeddings_of(t, "S1"), "embeddings", np.nan), "slide S1: features of 2 of 60"),
     "infinite coordinates": (
         lambda t: write_h5ad(t / "adata" / "S1.h5ad", {**arrays("S1"), "centres": np.full((60, 2), np.inf)}),
@@ -113,7 +152,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no gene list": (lambda t: (t / GENE_LIST).unlink(), f"{GENE_LIST}: does not exist"),
     "empty slide": (
         lambda t: write_embeddings(embeddings_of(t, "S1"), arrays("S1"), np.arange(0)),
-        r"S1\.h5: (no barcode in common|has no spots)",
+        r"S1\.h5: has no spots",
     ),
     "features of another size": (
         lambda t: write_embeddings(embeddings_of(t, "S1"), {**arrays("S1"), "features": np.zeros((60, 3), np.float32)}),
@@ -142,6 +181,10 @@ def test_training_on_broken_data(say: Callable[..., str], task: Path, tmp_path: 
         (["--fold", "4"], "fold: 4 is not in"),
         (["--learning-rate", "0"], "learning_rate: must be above 0"),
         (["--precision", "fp7"], "precision: must be one of no, bf16, fp16"),
+        (["--set", "learning_rate=1"], "--set learning_rate: has a flag of its own, --learning-rate"),
+        (["--set", "prior_total_count=0"], "total_count: must be above 0"),
+        (["--seed", "-1"], "seed: must be a whole number from 0"),
+        (["--seed", "99999999999999999999"], "seed: must be a whole number from 0"),
     ],
 )
 def test_training_with_bad_settings(
@@ -181,7 +224,7 @@ def test_resuming_what_is_not_there_or_cut_off(say: Callable[..., str], task: Pa
 
 def test_models_that_cannot_be_read(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
     slide = slide_file(tmp_path)
-    assert "does not exist" in say("predict", tmp_path / "none", slide, "--out", tmp_path / "out")
+    assert "none: is not a folder" in say("predict", tmp_path / "none", slide, "--out", tmp_path / "out")
     cut(model / "model.safetensors")
     assert "model.safetensors: cannot be read" in say("predict", model, slide, "--out", tmp_path / "out")
     (model / "config.json").write_text("{")
@@ -211,6 +254,34 @@ def test_one_bad_slide_does_not_stop_the_others(say: Callable[..., str], model: 
     assert len(list((tmp_path / "out").glob("*.h5ad"))) == 3
 
 
+def test_expression_is_not_needed_to_predict_nor_looked_at(
+    say: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
+    say("predict", model, slide_file(tmp_path / "a"), "--out", tmp_path / "plain", code=0)
+    odd = slide_file(tmp_path / "b", counts=np.full((60, 30), -1.5, np.float32))
+    say("predict", model, odd, "--out", tmp_path / "odd", code=0)
+    plain, other = (anndata.read_h5ad(tmp_path / name / "S0.h5ad").X for name in ("plain", "odd"))
+    assert np.array_equal(plain, other)
+
+
+def test_bad_draws_are_refused_before_anything_is_written(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    slide, out = slide_file(tmp_path), tmp_path / "out"
+    for flags, complaint in (
+        (["--seed", "-1"], "seed: must be a whole number"),
+        (["--n-sample-steps", "0"], "n_sample_steps: must be at least 2"),
+        (["--prior", "dice"], "prior: must be one of"),
+        (["--device", "gpu"], "device: must be auto"),
+        (["--memory-budget", "much"], "memory_budget: must be a size"),
+    ):
+        assert complaint in say("predict", model, slide, slide_file(tmp_path, "S1"), "--out", out, *flags)
+        assert not out.exists()
+
+
+def test_a_failed_prediction_does_not_stand_in_the_way(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    assert "does not exist" in say("predict", model, tmp_path / "typo.h5ad", "--out", tmp_path / "out")
+    say("predict", model, slide_file(tmp_path), "--out", tmp_path / "out", code=0)
+
+
 def test_predicting_from_files_without_features(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
     bare = write_h5ad(tmp_path / "bare.h5ad", arrays("S0"))
     assert "has no obsm['features'] with patch embeddings; it has spatial" in say(
@@ -219,36 +290,47 @@ def test_predicting_from_files_without_features(say: Callable[..., str], model: 
     assert "is neither .h5ad" in say("predict", model, tmp_path / "x.svs", "--out", tmp_path / "out2")
 
 
-def test_a_full_disk_leaves_the_last_result(
-    say: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slide, out = slide_file(tmp_path), tmp_path / "out"
-    say("predict", model, slide, "--out", out, code=0)
-    before = (out / "S0.h5ad").read_bytes()
+def run_with_little_space(*arguments: object, most: int = 20_000) -> str:
+    """Run the program where no file grows beyond ``most`` bytes, a real write error; return its one complaint."""
 
-    def full(self: anndata.AnnData, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    monkeypatch.setattr(anndata.AnnData, "write_h5ad", full)
-    complaint = say("predict", model, slide, "--out", out, "--overwrite", "--seed", 1)
-    assert "S0.h5ad: cannot be written (No space left on device)" in complaint
-    assert (out / "S0.h5ad").read_bytes() == before
-    assert sorted(path.name for path in out.iterdir()) == ["S0.h5ad", "predictions.json"]
+    command = [sys.executable, "-m", "stflow_fast", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    [complaint] = re.findall(r"^stflow-fast: .*$", ended.stderr, flags=re.MULTILINE)
+    return complaint
+
+
+def test_predicting_on_a_disk_that_fills_up(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    slides, out = [slide_file(tmp_path / "in", name, n=900) for name in ("S0", "S1", "S2")], tmp_path / "out"
+    say("predict", model, *slides[:2], "--out", out, code=0)
+    before = {path: content for path, content in contents(out).items() if path.suffix == ".h5ad"}
+    complaint = run_with_little_space("predict", model, *slides, "--out", out, "--overwrite", "--seed", 1)
+    assert re.search(r"S0\.h5ad: cannot be written \(File too large\); free space", complaint)
+    assert "S1" not in complaint  # the others would fail too
+    assert {path: content for path, content in contents(out).items() if path.suffix == ".h5ad"} == before
+    assert sorted(path.name for path in out.iterdir()) == ["S0.h5ad", "S1.h5ad", "predictions.json"]
 
 
 def test_training_on_a_disk_that_fills_up(task: Path, tmp_path: Path) -> None:
-    """A real write error, from a limit on the size of files: the checkpoint does not fit."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    command = [sys.executable, "-m", "stflow_fast", "train", str(task), "--out", str(tmp_path / "run"), *TRAIN]
-    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-    assert ended.returncode == 2, ended.stderr
-    assert "checkpoint.safetensors: cannot be written" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    complaint = run_with_little_space("train", task, "--out", tmp_path / "run", *TRAIN)
+    assert "checkpoint.safetensors: cannot be written" in complaint
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json"]
+
+
+def test_overwriting_on_a_disk_that_fills_up(say: Callable[..., str], task: Path, model: Path, tmp_path: Path) -> None:
+    say("train", task, "--out", tmp_path / "run", *TRAIN, code=0)
+    state = Denoiser.from_pretrained(model).state_dict()
+    torch.save(state, tmp_path / "published.pth")
+    (tmp_path / "genes.json").write_text(json.dumps(gene_names()[:PANEL]))
+    before = contents(tmp_path)
+    run_with_little_space("train", task, "--out", tmp_path / "run", *TRAIN, "--overwrite", "--seed", 1)
+    convert = ["convert", tmp_path / "published.pth", "--genes", tmp_path / "genes.json"]
+    run_with_little_space(*convert, "--out", model, "--overwrite")
+    assert contents(tmp_path) == before
 
 
 def test_evaluating_what_cannot_be_scored(say: Callable[..., str], task: Path, model: Path, tmp_path: Path) -> None:
@@ -257,10 +339,24 @@ def test_evaluating_what_cannot_be_scored(say: Callable[..., str], task: Path, m
     assert "names no genes or no encoder" in say("evaluate", tmp_path / "nameless", task)
     told = Provenance(tuple(gene_names()[3:11]), ENCODER, training={"train": {"S2": 60}})
     Denoiser(config, told).save_pretrained(tmp_path / "cheat")
-    assert "trained on its test slides S2" in say("evaluate", tmp_path / "cheat", task)
+    assert "trained or chosen on its test slides S2" in say("evaluate", tmp_path / "cheat", task)
+    chosen = {"train": {"S0": 60}, "selection": {"S2": 60}, "selected_on": "held-out slides"}
+    Denoiser(config, dataclasses.replace(told, training=chosen)).save_pretrained(tmp_path / "peek")
+    assert "trained or chosen on its test slides S2" in say("evaluate", tmp_path / "peek", task)
     out = tmp_path / "maps"
     assert "GENE29" in say("evaluate", model, task, "--maps", out, "--biomarkers", "GENE3,GENE29")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"{}", b"\x80\x02}q\x00."])
+def test_converting_what_is_no_checkpoint(say: Callable[..., str], tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "published.pth").write_bytes(content)
+    (tmp_path / "genes.json").write_text('["A"]')
+    complaint = say(
+        "convert", tmp_path / "published.pth", "--out", tmp_path / "out", "--genes", tmp_path / "genes.json"
+    )
+    assert re.search(r"published.pth: is truncated|parameters: not those of a STFlow", complaint)
+    assert "weights_only" not in complaint  # torch's advice is to switch it off
 
 
 def test_converting_without_the_right_genes(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
@@ -274,4 +370,9 @@ def test_converting_without_the_right_genes(say: Callable[..., str], model: Path
     cut(tmp_path / "published.pth")
     (tmp_path / "genes.json").write_text('["A"]')
     assert "published.pth: is truncated" in say(*command)
+    torch.save(state, tmp_path / "published.pth")
+    (tmp_path / "genes.json").write_text(json.dumps(["A"] * PANEL))
+    assert "genes: A is named twice" in say(*command)
+    (tmp_path / "genes.json").write_text(json.dumps(gene_names()[:PANEL]))
+    assert "normalize: must be one of" in say(*command, "--normalize", "banana")
     assert not (tmp_path / "out").exists()

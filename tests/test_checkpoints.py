@@ -105,7 +105,7 @@ def test_a_published_checkpoint_is_converted(tmp_path: Path, wrapped: bool) -> N
 def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
     good, path = published().state_dict(), tmp_path / "x.pth"
     cases = {
-        "does not exist": None,
+        "is no file": None,
         "not those of a STFlow": {"weight": torch.zeros(3)},
         "is not a state_dict": [1, 2],
         "blks.0.extra is": {**good, "backbone.blks.0.extra": torch.zeros(1)},
@@ -182,5 +182,16 @@ def test_acceleration_refuses_what_it_does_not_know() -> None:
     unknown.backbone.__dict__.pop("n_neighbors")
     with pytest.raises(InputError, match="n_neighbors: the module does not say it"):
         accelerate(unknown)
+    ungated = attributes(published(activation="relu"))
+    with pytest.raises(InputError, match="activation: is unknown, and ungated MLPs do not tell gelu from relu"):
+        accelerate(ungated)
+    for act, named in ((nn.SiLU(), "swiglu"), (nn.Tanh(), "Tanh")):
+        ungated.backbone.blks[0].attn.edge_trans.act = act
+        with pytest.raises(InputError, match=f"activation: is {named}"):
+            accelerate(ungated)
+    gated = attributes(published())
+    gated.backbone.blks[0].attn.edge_trans.act = nn.Sigmoid()
+    with pytest.raises(InputError, match="activation: the parameters say swiglu, the settings Sigmoid"):
+        accelerate(gated)
     assert not isinstance(unknown.backbone, SpatialTransformer)
     assert isinstance(accelerate(unknown, n_neighbors=4).backbone, SpatialTransformer)

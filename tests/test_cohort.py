@@ -11,9 +11,20 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from stflow_fast.cohort import MANIFEST, SamplingConfig, evaluate, evaluate_slides, load_model, predict
+import stflow_fast.pretrained as pretrained
+from stflow_fast.cohort import (
+    MANIFEST,
+    SamplingConfig,
+    evaluate,
+    evaluate_slides,
+    load_model,
+    predict,
+    write_prediction,
+)
 from stflow_fast.config import DenoiserConfig
+from stflow_fast.devices import choose_device
 from stflow_fast.errors import InputError
 from stflow_fast.flow import sample
 from stflow_fast.model import Denoiser
@@ -51,7 +62,8 @@ def test_a_prediction_says_what_it_is(cohort: Cohort, model: Denoiser, tmp_path:
     assert list(table.obs_names) == list(slide.barcodes)
     assert np.array_equal(table.obsm["spatial"], slide.coords)
     about = table.uns["stflow_fast"]
-    assert (about["seed"], about["nfe"], about["prior"]) == (5, 3, "gaussian")
+    assert (about["seed"], about["nfe"], about["prior"]["name"]) == (5, 3, "gaussian")
+    assert (about["slide"], about["device"], about["selected_on"]) == (slide.id, "cpu", "held-out regions")
     assert about["encoder"] == "synthetic"
     assert about["normalize"] == "log1p"
     assert about["version"]
@@ -73,15 +85,52 @@ def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_
     second.unlink()
     with pytest.raises(InputError, match="exists already"):
         predict(model, slides, tmp_path / "out")
-    done: list[str] = []
-    assert predict(model, slides, tmp_path / "out", resume=True, on_slide=done.append) == [first, second]
+    done: dict[str, tuple[str, ...]] = {}
+    assert predict(model, slides, tmp_path / "out", resume=True, on_slide=done.__setitem__) == [first, second]
     assert first.read_bytes() == kept
-    assert done == [slide.id for slide in slides]
-    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["seed"] == 0
+    assert done == {slides[0].id: (), slides[1].id: ("nothing left out",)}
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["seed"] == 0
+    assert manifest["slides"] == sorted(done)
+
+
+def test_resuming_does_not_mix_predictions(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
+    predict(model, slides, out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match=r"predictions.json: seed differs"):
+        predict(model, slides, out, sampling=SamplingConfig(seed=1), resume=True)
+    torch.manual_seed(1)
+    with pytest.raises(InputError, match=r"predictions.json: weights_sha256 differs"):
+        predict(Denoiser(model.config, model.provenance), slides, out, resume=True)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_overwriting_leaves_nothing_of_the_last_result(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
+    first, _ = predict(model, slides, out)
+    predict(model, slides[:1], out, sampling=SamplingConfig(seed=1), overwrite=True)
+    assert list(out.glob("*.h5ad")) == [first]
+    assert anndata.read_h5ad(first).uns["stflow_fast"]["seed"] == 1
+    # A kill in the middle of overwriting leaves files of both: resuming the last finished result draws its own again.
+    predict(model, slides, out, overwrite=True)
+    about = json.loads((out / MANIFEST).read_text())
+    write_prediction(first, model, slides[0], SamplingConfig(seed=1).draw(model, slides[0]), {**about, "seed": 1})
+    predict(model, slides, out, resume=True)
+    assert anndata.read_h5ad(first).uns["stflow_fast"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"seed": -1}, "seed"), ({"n_sample_steps": 0}, "n_sample_steps"), ({"prior": "dice"}, "prior")],
+)
+def test_impossible_draws_are_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(InputError, match=f"^{field}: must be"):
+        SamplingConfig(**settings)
 
 
 def test_two_slides_of_one_name_are_refused(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is the name of 2 slides"):
+    with pytest.raises(InputError, match="is the name of several slides"):
         predict(model, [cohort.test[0], cohort.test[0]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -90,8 +139,31 @@ def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(InputError, match="training did not finish"):
         load_model(tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="nowhere: is not a folder"):
         load_model(tmp_path / "nowhere")
+
+
+def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(name: str, file: str) -> str:
+        raise LocalEntryNotFoundError("no connection\nand no cache")
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", offline)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"owner/name: is neither a folder .* nor a model within reach .*connection\)$"
+    ):
+        load_model("owner/name")
+    (tmp_path / "runs").mkdir()
+    for mistyped in ("runs/fold0", "nowhere"):
+        with pytest.raises(InputError, match="is not a folder"):
+            load_model(mistyped)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("cpu").type == "cpu"
+    for name in ("gpu", "mps", "cuda:99"):
+        with pytest.raises(InputError, match="^device: "):
+            choose_device(name)
 
 
 def test_an_evaluation_scores_the_predictions_of_the_test_slides(cohort: Cohort, model: Denoiser) -> None:
@@ -113,7 +185,7 @@ def test_a_model_is_not_scored_on_slides_it_was_trained_on(
     try:
         encoder = dataclasses.replace(model.provenance, encoder="efficientnet_lite0")
         told = Denoiser(model.config, encoder)
-        with pytest.raises(InputError, match="fold 0: the model was trained on its test slides C6"):
+        with pytest.raises(InputError, match="fold 0: the model was trained or chosen on its test slides C6"):
             evaluate(told, shared("data/her2st"), 0)
     finally:
         del model.provenance.training["train"]

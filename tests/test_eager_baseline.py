@@ -21,7 +21,7 @@ from benchmarks.baselines.eager_stflow import (
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.model import Denoiser, TimestepEmbedder
 
-from .golden import CASES, Golden, golden_frequencies, relative_error
+from .golden import CASES, Golden, relative_error
 
 TOLERANCE = 1e-9  # float64
 
@@ -31,7 +31,7 @@ Load = Callable[[str], tuple[Golden, EagerDenoiser]]
 @pytest.fixture
 def load(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Load:
     """A golden file in float64 and the eager denoiser with its parameters, loaded strictly."""
-    table = golden_frequencies()
+    table = TimestepEmbedder.frequencies()
     monkeypatch.setattr(EagerTimeEmbedding, "frequencies", staticmethod(lambda device: table.to(device)))
 
     def load_case(name: str) -> tuple[Golden, EagerDenoiser]:
@@ -102,7 +102,7 @@ def test_same_parameters_as_ours() -> None:
 
 def test_frequencies_differ_from_ours_by_rounding_alone() -> None:
     found = EagerTimeEmbedding.frequencies(torch.device("cpu"))
-    torch.testing.assert_close(found, TimestepEmbedder.frequencies(torch.device("cpu")), rtol=2e-7, atol=0)
+    torch.testing.assert_close(found, TimestepEmbedder.frequencies(), rtol=2e-7, atol=0)
 
 
 def recorded_dropout(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, float]]:

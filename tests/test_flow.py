@@ -10,7 +10,8 @@ from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, parse_bytes, sample, time_grid
 from stflow_fast.model import Denoiser
-from stflow_fast.priors import Prior, slide_seed
+from stflow_fast.pretrained import Provenance
+from stflow_fast.priors import PRIORS, Prior, slide_seed
 from stflow_fast.slides import Slide
 
 
@@ -82,6 +83,26 @@ def test_the_other_priors() -> None:
 def test_impossible_priors_are_refused(settings: dict[str, object], field: str) -> None:
     with pytest.raises(InputError, match=f"{field}: must be"):
         Prior(**settings)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_noise_of_a_spot_does_not_depend_on_the_spots_behind_it(name: str) -> None:
+    seed = slide_seed(0, "a")
+    assert np.array_equal(
+        Prior(name, total_count=2.5).draw(5, 7, seed), Prior(name, total_count=2.5).draw(9, 7, seed)[:5]
+    )
+
+
+def test_a_sample_is_drawn_as_the_model_was_trained() -> None:
+    denoiser = model()
+    settings = {"n_sample_steps": 4, "prior": "zinb", "prior_total_count": 3.0, "prior_logits": -1.0}
+    trained = Denoiser(denoiser.config, Provenance(training={"training": settings}))
+    trained.load_state_dict(denoiser.state_dict())
+    found = sample(trained, slide())
+    expected = sample(denoiser, slide(), n_sample_steps=4, prior=Prior("zinb", 3.0, -1.0))
+    assert torch.equal(found.expression, expected.expression)
+    assert found.nfe == 3
+    assert sample(denoiser, slide()).nfe == 4
 
 
 def test_noise_belongs_to_seed_and_slide() -> None:

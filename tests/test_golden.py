@@ -11,9 +11,9 @@ import torch
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.flow import sample
 from stflow_fast.graph import knn_graph
-from stflow_fast.model import Denoiser, TimestepEmbedder
+from stflow_fast.model import Denoiser
 
-from .golden import CASES, Golden, golden_frequencies, relative_error
+from .golden import CASES, Golden, relative_error
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -21,10 +21,8 @@ Load = Callable[[str, torch.dtype], tuple[Golden, Denoiser]]
 
 
 @pytest.fixture
-def load(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(shared: Callable[[str], Path]) -> Load:
     """A golden file and our denoiser with its parameters, loaded strictly."""
-    table = golden_frequencies()
-    monkeypatch.setattr(TimestepEmbedder, "frequencies", staticmethod(lambda device: table.to(device)))
 
     def load_case(name: str, dtype: torch.dtype) -> tuple[Golden, Denoiser]:
         golden = Golden(shared(f"golden/{name}.npz"), dtype)
@@ -46,15 +44,6 @@ def predictions(golden: Golden, model: Denoiser) -> torch.Tensor:
 def test_predictions(load: Load, name: str, dtype: torch.dtype) -> None:
     golden, model = load(name, dtype)
     assert relative_error(predictions(golden, model), golden["output/prediction"]) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_predictions_with_our_own_frequencies(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Correctly rounded frequencies, as users run it: the last bit of two of them moves the prediction by 1e-8."""
-    golden, model = load(name, torch.float64)
-    monkeypatch.undo()
-    error = relative_error(predictions(golden, model), golden["output/prediction"])
-    assert error < 2e-8
 
 
 @pytest.mark.parametrize("name", CASES)

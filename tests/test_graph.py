@@ -48,6 +48,9 @@ clouds = {
     + np.random.default_rng(2).integers(0, 4, (150, 1)) * 50,
     "duplicated": np.repeat(np.random.default_rng(3).uniform(0, 10, (12, 2)), 9, axis=0),
     "all in one place": np.zeros((40, 2)),
+    "a pile among others": np.random.default_rng(4).permutation(
+        np.concatenate([np.full((60, 2), 5.0), np.random.default_rng(5).uniform(0, 10, (60, 2))])
+    ),
     "on a line": np.column_stack([np.arange(50.0), np.zeros(50)]),
 }
 
@@ -114,6 +117,31 @@ def test_geometry_moves_with_the_tissue(angle: float, mirror: bool, shift: tuple
     before, after = (edge_geometry(torch.from_numpy(p), table) for p in (points, moved))
     scale = max(before.abs().max().item(), 1.0) ** 2
     assert (sorted_frames(after) - sorted_frames(before)).abs().max() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("angle", [0.3, 2.0])
+@pytest.mark.parametrize("name", ["hexagonal", "square"])
+def test_float32_lattices_keep_their_ties(name: str, angle: float) -> None:
+    """Pixels of a large slide in float32 are rounded to 0.002: distances that were equal differ by that much."""
+    turn, _ = motion(angle, False, (0, 0))
+    points = clouds[name] * 100 + 20_000
+    moved = (points @ turn.T + 40_000).astype(np.float32)
+    table = knn_graph(points, 8)
+    assert torch.equal(knn_graph(points.astype(np.float32), 8), table)
+    assert torch.equal(knn_graph(moved, 8), table)
+    before, after = (
+        sorted_frames(SpotGraph.build(part, 8).geometry.double()) for part in (points, points.astype(np.float32))
+    )
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_thousands_of_spots_in_one_place_cost_no_more_than_others() -> None:
+    """By their number, a table of all distances within the pile would take 30 GB."""
+    points = np.concatenate([np.zeros((60_000, 2)), np.random.default_rng(0).uniform(1, 2, (1000, 2))])
+    table = knn_graph(points, 8)
+    assert torch.equal(table[59_999], torch.arange(8))
+    assert torch.equal(table[0], torch.arange(1, 9))
+    assert (table[60_000:] >= 60_000).float().mean() > 0.9
 
 
 def test_frames_equal_eigenvectors_where_those_exist() -> None:

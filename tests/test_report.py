@@ -58,6 +58,20 @@ def test_results_table_puts_the_model_first_and_hides_no_constant_gene(result):
     assert "reads the true total count" in lines[-1]
 
 
+@pytest.mark.parametrize("table", [report.results_table, lambda result: report.biomarker_table(result, ["ERBB2"])])
+def test_tables_say_what_the_epoch_was_chosen_on(result, table):
+    assert "epoch chosen on TEST." in shown(table({**result, "selected_on": "TEST"}))
+    assert "epoch chosen" not in shown(table(result))
+
+
+def test_pictures_say_what_the_epoch_was_chosen_on(result, tmp_path):
+    for name, chosen in (("plain", {}), ("test", {"selected_on": "TEST"})):
+        report.score_bars(tmp_path / f"{name}.png", {**result, **chosen})
+    # A line of text stands at the top left, where there was the start of the axis.
+    plain, test = ((picture(tmp_path / f"{name}.png")[:40] < 0.5).sum() for name in ("plain", "test"))
+    assert test > 2 * plain
+
+
 def test_tables_fit_a_terminal_of_80_columns(result):
     text = shown(report.results_table(result)) + shown(report.biomarker_table(result, ["ERBB2"]))
     assert "…" not in text

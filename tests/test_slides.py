@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 
@@ -68,9 +69,10 @@ def test_slides_without_expression_have_centres_where_the_patch_size_is_known(tm
     assert np.abs(corners.coords - (made["centres"] - PATCH / 2)).max() <= 1
     assert "top-left" in corners.notes[0]
     write_embeddings(root / "patches" / "S0.h5", made, key="barcode", patch_size=PATCH)
-    from_patches = HestTask(root, ENCODER).slide("S0", expression=False)
+    from_patches, found_beside = HestTask(root, ENCODER).slide("S0", expression=False), read_slide(path)
     write_embeddings(path, made, patch_size=PATCH)
-    for slide in (from_patches, read_slide(path)):
+    (root / "patches" / "S0.h5").unlink()
+    for slide in (from_patches, found_beside, read_slide(path)):
         assert np.abs(slide.coords - made["centres"]).max() <= 1
         assert slide.notes == ()
         assert slide.counts is None
@@ -85,6 +87,41 @@ def test_h5ad_with_features(tmp_path: Path, form: str) -> None:
     assert np.array_equal(slide.coords, made["centres"])
     genes = ["GENE7", "GENE2"]
     assert np.allclose(slide.expression(genes), np.log1p(made["counts"][:, [7, 2]]))
+
+
+@pytest.mark.parametrize("form", ["sparse", "frame", "half"])
+def test_features_come_in_many_forms(tmp_path: Path, form: str) -> None:
+    made = arrays("S1")
+    path = write_h5ad(tmp_path / "a.h5ad", made, features=True)
+    table = anndata.read_h5ad(path)
+    forms = {
+        "sparse": scipy.sparse.csr_matrix,
+        "frame": lambda values: pd.DataFrame(values, index=table.obs_names, columns=[f"f{i}" for i in range(16)]),
+        "half": lambda values: values.astype(np.float16),
+    }
+    table.obsm["features"] = forms[form](made["features"])
+    table.obsm["spatial"] = np.column_stack([made["centres"], np.zeros(60)])
+    table.write_h5ad(path)
+    slide = read_h5ad(path)
+    assert np.allclose(slide.features, made["features"], atol=1e-2 if form == "half" else 0)
+    assert np.array_equal(slide.coords, made["centres"])
+
+
+def test_features_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", arrays("S1"), features=True)
+    table = anndata.read_h5ad(path)
+    table.obsm["features"] = pd.DataFrame({"f": ["x"] * 60}, index=table.obs_names)
+    table.write_h5ad(path)
+    with pytest.raises(InputError, match=r"a.h5ad: obsm\['features'\] is not a table of numbers"):
+        read_h5ad(path)
+
+
+def test_expression_that_is_no_counts_is_noted(tmp_path: Path) -> None:
+    made = arrays("S1")
+    logged = {**made, "counts": np.log1p(made["counts"])}
+    slide = read_h5ad(write_h5ad(tmp_path / "a.h5ad", logged, features=True))
+    assert "not in whole numbers" in slide.notes[0]
+    assert read_h5ad(tmp_path / "a.h5ad", expression=False).notes == ()
 
 
 def test_h5ad_layers_of_counts_come_before_x(tmp_path: Path) -> None:

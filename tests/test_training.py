@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,25 @@ import pytest
 import torch
 
 import stflow_fast.training as training
+from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
+from stflow_fast.flow import Sample
+from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
+from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
-from stflow_fast.training import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Run, fit, load_fold
-from stflow_fast.windows import TrainingConfig, TrainingData, Windows, hold_out_regions, hold_out_slides
+from stflow_fast.training import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Diverged, Run, fit, load_fold
+from stflow_fast.windows import (
+    TEST,
+    TrainingConfig,
+    TrainingData,
+    WindowBatch,
+    Windows,
+    hold_out_regions,
+    hold_out_slides,
+)
+
+from .builders import ENCODER, write_task
 
 TINY = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
 QUICK = TrainingConfig(epochs=3, windows_per_slide=4, ema_decay=0.5)
@@ -94,13 +111,101 @@ def test_a_finished_run_can_be_extended(data: TrainingData, tmp_path: Path) -> N
 def test_resuming_with_other_settings_is_refused(data: TrainingData, tmp_path: Path) -> None:
     fit(data, tmp_path / "run", TINY, QUICK)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="denoiser differs"):
+    with pytest.raises(InputError, match="denoiser.n_layers is 1 there and 2 in this call"):
         fit(data, tmp_path / "run", {**TINY, "n_layers": 2}, QUICK, resume=True)
-    with pytest.raises(InputError, match="training differs"):
+    with pytest.raises(InputError, match="training.learning_rate is 0.0005 there and 0.001 in this call"):
         fit(data, tmp_path / "run", TINY, dataclasses.replace(QUICK, learning_rate=1e-3), resume=True)
     with pytest.raises(InputError, match="exists already"):
         fit(data, tmp_path / "run", TINY, QUICK)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_an_extended_run_says_how_long_it_was(data: TrainingData, tmp_path: Path) -> None:
+    short = dataclasses.replace(QUICK, epochs=2)
+    fit(dataclasses.replace(data, description={"data": "here"}), tmp_path / "run", TINY, short)
+    moved = dataclasses.replace(data, description={"data": "elsewhere"})
+    run = fit(moved, tmp_path / "run", TINY, QUICK, resume=True)
+    assert json.loads((run.folder / RUN_FILE).read_text())["training"]["epochs"] == 3
+    assert Denoiser.from_pretrained(run.folder / "model").provenance.training["training"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("spoil", ["{}", "[]", '{"training": 3}'])
+def test_a_run_that_describes_nothing_is_not_resumed(data: TrainingData, tmp_path: Path, spoil: str) -> None:
+    run = fit(data, tmp_path / "run", TINY, QUICK)
+    (run.folder / RUN_FILE).write_text(spoil)
+    with pytest.raises(InputError, match=r"run.json: does not describe a training"):
+        fit(data, tmp_path / "run", TINY, QUICK, resume=True)
+
+
+def test_checkpoints_of_something_else_are_named(data: TrainingData, tmp_path: Path) -> None:
+    run = fit(data, tmp_path / "run", TINY, QUICK)
+    path = run.folder / CHECKPOINT_FILE
+    path.write_bytes((run.folder / "model" / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: is not the checkpoint of a training"):
+        fit(data, tmp_path / "run", TINY, QUICK, resume=True)
+    path.unlink()
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: is missing, but the run has trained"):
+        fit(data, tmp_path / "run", TINY, QUICK, resume=True)
+
+
+def test_a_run_is_overwritten_when_the_next_has_something_to_show(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(data, tmp_path / "run", TINY, QUICK)
+    (run.folder / "training.png").write_text("of the first run")
+    (run.folder / "evaluation").mkdir()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    other = dataclasses.replace(QUICK, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainer, "advance", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            fit(data, run.folder, TINY, other, overwrite=True)
+    assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    second = fit(data, run.folder, TINY, other, overwrite=True)
+    assert json.loads((run.folder / RUN_FILE).read_text())["training"]["seed"] == 1
+    assert not all(map(torch.equal, weights(run), weights(second)))
+    assert {path.name for path in run.folder.iterdir()} == {RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, "model"}
+
+
+def test_a_diverged_run_says_so_and_keeps_its_best_model(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Diverged, match="learning_rate: training diverged in epoch 1; lower it$"):
+        fit(data, tmp_path / "hot", TINY, dataclasses.replace(QUICK, learning_rate=1e30))
+    train_epoch = training._Trainer._train_epoch
+
+    def blow_up(self: training._Trainer, epoch: int) -> float:
+        if epoch == 3:
+            self.optimizer.param_groups[0]["lr"] = 1e30
+        return train_epoch(self, epoch)
+
+    monkeypatch.setattr(training._Trainer, "_train_epoch", blow_up)
+    with pytest.raises(Diverged, match=r"diverged in epoch 3; lower it \(the model of epoch \d is in .*model\)"):
+        fit(data, tmp_path / "run", TINY, QUICK)
+    assert Denoiser.from_pretrained(tmp_path / "run" / "model").provenance.training["best_epoch"] in (1, 2)
+    assert len((tmp_path / "run" / METRICS_FILE).read_text().splitlines()) == 2
+
+
+def test_the_test_slides_are_pooled_and_held_out_slides_are_not(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slides, each predicted at random but for its level: pooled they correlate, one by one they do not."""
+    levels = iter([0.0, 5.0] * 2)
+
+    def draw(model: Denoiser, slide: Slide, **_: object) -> Sample:
+        rng = np.random.default_rng(slide.n_spots)
+        return Sample(torch.from_numpy(rng.normal(size=(slide.n_spots, 6)) + next(levels)), nfe=4)
+
+    monkeypatch.setattr(training, "sample", draw)
+    reached = {}
+    for selected_on in (TEST, "held-out slides"):
+        trainer = training._Trainer(
+            dataclasses.replace(data, selected_on=selected_on), DenoiserConfig(6, 12, **TINY), QUICK, None
+        )
+        trainer.truth = [truth + level for truth, level in zip(trainer.truth, (0.0, 5.0), strict=True)]
+        reached[selected_on] = trainer._score()["selection_pearson"]
+    assert reached[TEST] > 0.7
+    assert abs(reached["held-out slides"]) < 0.3
 
 
 def test_a_truncated_checkpoint_is_named(data: TrainingData, tmp_path: Path) -> None:
@@ -139,6 +244,37 @@ def test_precisions_train(data: TrainingData, tmp_path: Path, precision: str) ->
     assert all(np.isfinite(record["train_loss"]) for record in run.records)
 
 
+def test_half_precision_needs_a_gpu(data: TrainingData, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(InputError, match="precision: fp16 needs a GPU"):
+            fit(data, tmp_path / "run", TINY, QUICK, precision="fp16")
+        with pytest.raises(InputError, match="precision: another training of this process set it"):
+            fit(data, tmp_path / "run", TINY, QUICK, precision="bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """Distributed training by the command line: two processes, one run folder, one voice."""
+    task = write_task(tmp_path / "task")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stflow_fast", "train"]
+    small = [word for name in ("hidden_dim", "pairwise_hidden_dim") for word in ("--set", f"{name}=16")]
+    options = ["--encoder", ENCODER, "--epochs", "2", "--set", "windows_per_slide=2", *small]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
+    command = [*launch, str(task), "--out", str(tmp_path / "run"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best epoch") == 1
+    assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["num_processes"] == 2
+    assert len((tmp_path / "run" / METRICS_FILE).read_text().splitlines()) == 2
+    Denoiser.from_pretrained(tmp_path / "run" / "model")
+
+
 def test_regions_are_held_out_whole(data: TrainingData) -> None:
     cohort = make_cohort(n_train=2, train_spots=120, test_spots=10, n_genes=6, feature_dim=12)
     for slide, rest, region in zip(cohort.train, data.train, data.selection, strict=True):
@@ -172,11 +308,33 @@ def test_windows_are_the_nearest_spots_and_do_not_depend_on_their_batch(data: Tr
     assert torch.equal(paired.t[1:], alone.t)
     assert torch.equal(paired.slide_seed[1:], alone.slide_seed)
     assert alone.graph.n_spots >= 6
-    slide = data.train[0]
-    rows = [int(np.flatnonzero((slide.features == row.numpy()).all(axis=1))[0]) for row in alone.features]
-    centre = slide.coords[rows[int(alone.graph.order.argmin())]]
-    distance = np.linalg.norm(slide.coords - centre, axis=1)
-    assert distance[rows].max() <= np.delete(distance, rows).min(initial=np.inf) + 1e-9
+    slide, spots = data.train[0], spots_of(alone, data.train[0])
+    distances = (np.linalg.norm(slide.coords - slide.coords[spot], axis=1) for spot in spots)
+    assert any(d[spots].max() <= np.delete(d, spots).min(initial=np.inf) + 1e-9 for d in distances)
+
+
+def spots_of(window: WindowBatch, slide: Slide) -> np.ndarray:
+    """Which spots of the slide a window of it has, in the window's order."""
+    rows = window.graph.to_spots(window.features).numpy()
+    return np.array([np.flatnonzero((slide.features == row).all(axis=1))[0] for row in rows])
+
+
+def test_a_spot_has_the_neighbours_in_a_window_that_it_has_in_the_slide(data: TrainingData) -> None:
+    """On a lattice, where the seventh and eighth neighbour are tied with others: ties are broken alike."""
+    k, slide = 8, data.train[0]
+    windows, whole = Windows(data, QUICK, k), knn_graph(slide.coords, k).numpy()
+    compared = 0
+    for number in range(20):
+        window = windows.make(1, [(0, number)])
+        spots, graph = spots_of(window, slide), window.graph
+        found = spots[graph.to_spots(graph.order[graph.neighbors]).numpy()]
+        # Inside: all spots of the slide up to a pitch and a half beyond the neighbours are in the window.
+        reach = 1.5 * np.linalg.norm(slide.coords[whole[spots, -1]] - slide.coords[spots], axis=1)
+        distance = np.linalg.norm(slide.coords[spots][:, None] - slide.coords, axis=2)
+        inside = ~((distance <= reach[:, None]) & ~np.isin(np.arange(slide.n_spots), spots)).any(axis=1)
+        assert np.array_equal(found[inside], whole[spots][inside])
+        compared += inside.sum()
+    assert compared > 100
 
 
 def test_window_sizes_are_uniform_fractions(data: TrainingData) -> None:
@@ -213,6 +371,6 @@ def test_selecting_on_the_test_fold_is_named_everywhere(shared: object, tmp_path
     assert {slide.id for slide in honest.train + honest.selection} == {"A1", "C2", "C3", "C4", "C5", "C6"}
     assert {slide.id for slide in published.selection} == {"B4"}
     run = fit(published, tmp_path / "run", TINY, TrainingConfig(epochs=1, windows_per_slide=1))
-    assert {record["selected_on"] for record in run.records} == {"TEST"}
+    assert {record["selected_on"] for record in run.records} == {TEST}
     assert json.loads((run.folder / RUN_FILE).read_text())["selected_on"] == "TEST"
     assert Denoiser.from_pretrained(run.folder / "model").provenance.training["selected_on"] == "TEST"

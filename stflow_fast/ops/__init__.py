@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,30 +63,45 @@ class Backend(NamedTuple):
 
 
 def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -> Backend:
-    """What would run the edge operations without gradients for a slide of ``n_spots`` on ``device``, and why."""
-    if torch.device(device).type != "cpu":
-        return Backend("reference", "plain torch; this version has no GPU kernels")
+    """What runs the edge operations without gradients for a slide of ``n_spots`` on ``device``, and why.
+
+    Raises:
+        InputError: STFLOW_COMPILE=on cannot be served.
+    """
     mode = _compile_mode.get() or _checked_mode(os.environ.get("STFLOW_COMPILE", "auto"))
+    on_cpu, compiler = torch.device(device).type == "cpu", cpp_compiler()
+    if mode == "on" and not (on_cpu and compiler):
+        lacks = "there is no C++ compiler (g++ or clang++)" if on_cpu else f"it compiles for the CPU, not for {device}"
+        raise InputError(f"STFLOW_COMPILE: is on, but {lacks}; set it to auto or off")
+    if not on_cpu:
+        return Backend("reference", "plain torch; this version has no GPU kernels")
     if mode == "off":
         return Backend("reference", "plain torch; STFLOW_COMPILE=off")
-    if cpp_compiler() is None:
+    if compiler is None:
         return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
     if mode == "auto" and torch.get_num_threads() > 1:
         return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
     if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
         return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
-    return Backend("reference_compiled", f"torch.compile with {cpp_compiler()}")
+    return Backend("reference_compiled", f"torch.compile with {compiler}")
+
+
+@functools.cache
+def _announce(backend: Backend) -> None:
+    """Say once what runs."""
+    logging.getLogger(__name__).info("edge attention by %s: %s", backend.name, backend.reason)
 
 
 @contextlib.contextmanager
 def use_compile(mode: str) -> Iterator[None]:
     """Choose how the CPU runs inference: ``auto`` (compiled for large slides where there is one thread), ``on``
-    or ``off``.
+    or ``off``. The choice is logged once, at level INFO.
 
-    The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled.
+    The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled, and neither
+    are slides smaller than a compiled block (:data:`COMPILED_BLOCK` spots).
 
     Raises:
-        InputError: another mode.
+        InputError: another mode; in the computation, ``on`` where nothing can be compiled.
     """
     token = _compile_mode.set(_checked_mode(mode))
     try:
@@ -209,9 +225,12 @@ def _plan(
 
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
     """
-    if not training and n >= COMPILED_BLOCK and backend_for(device, n).name == "reference_compiled":
-        starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
-        return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
+    if not training:
+        backend = backend_for(device, n)
+        _announce(backend)
+        if n >= COMPILED_BLOCK and backend.name == "reference_compiled":
+            starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
+            return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
     per_spot = 3 * k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
     size = max(1, (TRAINING_BLOCK_BYTES if training else BLOCK_BYTES) // per_spot)
     return function, [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import scipy.sparse
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .slide import Slide
 
 PIXEL_SIZE_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded", "micron_per_pixel")
@@ -21,9 +21,8 @@ def open_h5ad(path: Path) -> anndata.AnnData:
         raise InputError(f"{path}: does not exist")
     try:
         return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({reason})") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({first_line(error)})") from error
 
 
 def counts_of(table: anndata.AnnData, path: Path) -> scipy.sparse.csr_matrix | None:
@@ -37,11 +36,18 @@ def counts_of(table: anndata.AnnData, path: Path) -> scipy.sparse.csr_matrix | N
         raise InputError(f"{path}: X is not a table of numbers; give raw counts") from error
 
 
+def count_notes(counts: scipy.sparse.csr_matrix | None) -> tuple[str, ...]:
+    """What a person should hear about counts."""
+    if counts is None or (counts.data == np.rint(counts.data)).all():
+        return ()
+    return ("expression is not in whole numbers: are these raw counts? They are taken for raw counts",)
+
+
 def spatial_of(table: anndata.AnnData, path: Path) -> np.ndarray:
     """[N, 2] float64 spot centres. Raises InputError without ``obsm["spatial"]``."""
     if "spatial" not in table.obsm:
         raise InputError(f"{path}: has no obsm['spatial'] (spot centres x, y in pixels); it has {_names(table.obsm)}")
-    return np.asarray(table.obsm["spatial"], dtype=np.float64)[:, :2]
+    return _dense(table, "spatial", np.float64, path)[:, :2]
 
 
 def pixel_size_of(table: anndata.AnnData) -> float | None:
@@ -53,11 +59,25 @@ def pixel_size_of(table: anndata.AnnData) -> float | None:
     return None
 
 
-def read_h5ad(path: str | Path, features_key: str = "features") -> Slide:
+def _dense(table: anndata.AnnData, key: str, dtype: type, path: Path) -> np.ndarray:
+    """``obsm[key]`` as a contiguous array, from an array, a sparse matrix or a data frame."""
+    values = table.obsm[key]
+    try:
+        return np.ascontiguousarray(values.toarray() if scipy.sparse.issparse(values) else values, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: obsm['{key}'] is not a table of numbers ({first_line(error)})") from error
+
+
+def read_h5ad(path: str | Path, features_key: str = "features", expression: bool = True) -> Slide:
     """Read a slide from one AnnData file.
 
     Features come from ``obsm[features_key]``, coordinates from ``obsm["spatial"]``, raw counts from
     ``layers["counts"]`` or else X (a file without X predicts, but cannot be scored).
+
+    Args:
+        path: the file.
+        features_key: of the patch embeddings in ``obsm``.
+        expression: take the counts too.
 
     Raises:
         InputError: a missing, unreadable or truncated file, missing keys, or what Slide refuses.
@@ -68,15 +88,16 @@ def read_h5ad(path: str | Path, features_key: str = "features") -> Slide:
         raise InputError(
             f"{path}: has no obsm['{features_key}'] with patch embeddings; it has {_names(table.obsm)} (--features-key)"
         )
-    counts = counts_of(table, path)
+    counts = counts_of(table, path) if expression else None
     return Slide(
         id=path.stem,
-        features=np.ascontiguousarray(table.obsm[features_key], dtype=np.float32),
+        features=_dense(table, features_key, np.float32, path),
         coords=spatial_of(table, path),
         barcodes=table.obs_names.to_numpy(dtype=str),
         counts=counts,
         gene_names=() if counts is None else tuple(table.var_names.astype(str)),
         micron_per_pixel=pixel_size_of(table),
+        notes=count_notes(counts),
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json
-from .anndata_file import counts_of, open_h5ad, pixel_size_of, read_h5ad, spatial_of
+from .anndata_file import count_notes, counts_of, open_h5ad, pixel_size_of, read_h5ad, spatial_of
 from .slide import Slide
 
 BARCODE_KEYS = ("barcodes", "barcode")
@@ -26,62 +28,74 @@ class Fold:
     val: tuple[str, ...] = ()
 
 
+class _PatchSizes(NamedTuple):
+    half_patch: float | None  # level-0 pixels from the corner to the centre
+    micron_per_pixel: float | None
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> _PatchSizes:
+        size, pixel = (float(attributes.get(key, 0)) for key in ("patch_size_src", "pixel_size"))
+        return cls(size / 2 or None, pixel or None)
+
+
 @dataclass(frozen=True)
 class _Embeddings:
     features: np.ndarray  # [N, F] float32
     corners: np.ndarray  # [N, 2] float64, top-left of the patches
     barcodes: np.ndarray  # [N] str
-    half_patch: float | None  # level-0 pixels from the corner to the centre
-    micron_per_pixel: float | None
+    sizes: _PatchSizes
 
 
 def read_embeddings(path: str | Path, patches: str | Path | None = None) -> Slide:
     """Read a slide without expression from a STFlow embeddings file: ``embeddings``, ``coords``, ``barcodes``.
 
     Coordinates in the file are the top-left corners of the patches; the centre is taken where the file says how large
-    a patch is (``coords.attrs["patch_size_src"]``), or HEST's file ``patches`` of the slide does. Elsewhere they stay
+    a patch is (``coords.attrs["patch_size_src"]``), or HEST's file of the slide's patches does. Elsewhere they stay
     corners, and a note says so.
+
+    Args:
+        path: ``.../embeddings/{encoder}/fp32/{slide}.h5``, or anywhere.
+        patches: HEST's ``patches/{slide}.h5``; looked for beside ``embeddings/`` when None.
 
     Raises:
         InputError: a missing, unreadable or truncated file, missing keys, or what Slide refuses.
     """
     path = Path(path)
     found = _open_embeddings(path)
-    half_patch = found.half_patch or _half_patch(patches)
-    notes = () if half_patch else ("coordinates are top-left corners: the file does not say the patch size",)
-    coords = found.corners + (half_patch or 0.0)
+    if patches is None and len(path.parents) > 3:
+        patches = path.parents[3] / "patches" / path.name
+    beside = _patch_sizes(Path(patches)) if patches and Path(patches).is_file() else _PatchSizes(None, None)
+    half_patch = found.sizes.half_patch or beside.half_patch
+    notes = () if half_patch else ("coordinates stay top-left corners of patches: no file says how large a patch is",)
     return Slide(
         path.stem,
         found.features,
-        coords,
+        found.corners + (half_patch or 0.0),
         found.barcodes,
-        micron_per_pixel=found.micron_per_pixel,
+        micron_per_pixel=found.sizes.micron_per_pixel or beside.micron_per_pixel,
         notes=notes,
     )
 
 
-def _half_patch(patches: str | Path | None) -> float | None:
-    """Half the size of a patch in level-0 pixels by HEST's ``patches/{id}.h5``, None where it does not say."""
-    if patches is None or not Path(patches).is_file():
-        return None
+def _patch_sizes(patches: Path) -> _PatchSizes:
+    """What HEST's ``patches/{id}.h5`` says of its patches."""
     try:
         with h5py.File(patches, "r") as file:
-            size = file["coords"].attrs.get("patch_size_src", 0) if "coords" in file else 0
-    except OSError as error:
-        raise InputError(f"{patches}: is not readable HDF5, or is truncated ({error})".splitlines()[0]) from error
-    return float(size) / 2 or None
+            return _PatchSizes.of(dict(file["coords"].attrs) if "coords" in file else {})
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{patches}: is not readable HDF5, or is truncated ({first_line(error)})") from error
 
 
-def read_slide(path: str | Path, features_key: str = "features") -> Slide:
-    """Read one file for prediction: ``.h5ad`` (:func:`read_h5ad`) or ``.h5`` (:func:`read_embeddings`).
+def read_slide(path: str | Path, features_key: str = "features", expression: bool = True) -> Slide:
+    """Read one file: ``.h5ad`` (:func:`read_h5ad`) or ``.h5`` (:func:`read_embeddings`, never with expression).
 
     Raises:
         InputError: another suffix, or as the reader.
     """
     path = Path(path)
-    if path.suffix == ".h5ad":
-        return read_h5ad(path, features_key)
-    if path.suffix in (".h5", ".hdf5"):
+    if path.suffix.lower() == ".h5ad":
+        return read_h5ad(path, features_key, expression)
+    if path.suffix.lower() in (".h5", ".hdf5"):
         return read_embeddings(path)
     raise InputError(f"{path}: is neither .h5ad (AnnData) nor .h5 (embeddings)")
 
@@ -97,18 +111,24 @@ def _open_embeddings(path: Path) -> _Embeddings:
                 raise InputError(f"{path}: has no '{missing[0]}'; it has {', '.join(sorted(file)) or 'nothing'}")
             attributes = dict(file["coords"].attrs)
             features, corners = file["embeddings"][()], file["coords"][()]
-            barcodes = _as_text(file[barcode_key][()])
-    except OSError as error:
-        raise InputError(f"{path}: is not readable HDF5, or is truncated ({error})".splitlines()[0]) from error
+            barcodes = file[barcode_key][()]
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: is not readable HDF5, or is truncated ({first_line(error)})") from error
+    except TypeError as error:  # a group in place of a table
+        raise InputError(f"{path}: embeddings, coords and {barcode_key} must be tables, not groups") from error
+    try:
+        barcodes = _as_text(barcodes)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {barcode_key} are not UTF-8 text ({first_line(error)})") from error
     try:
         features, corners = np.asarray(features, dtype=np.float32), np.asarray(corners, dtype=np.float64)
-        size, pixel = (float(attributes.get(key, 0)) for key in ("patch_size_src", "pixel_size"))
+        sizes = _PatchSizes.of(attributes)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: embeddings or coords are not numbers") from error
-    if features.ndim != 2 or not len(features) == len(corners) == len(barcodes):
+    if features.ndim != 2 or corners.ndim != 2 or not len(features) == len(corners) == len(barcodes):
         sizes = f"{list(features.shape)}, {list(corners.shape)} and {len(barcodes)}"
         raise InputError(f"{path}: embeddings, coords and {barcode_key} disagree in size ({sizes})")
-    return _Embeddings(features, corners, barcodes, size / 2 or None, pixel or None)
+    return _Embeddings(features, corners, barcodes, sizes)
 
 
 def _as_text(values: np.ndarray) -> np.ndarray:
@@ -142,7 +162,7 @@ class HestTask:
             raise InputError(f"{root}: has no splits/ folder, so it is not a HEST-bench task folder")
         if not self.embeddings_folder.is_dir():
             base = self._embeddings_base
-            known = ", ".join(sorted(path.name for path in base.iterdir() if path.is_dir())) if base.is_dir() else ""
+            known = ", ".join(sorted(path.parent.name for path in base.glob("*/fp32"))) if base.is_dir() else ""
             raise InputError(f"{self.embeddings_folder}: no such folder; encoders in {base}: {known or 'none'}")
 
     @property
@@ -183,13 +203,19 @@ class HestTask:
     def _split(self, side: str, number: int) -> tuple[str, ...]:
         path = Path(self.root) / "splits" / f"{side}_{number}.csv"
         try:
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
-        if not rows or "sample_id" not in rows[0]:
-            raise InputError(f"{path}: has no column sample_id, or no rows")
-        return tuple(row["sample_id"] for row in rows)
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets leave a mark in front
+                table = csv.DictReader(file)
+                names = [(row.get("sample_id") or "").strip() for row in table]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+        if "sample_id" not in (table.fieldnames or ()):
+            raise InputError(f"{path}: has no column sample_id; it has {', '.join(table.fieldnames or ['nothing'])}")
+        if not names or "" in names:
+            raise InputError(f"{path}: names no slide" + (f" in row {names.index('') + 2}" if names else ""))
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"{path}: names {', '.join(twice)} twice; remove one")
+        return tuple(names)
 
     def genes(self, name: str = "var_50genes.json") -> tuple[str, ...]:
         """A gene list of the folder: a file with ``{"genes": [...]}``.
@@ -231,9 +257,11 @@ class HestTask:
             repeated = len(barcodes) - len(np.unique(barcodes))
             if repeated:
                 raise InputError(f"{file}: {repeated} duplicated barcodes; make them unique")
+            if not len(barcodes):
+                raise InputError(f"{file}: has no spots")
         _, of_embedding, of_table = np.intersect1d(embedded.barcodes, names, return_indices=True)
         if not len(of_embedding):
-            example = f"{_first(embedded.barcodes)} and {_first(names)}"
+            example = f"{embedded.barcodes[0]} and {names[0]}"
             raise InputError(f"{embedded_path}: no barcode in common with {path} (they look like {example})")
         in_file_order = np.argsort(of_embedding)
         of_embedding, of_table = of_embedding[in_file_order], of_table[in_file_order]
@@ -245,13 +273,9 @@ class HestTask:
             barcodes=embedded.barcodes[of_embedding],
             counts=None if counts is None else counts[of_table],
             gene_names=() if counts is None else tuple(table.var_names.astype(str)),
-            micron_per_pixel=pixel_size_of(table) or embedded.micron_per_pixel,
-            notes=_unmatched(len(embedded.barcodes), len(names), len(of_embedding)),
+            micron_per_pixel=pixel_size_of(table) or embedded.sizes.micron_per_pixel,
+            notes=(*_unmatched(len(embedded.barcodes), len(names), len(of_embedding)), *count_notes(counts)),
         )
-
-
-def _first(barcodes: np.ndarray) -> str:
-    return barcodes[0] if len(barcodes) else "nothing"
 
 
 def _unmatched(n_embedded: int, n_expressed: int, n_common: int) -> tuple[str, ...]:
