@@ -23,7 +23,7 @@ from .windows import TrainingConfig, TrainingData, hold_out_regions
 
 REPORT = "index.html"
 
-EPOCHS = 12
+EPOCHS = 24
 
 BIOMARKERS = ("ERBB2", "GATA3", "UBE2C", "VWF")
 

@@ -19,9 +19,9 @@ from rich.progress import (
 def _progress(quiet: bool = False) -> Progress:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[status]}"),
     )
     return Progress(*columns, console=Console(stderr=True), disable=quiet)
@@ -37,8 +37,8 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
         def update(record: dict[str, Any]) -> None:
             best.update(record if record["best"] else {})
             reached = best.get("selection_pearson")
-            chosen = f"best {best['epoch']}" + ("" if reached is None else f": Pearson {reached:.3f}")
-            status = f"loss {record['train_loss']:.3f}, {chosen} on {selected_on}"
+            chosen = "no" if reached is None else f"{reached:.3f}"
+            status = f"loss {record['train_loss']:.3f}, best Pearson {chosen} on {selected_on}"
             progress.update(task, completed=record["epoch"], status=status)
             if not progress.console.is_terminal and not quiet:  # a log has no bar
                 progress.console.print(f"epoch {record['epoch']} of {epochs}: {status}", markup=False)

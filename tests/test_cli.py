@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import anndata
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import stflow_fast
@@ -75,6 +78,17 @@ def test_demo_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert page.count("data:image/png;base64,") == 3
     assert "ERBB2" in page
     assert len(list((tmp_path / "demo" / "predictions").glob("*.h5ad"))) == 1
+
+
+def test_the_demo_shows_what_neighbours_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a smaller cohort: the model beats ridge regression with neighbours, and not with wrong ones."""
+    small = make_cohort(n_train=3, train_spots=500, test_spots=800)
+    monkeypatch.setattr(demo, "make_cohort", lambda seed: small)
+    page = demo.run_demo(tmp_path / "demo", seed=0, overwrite=False, console=Console(file=io.StringIO(), width=120))
+    rows = re.findall(r"<td>([^<]+)</td><td>(0\.\d+)</td>", page.read_text())
+    pearson = {name: float(value) for name, value in rows}
+    assert pearson["stflow-fast"] > pearson["ridge alpha 1e4"] + 0.03
+    assert pearson["stflow-fast"] > 2 * pearson["spots shuffled"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])

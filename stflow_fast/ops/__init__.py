@@ -83,7 +83,8 @@ def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -
         return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
     if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
         return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
-    return Backend("reference_compiled", f"torch.compile with {compiler}")
+    when = "" if mode == "on" else f", for slides from {COMPILE_FROM_SPOTS:,} spots"
+    return Backend("reference_compiled", f"torch.compile with {compiler}{when}")
 
 
 @functools.cache
