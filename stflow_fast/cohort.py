@@ -127,7 +127,6 @@ def predict(
             raise InputError(f"{name}: is the name of several slides; rename one, each becomes one file")
         wanted[name] = slide
     about = {
-        "model": "in memory" if isinstance(run, Denoiser) else str(run),
         "weights_sha256": _fingerprint(model),
         "version": __version__,
         "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
@@ -135,13 +134,14 @@ def predict(
     }
     out = check_output(out, MANIFEST, reuse=overwrite or resume)
     earlier = _open_predictions(out, about, resume)
+    origin = {"model": "in memory" if isinstance(run, Denoiser) else str(run)}  # says where, does not decide what
     failed, written = [], []
     for name, slide in wanted.items():
         path, notes = out / f"{name}.h5ad", ()
         try:
             if not (resume and _is_made_by(path, about)):
                 loaded = slide if isinstance(slide, Slide) else read_slide(slide, features_key, expression=False)
-                write_prediction(path, model, loaded, sampling.draw(model, loaded), about)
+                write_prediction(path, model, loaded, sampling.draw(model, loaded), {**origin, **about})
                 notes = loaded.notes
         except OutputError:
             raise
@@ -152,7 +152,7 @@ def predict(
         if on_slide:
             on_slide(name, notes)
     there = {path.stem for path in written} | (earlier if resume else set())
-    write_json(out / MANIFEST, {**about, "slides": sorted(there)})
+    write_json(out / MANIFEST, {**origin, **about, "slides": sorted(there)})
     for name in earlier - there:
         (out / f"{name}.h5ad").unlink(missing_ok=True)
     if failed:
@@ -174,6 +174,8 @@ def _open_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str
         write_json(out / MANIFEST, {**about, "slides": []})
         return set()
     before = read_json(out / MANIFEST)
+    if not isinstance(before, dict):
+        raise InputError(f"{out / MANIFEST}: does not describe predictions; choose another --out")
     for field, value in about.items() if resume else ():
         if before.get(field) != value:
             raise InputError(f"{out / MANIFEST}: {field} differs from this call; choose another --out, or --overwrite")

@@ -286,6 +286,7 @@ class Denoiser(nn.Module, Pretrained):
     """
 
     def __init__(self, config: DenoiserConfig, provenance: Provenance | None = None) -> None:
+        """Random weights. Raises InputError where ``provenance`` names another number of genes than ``config``."""
         super().__init__()
         self.config = config
         self.provenance = provenance or Provenance()

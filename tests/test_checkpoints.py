@@ -36,6 +36,12 @@ def inputs() -> tuple[torch.Tensor, ...]:
     )
 
 
+def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path) -> None:
+    Denoiser(DenoiserConfig(**SHAPE)).save_pretrained(tmp_path / "a")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_saved_model_comes_back_with_its_meaning(tmp_path: Path) -> None:
     model = Denoiser(DenoiserConfig(**SHAPE), Provenance(GENES, "uni", "log1p", {"fold": 3})).double()
     model.float().save_pretrained(tmp_path / "m")

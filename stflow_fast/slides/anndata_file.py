@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import anndata
@@ -20,7 +21,9 @@ def open_h5ad(path: Path) -> anndata.AnnData:
     if not path.is_file():
         raise InputError(f"{path}: does not exist")
     try:
-        return anndata.read_h5ad(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")  # refused by Slide
+            return anndata.read_h5ad(path)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({first_line(error)})") from error
 
