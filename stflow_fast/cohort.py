@@ -65,7 +65,7 @@ class SamplingConfig:
     def describe(self, model: Denoiser) -> dict[str, Any]:
         """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
         steps, prior = resolve(model, self.n_sample_steps, self.prior)
-        return {"seed": self.seed, "n_sample_steps": steps, "prior": prior.to_dict()}
+        return {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.to_dict()}
 
 
 def load_model(run: str | Path, device: str = "auto") -> Denoiser:
@@ -107,7 +107,7 @@ def predict(
         sampling: how to draw.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
         features_key: of the ``.h5ad``.
-        overwrite: replace earlier predictions in ``out``.
+        overwrite: replace earlier predictions in ``out``; those of other slides go when all of these are written.
         resume: keep those that this very call would make again, and predict the slides that are missing.
         on_slide: called with a slide's id and its reader's notes when its file is there.
 
@@ -120,21 +120,17 @@ def predict(
     """
     model = run if isinstance(run, Denoiser) else load_model(run, device)
     sampling = sampling or SamplingConfig()
-    wanted: dict[str, str | Path | Slide] = {}
-    for slide in [slides] if isinstance(slides, str | Path | Slide) else slides:
-        name = slide.id if isinstance(slide, Slide) else Path(slide).stem
-        if name in wanted:
-            raise InputError(f"{name}: is the name of several slides; rename one, each becomes one file")
-        wanted[name] = slide
+    wanted = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides)
     about = {
         "weights_sha256": _fingerprint(model),
         "version": __version__,
         "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
         **sampling.describe(model),
     }
-    out = check_output(out, MANIFEST, reuse=overwrite or resume)
-    earlier = _open_predictions(out, about, resume)
     origin = {"model": "in memory" if isinstance(run, Denoiser) else str(run)}  # says where, does not decide what
+    out = check_output(out, MANIFEST, reuse=overwrite or resume)
+    known = _earlier_predictions(out, about, resume) | set(wanted)
+    write_json(out / MANIFEST, {**origin, **about, "slides": sorted(known)})
     failed, written = [], []
     for name, slide in wanted.items():
         path, notes = out / f"{name}.h5ad", ()
@@ -151,13 +147,23 @@ def predict(
         written.append(path)
         if on_slide:
             on_slide(name, notes)
-    there = {path.stem for path in written} | (earlier if resume else set())
-    write_json(out / MANIFEST, {**origin, **about, "slides": sorted(there)})
-    for name in earlier - there:
-        (out / f"{name}.h5ad").unlink(missing_ok=True)
     if failed:
         raise InputError("; ".join(failed) + (f" ({len(written)} other slides are in {out})" if written else ""))
+    for name in known - set(wanted):
+        if not _is_made_by(out / f"{name}.h5ad", about):  # of the result that this one replaces
+            (out / f"{name}.h5ad").unlink(missing_ok=True)
     return written
+
+
+def _by_name(slides: Iterable[str | Path | Slide]) -> dict[str, str | Path | Slide]:
+    """Slides by the name of their prediction; two of one name are refused."""
+    found: dict[str, str | Path | Slide] = {}
+    for slide in slides:
+        name = slide.id if isinstance(slide, Slide) else Path(slide).stem
+        if name in found:
+            raise InputError(f"{name}: is the name of several slides; rename one, each becomes one file")
+        found[name] = slide
+    return found
 
 
 def _fingerprint(model: Denoiser) -> str:
@@ -168,18 +174,17 @@ def _fingerprint(model: Denoiser) -> str:
     return digest.hexdigest()
 
 
-def _open_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str]:
-    """The slides that earlier predictions in ``out`` are of; refuses to mix theirs with others when resuming."""
+def _earlier_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str]:
+    """The slides that earlier predictions in ``out`` are of; resuming those of other settings is refused."""
     if not (out / MANIFEST).exists():
-        write_json(out / MANIFEST, {**about, "slides": []})
         return set()
     before = read_json(out / MANIFEST)
-    if not isinstance(before, dict):
+    if not (isinstance(before, dict) and isinstance(before.get("slides"), list)):
         raise InputError(f"{out / MANIFEST}: does not describe predictions; choose another --out")
     for field, value in about.items() if resume else ():
         if before.get(field) != value:
             raise InputError(f"{out / MANIFEST}: {field} differs from this call; choose another --out, or --overwrite")
-    return set(before.get("slides", ()))
+    return set(before["slides"])
 
 
 def _is_made_by(path: Path, about: dict[str, Any]) -> bool:
@@ -270,8 +275,11 @@ def evaluate(
             and sample refuse.
     """
     model = run if isinstance(run, Denoiser) else load_model(run, device)
+    origin = "in memory" if isinstance(run, Denoiser) else str(run)
     if not model.provenance.genes or not model.provenance.encoder:
-        raise InputError(f"{run}: its config.json names no genes or no encoder; convert it with --genes and --encoder")
+        raise InputError(
+            f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"
+        )
     task = HestTask(data, model.provenance.encoder, embeddings)
     split = task.fold(fold)
     about = model.provenance.training
@@ -283,7 +291,7 @@ def evaluate(
         )
     train, test = [task.slide(name) for name in split.train], [task.slide(name) for name in split.test]
     evaluation = evaluate_slides(model, train, test, sampling)
-    evaluation.result.update({"run": str(run), "data": str(data), "fold": fold})
+    evaluation.result.update({"run": origin, "data": str(data), "fold": fold})
     return evaluation
 
 

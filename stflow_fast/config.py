@@ -27,7 +27,7 @@ class DenoiserConfig:
         attn_dropout: probability on the attention weights, in [0, 1).
         activation: ``swiglu`` (published default), ``gelu`` or ``relu``.
         non_negative: a ReLU after every layer's gene head (DESIGN.md, section 4). The published code names this
-            option but its release cannot run with it; off, as in the published results.
+            option but its release cannot run with it, and its forks went both ways.
 
     Raises:
         InputError: an impossible value, with the field's name.

@@ -11,17 +11,18 @@ import numpy as np
 from rich.console import Console
 
 from . import report
+from ._version import __version__
 from .cohort import Evaluation, SamplingConfig, evaluate_slides, load_model, predict
 from .evaluation import score
-from .files import check_output
+from .files import check_output, write_json
 from .model import Denoiser
 from .progress import epochs_bar
 from .slides import Slide
 from .synthetic import Cohort, make_cohort
 from .training import Run, fit
-from .windows import TrainingConfig, TrainingData, hold_out_regions
+from .windows import HELD_OUT_REGIONS, TrainingConfig, TrainingData, hold_out_regions
 
-REPORT = "index.html"
+REPORT, MARKER = "index.html", "demo.json"
 
 EPOCHS = 24
 
@@ -44,7 +45,8 @@ def run_demo(out: Path, seed: int, overwrite: bool, console: Console) -> Path:
         InputError: ``out`` is occupied.
     """
     started = time.perf_counter()
-    check_output(out, REPORT, reuse=overwrite)
+    check_output(out, MARKER, reuse=overwrite)
+    write_json(out / MARKER, {"seed": seed, "version": __version__})
     cohort = make_cohort(seed=seed)
     config = TrainingConfig(epochs=EPOCHS, windows_per_slide=6, seed=seed)
     run = _train(out / "run", cohort, config)
@@ -69,9 +71,7 @@ def _score_shuffled(model: Denoiser, slide: Slide, seed: int) -> dict[str, Any]:
 
 def _train(out: Path, cohort: Cohort, config: TrainingConfig) -> Run:
     train, regions = hold_out_regions(cohort.train, config.validation_fraction, config.seed)
-    data = TrainingData(
-        train, regions, "held-out regions", cohort.genes, "synthetic", description={"data": "synthetic"}
-    )
+    data = TrainingData(train, regions, HELD_OUT_REGIONS, cohort.genes, "synthetic", description={"data": "synthetic"})
     with epochs_bar(config.epochs, data.selected_on) as on_epoch:
         return fit(data, out, DENOISER, config, overwrite=True, on_epoch=on_epoch)
 
@@ -79,7 +79,7 @@ def _train(out: Path, cohort: Cohort, config: TrainingConfig) -> Run:
 def _write_report(out: Path, cohort: Cohort, run: Run, evaluation: Evaluation, seconds: float) -> Path:
     result = evaluation.result
     curves = out / "training.png"
-    report.training_curves(curves, run.records, "held-out regions")
+    report.training_curves(curves, run.records, HELD_OUT_REGIONS)
     pictures = report.evaluation_pictures(
         out / "pictures", result, evaluation.slides, evaluation.truth, evaluation.predicted
     )

@@ -6,11 +6,15 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, OutputError, first_line
+
+LEFTOVER = ".part"
+"""In the name of what a killed process could not remove."""
 
 
 @contextlib.contextmanager
@@ -32,7 +36,7 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
         OutputError: the file cannot be written (no space, no permission); what stood at ``final`` is untouched.
     """
     final = Path(final)
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}.part{final.suffix}")
+    temporary = final.with_name(f".{final.stem}.{os.getpid()}{LEFTOVER}{final.suffix}")
     with _writing(final):
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +54,10 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
         OutputError: as :func:`atomic_path`.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", suffix=LEFTOVER, dir=folder))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
                 os.replace(path, folder / path.name)
@@ -97,11 +100,12 @@ def check_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
     """
     folder = Path(folder)
     try:
-        inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
         raise OutputError(
             f"{folder}: is not a folder to write into ({error.strerror}); choose another --out"
         ) from error
+    inside = {name for name in names if not (name.startswith(".") and LEFTOVER in name)}
     if inside - {marker} and not reuse:
         raise InputError(
             f"{folder}: exists already; choose another --out, or pass --overwrite (train, predict: --resume)"

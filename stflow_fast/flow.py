@@ -5,6 +5,7 @@ Time t runs from 0 (source) to 1 (data). The network predicts the target x_1 (ar
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def time_grid(n_sample_steps: int) -> list[float]:
     Raises:
         InputError: fewer than 2 times, which would be no call of the network at all.
     """
-    if not isinstance(n_sample_steps, int) or n_sample_steps < 2:
+    if not isinstance(n_sample_steps, numbers.Integral) or n_sample_steps < 2:
         raise InputError(f"n_sample_steps: must be at least 2 (S times are S - 1 denoiser calls), not {n_sample_steps}")
     return np.linspace(FIRST_TIME, 1.0, n_sample_steps).tolist()
 
@@ -127,7 +128,7 @@ def sample(
         slide: a Slide, or features [N, F] and coordinates [N, 2] (a slide with the empty id).
         x_0: [N, G] source sample in the order of the spots; drawn from ``prior`` when None.
         n_sample_steps: times S of the grid, at least 2; NFE is S - 1. When None, as the model was trained, or 5.
-        prior: a Prior or its name. When None, as the model was trained, or ZINB as published.
+        prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
         seed: with the slide's id, decides x_0.
         trajectory: return every call's prediction too.
         memory_budget: bytes, or text such as "4GiB".
@@ -167,8 +168,9 @@ def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | No
     trained = model.provenance.training.get("training", {})
     if n_sample_steps is None:
         n_sample_steps = trained.get("n_sample_steps", DEFAULT_SAMPLE_STEPS)
-    if prior is None:
-        prior = Prior.of_training(trained)
+    of_training = Prior.of_training(trained)
+    if prior is None or prior == of_training.name:
+        prior = of_training
     return n_sample_steps, Prior(prior) if isinstance(prior, str) else prior
 
 

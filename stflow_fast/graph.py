@@ -52,27 +52,34 @@ def knn_graph(coords: Tensor | np.ndarray, k: int, slide_ptr: Tensor | np.ndarra
         InputError: k below 1, coordinates of the wrong shape or not finite, slide_ptr that does not cover 0..N.
     """
     points, resolution = _checked_coords(coords)
-    boundaries = _checked_ptr(slide_ptr, len(points))
+    return torch.from_numpy(_neighbor_table(points, resolution, k, _checked_ptr(slide_ptr, len(points))))
+
+
+def _neighbor_table(points: np.ndarray, resolution: np.ndarray, k: int, boundaries: np.ndarray) -> np.ndarray:
     if k < 1:
         raise InputError(f"k: must be at least 1, not {k}")
     table = np.full((len(points), k), MISSING, dtype=np.int64)
     for start, stop in itertools.pairwise(boundaries):
-        found = _slide_neighbors(points[start:stop], k, RESOLUTION_STEPS * resolution)
+        found = _slide_neighbors(points[start:stop], k, RESOLUTION_STEPS * resolution[start:stop])
         table[start:stop, : found.shape[1]] = found + start
-    return torch.from_numpy(table)
+    return table
 
 
-def _checked_coords(coords: Tensor | np.ndarray) -> tuple[np.ndarray, float]:
-    """Coordinates as float64, and the rounding step of the largest of them in the precision they came in."""
-    points = coords.detach().cpu().numpy() if isinstance(coords, Tensor) else np.asarray(coords)
+def _checked_coords(coords: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates [N, 2] as float64, and [N] the rounding step of each spot's in the precision that they came in."""
+    if isinstance(coords, Tensor):
+        precision = torch.finfo(coords.dtype).eps if coords.dtype.is_floating_point else 0.0
+        points = coords.detach().cpu().double().numpy()
+    else:
+        points = np.asarray(coords)
+        precision = np.finfo(points.dtype).eps if points.dtype.kind == "f" else 0.0
     if points.ndim != 2 or points.shape[1] != 2:
         raise InputError(f"coords: must have shape [N, 2], not {list(points.shape)}")
-    precision = np.finfo(points.dtype if points.dtype.kind == "f" else np.float64).eps
     points = points.astype(np.float64)
     broken = int((~np.isfinite(points)).any(axis=1).sum())
     if broken:
         raise InputError(f"coords: {broken} of {len(points)} spots are NaN or infinite; remove them")
-    return points, float(precision * np.abs(points).max(initial=0.0))
+    return points, precision * np.abs(points).max(axis=1, initial=0.0)
 
 
 def _checked_ptr(slide_ptr: Tensor | np.ndarray | None, n: int) -> np.ndarray:
@@ -88,8 +95,9 @@ def _checked_ptr(slide_ptr: Tensor | np.ndarray | None, n: int) -> np.ndarray:
     return pointers
 
 
-def _slide_neighbors(points: np.ndarray, k: int, tied: float) -> np.ndarray:
-    """[n, min(k, n - 1)] neighbours within one slide; distances that differ by less than ``tied`` are equal."""
+def _slide_neighbors(points: np.ndarray, k: int, tied: np.ndarray) -> np.ndarray:
+    """[n, min(k, n - 1)] neighbours within one slide; distances of a spot that differ by less than its ``tied`` [n] are
+    equal."""
     n = len(points)
     wanted = min(k, n - 1)
     table = np.empty((n, max(wanted, 0)), dtype=np.int64)
@@ -106,7 +114,7 @@ def _slide_neighbors(points: np.ndarray, k: int, tied: float) -> np.ndarray:
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             distance, index = tree.query(points[part], k=candidates, workers=-1)
-            found = _order_ties(part, distance, eligible[index], wanted, tied)
+            found = _order_ties(part, distance, eligible[index], wanted, tied[part])
             settled = found.settled | (candidates == len(eligible))
             table[part[settled]] = found.neighbors[settled]
             unsettled.append(part[~settled])
@@ -129,10 +137,10 @@ class _Nearest(NamedTuple):
     settled: np.ndarray  # [n] whether no tie reaches past the candidates
 
 
-def _order_ties(spots: np.ndarray, distance: np.ndarray, index: np.ndarray, wanted: int, tied: float) -> _Nearest:
+def _order_ties(spots: np.ndarray, distance: np.ndarray, index: np.ndarray, wanted: int, tied: np.ndarray) -> _Nearest:
     """Sort each row's candidates by (tie group, index), without the spot itself."""
     step = np.diff(distance, axis=1, prepend=distance[:, :1])
-    group = (step > np.maximum(TIE_TOLERANCE * distance, tied)).cumsum(axis=1)
+    group = (step > np.maximum(TIE_TOLERANCE * distance, tied[:, None])).cumsum(axis=1)
     last = group[:, -1]
     # Among many duplicates a spot may not be its own candidate.
     group = np.where(index == spots[:, None], len(group[0]), group)
@@ -145,12 +153,15 @@ def space_order(coords: Tensor | np.ndarray, slide_ptr: Tensor | np.ndarray | No
     """Permutation [N] that walks each slide along a Z-order curve, slide after slide: neighbours in space become
     neighbours in memory. Raises InputError like :func:`knn_graph`."""
     points, _ = _checked_coords(coords)
-    boundaries = _checked_ptr(slide_ptr, len(points))
+    return torch.from_numpy(_space_order(points, _checked_ptr(slide_ptr, len(points))))
+
+
+def _space_order(points: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     order = np.arange(len(points))
     for start, stop in itertools.pairwise(boundaries):
         if stop > start:
             order[start:stop] = start + np.argsort(_morton_code(points[start:stop]), kind="stable")
-    return torch.from_numpy(order)
+    return order
 
 
 def _morton_code(points: np.ndarray) -> np.ndarray:
@@ -161,7 +172,7 @@ def _morton_code(points: np.ndarray) -> np.ndarray:
     return cell[:, 0] | (cell[:, 1] << np.uint64(1))
 
 
-def edge_geometry(coords: Tensor, neighbors: Tensor, resolution: float = 0.0) -> Tensor:
+def edge_geometry(coords: Tensor, neighbors: Tensor, resolution: Tensor | None = None) -> Tensor:
     """Frame-projected offsets and distances of all edges.
 
     For spot i with neighbours j: the offsets c_j - c_i, centred on their mean, are projected on the eigenvectors of
@@ -174,7 +185,7 @@ def edge_geometry(coords: Tensor, neighbors: Tensor, resolution: float = 0.0) ->
     Args:
         coords: [N, 2] float64.
         neighbors: [N, K] int64, :data:`MISSING` where there is none.
-        resolution: to which the coordinates are rounded.
+        resolution: [N] float64 steps to which the coordinates are rounded; as good as exact when None.
 
     Returns:
         [N, K, 3] float64: projections on the minor and the major axis, and |c_j - c_i|. Zero for missing neighbours.
@@ -189,8 +200,11 @@ def edge_geometry(coords: Tensor, neighbors: Tensor, resolution: float = 0.0) ->
     angle = 0.5 * torch.atan2(2 * xy, xx - yy)
     gap = torch.hypot(2 * xy, xx - yy)
     spread = xx + yy
-    rounded = RESOLUTION_STEPS * resolution * (neighbors.shape[1] * spread).sqrt()
-    isotropic = gap <= torch.maximum(ISOTROPY_TOLERANCE * spread, rounded)
+    tolerance = ISOTROPY_TOLERANCE * spread
+    if resolution is not None:
+        rounded = RESOLUTION_STEPS * resolution * (neighbors.shape[1] * spread).sqrt()
+        tolerance = torch.maximum(tolerance, rounded)
+    isotropic = gap <= tolerance
     first = offsets[torch.arange(len(offsets)), (distance.squeeze(-1) > 0).int().argmax(dim=1)]
     angle = torch.where(isotropic, torch.atan2(first[:, 1], first[:, 0]), angle)
     cos, sin = angle.cos().unsqueeze(-1), angle.sin().unsqueeze(-1)
@@ -230,11 +244,11 @@ class SpotGraph:
 
         Neighbours are found before the spots are reordered, so ties are broken by the caller's spot index.
         """
-        table = knn_graph(coords, k, slide_ptr)
-        checked, resolution = _checked_coords(coords)
-        points = torch.from_numpy(checked)
-        boundaries = torch.from_numpy(_checked_ptr(slide_ptr, len(points)))
-        order = space_order(points, boundaries)
+        checked, rounding = _checked_coords(coords)
+        pointers = _checked_ptr(slide_ptr, len(checked))
+        table = torch.from_numpy(_neighbor_table(checked, rounding, k, pointers))
+        order = torch.from_numpy(_space_order(checked, pointers))
+        points, resolution, boundaries = map(torch.from_numpy, (checked, rounding, pointers))
         row_of = torch.empty_like(order)
         row_of[order] = torch.arange(len(order))
         table = table[order]
@@ -243,7 +257,7 @@ class SpotGraph:
         return cls(
             order=order,
             neighbors=neighbors,
-            geometry=edge_geometry(points[order], neighbors, resolution).to(dtype),
+            geometry=edge_geometry(points[order], neighbors, resolution[order]).to(dtype),
             slide_ptr=boundaries,
             slide_of=slide_of,
             spot_id=order - boundaries[slide_of],

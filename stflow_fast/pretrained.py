@@ -49,13 +49,15 @@ class Provenance:
         if len(set(self.genes)) < len(self.genes):
             twice = next(name for name in self.genes if self.genes.count(name) > 1)
             raise InputError(f"genes: {twice} is named twice; every predicted gene needs a name of its own")
-        if not isinstance(self.training, dict):
+        if not (isinstance(self.training, dict) and isinstance(self.training.get("training", {}), dict)):
             raise InputError(f"training: must be a dict that describes the training, not {self.training!r}")
         if self.normalize not in NORMALIZATIONS:
             raise InputError(f"normalize: must be one of {', '.join(NORMALIZATIONS)}, not {self.normalize!r}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+    def from_dict(cls, values: Any) -> Provenance:
+        if not isinstance(values, dict):
+            raise InputError(f"provenance: must be a dict, not {values!r}")
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         return cls(**{**known, "genes": tuple(known.get("genes", ()))})
 
@@ -85,14 +87,22 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
     config: DenoiserConfig
     provenance: Provenance
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> str | None:
-        """Write config.json, model.safetensors and a model card; ``options`` are those of PyTorchModelHubMixin.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write config.json, model.safetensors and a model card; the options are those of PyTorchModelHubMixin.
 
         Raises:
             OutputError: the folder cannot be written; an earlier model in it is untouched.
         """
         with atomic_files(save_directory) as temporary:
-            return super().save_pretrained(temporary, **options)
+            super().save_pretrained(temporary, **({} if push_to_hub else options))
+        return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: value.contiguous() for name, value in self.state_dict().items()}

@@ -7,6 +7,7 @@ packing, spot order, chunking, the number of workers nor the spots behind it cha
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .errors import InputError
 
 def check_seed(seed: int) -> None:
     """Raise InputError unless ``seed`` is a whole number that every generator takes."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
         raise InputError(f"seed: must be a whole number from 0 to 2^63 - 1, not {seed}")
 
 

@@ -28,7 +28,17 @@ from .flow import CondOTPath, sample
 from .model import Denoiser
 from .pretrained import Provenance, load_state, load_tensors, save_tensors
 from .slides import HestTask
-from .windows import TEST, TrainingConfig, TrainingData, WindowBatch, Windows, hold_out_regions, hold_out_slides
+from .windows import (
+    HELD_OUT_REGIONS,
+    HELD_OUT_SLIDES,
+    TEST,
+    TrainingConfig,
+    TrainingData,
+    WindowBatch,
+    Windows,
+    hold_out_regions,
+    hold_out_slides,
+)
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -124,35 +134,44 @@ def fit(
     """
     config = config or TrainingConfig()
     out = Path(out)
+    if not (data.train and data.selection):
+        raise InputError("train: no slide is left to train on, or none to choose the epoch on; see validation_fraction")
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))
     trainer = _Trainer(data, settings, config, precision)
-    description = trainer.describe(settings)
     speaks = trainer.accelerator.is_main_process
     if speaks:
-        _open_run(out, description, resume, overwrite)
+        _open_run(out, trainer.description, resume, overwrite)
     trainer.accelerator.wait_for_everyone()
-    progress, diverged = trainer.restore(out) if resume else Progress([], {}), None
-    while not diverged and progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
-        try:
-            progress = trainer.advance(progress)
-        except Diverged as error:
-            if not progress.best:
-                raise
-            diverged = error
-            continue
-        if speaks:
-            trainer.save(out, progress)
-            if progress.epoch == 1:
-                _retire_last_run(out, description)
-            if on_epoch:
-                on_epoch(progress.records[-1])
-    model = _finished_model(settings, data, description, progress)
+    progress, diverged = _run_epochs(trainer, out, resume, on_epoch)
+    model = _finished_model(settings, data, trainer.description, progress)
     if speaks:
         model.save_pretrained(out / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
     if diverged:
         raise Diverged(f"{diverged} (the model of epoch {progress.best_epoch} is in {out / MODEL_FOLDER})")
     return Run(out, model, progress.records, progress.best_epoch)
+
+
+def _run_epochs(
+    trainer: _Trainer, out: Path, resume: bool, on_epoch: Callable[[dict[str, Any]], None] | None
+) -> tuple[Progress, Diverged | None]:
+    """Epoch after epoch until the last, or until patience or the loss gives out; each is written before the next."""
+    config = trainer.config
+    progress = trainer.restore(out) if resume else Progress([], {})
+    while progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
+        try:
+            progress = trainer.advance(progress)
+        except Diverged as error:
+            if not progress.best:
+                raise
+            return progress, error
+        if trainer.accelerator.is_main_process:
+            trainer.save(out, progress)
+            if progress.epoch == 1:
+                _retire_last_run(out, trainer.description)
+            if on_epoch:
+                on_epoch(progress.records[-1])
+    return progress, None
 
 
 def train(
@@ -219,13 +238,13 @@ def load_fold(
     if select_on == "test":
         selection, selected_on = [task.slide(name) for name in split.test], TEST
     elif split.val:
-        selection, selected_on = [task.slide(name) for name in split.val], "held-out slides"
+        selection, selected_on = [task.slide(name) for name in split.val], HELD_OUT_SLIDES
     else:
         train, selection = hold_out_slides(train, config.validation_fraction, config.seed)
-        selected_on = "held-out slides"
+        selected_on = HELD_OUT_SLIDES
         if not selection:
             train, selection = hold_out_regions(train, config.validation_fraction, config.seed)
-            selected_on = "held-out regions"
+            selected_on = HELD_OUT_REGIONS
     description = {"data": str(data), "fold": fold, "gene_list": genes, "test": list(split.test)}
     return TrainingData(train, selection, selected_on, task.genes(genes), encoder, normalize, description)
 
@@ -241,7 +260,7 @@ def _feature_dim(data: TrainingData) -> int:
 
 def _open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
     if resume:
-        _check_same_run(out / RUN_FILE, description)
+        _check_same_run(out / RUN_FILE, read_json(out / RUN_FILE), description)
     else:
         check_output(out, RUN_FILE, reuse=overwrite)
     # Until its first epoch is on the disk, a run that overwrites another leaves it as it is.
@@ -257,8 +276,7 @@ def _retire_last_run(out: Path, description: dict[str, Any]) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def _check_same_run(path: Path, description: dict[str, Any]) -> None:
-    before = read_json(path)
+def _check_same_run(path: Path, before: Any, description: dict[str, Any]) -> None:
     if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
         raise InputError(f"{path}: does not describe a training; choose another --out")
 
@@ -296,8 +314,9 @@ class _Trainer:
         self.average = copy.deepcopy(self.model).to(self.accelerator.device)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.objective, self.optimizer = self.accelerator.prepare(FlowObjective(self.model), optimizer)
+        self.description = self._describe(settings)
 
-    def describe(self, settings: DenoiserConfig) -> dict[str, Any]:
+    def _describe(self, settings: DenoiserConfig) -> dict[str, Any]:
         """What decides a run, for run.json and for the model (plain JSON types)."""
         data = self.data
         return {
@@ -389,6 +408,7 @@ class _Trainer:
         tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
         scaler = self.accelerator.scaler
         metadata = {
+            "run": json.dumps(self.description),
             "records": json.dumps(progress.records),
             "scaler": json.dumps(None if scaler is None else scaler.state_dict()),
         }
@@ -410,6 +430,8 @@ class _Trainer:
             prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in ("model.", "average.", "best.", "adam.")
         }
+        # Not only run.json: a run that was overwritten and killed in between is described by the one before it.
+        _check_same_run(path, json.loads(metadata["run"]), self.description)
         load_state(self.model, part["model."], path)
         load_state(self.average, part["average."], path)
         for name, parameter in self.model.named_parameters():

@@ -77,8 +77,8 @@ class TrainingConfig:
         return Prior.of_training(dataclasses.asdict(self))
 
 
-TEST = "TEST"
-"""What a selection on the test slides is called, in capitals, wherever it shows."""
+TEST, HELD_OUT_SLIDES, HELD_OUT_REGIONS = "TEST", "held-out slides", "held-out regions"
+"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TrainingData:
     Attributes:
         train: slides with counts.
         selection: slides with counts, disjoint from ``train`` in spots.
-        selected_on: what ``selection`` is: "held-out regions", "held-out slides" or :data:`TEST` (the published way).
+        selected_on: what ``selection`` is: HELD_OUT_REGIONS, HELD_OUT_SLIDES or TEST (the published way).
         genes: the panel, in the order of the model's output.
         encoder: name of the patch encoder.
         normalize: see ``stflow_fast.slides.NORMALIZATIONS``.
@@ -105,12 +105,12 @@ class TrainingData:
 
 
 def hold_out_slides(slides: list[Slide], fraction: float, seed: int) -> tuple[list[Slide], list[Slide]]:
-    """Split off ``round(fraction * n)`` random slides: (the others, those). None with few slides.
+    """Split off ``round(fraction * n)`` random slides, but not all: (the others, those). None with few slides.
 
     What a model must do is predict a slide that it has not seen. Regions of training slides say less about that: their
     surroundings, stain and depth are known.
     """
-    n = round(fraction * len(slides))
+    n = min(round(fraction * len(slides)), len(slides) - 1)
     chosen = set(np.random.default_rng([seed, len(slides)]).permutation(len(slides))[:n].tolist())
     return (
         [slide for index, slide in enumerate(slides) if index not in chosen],

@@ -282,6 +282,29 @@ def test_a_failed_prediction_does_not_stand_in_the_way(say: Callable[..., str], 
     say("predict", model, slide_file(tmp_path), "--out", tmp_path / "out", code=0)
 
 
+def test_overwriting_with_bad_slides_takes_nothing_away(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    slides, out = [slide_file(tmp_path, name) for name in ("S0", "S1")], tmp_path / "out"
+    say("predict", model, *slides, "--out", out, code=0)
+    before = {path: content for path, content in contents(out).items() if path.suffix == ".h5ad"}
+    say("predict", model, tmp_path / "typo.h5ad", "--out", out, "--overwrite", "--seed", 1)
+    assert {path: content for path, content in contents(out).items() if path.suffix == ".h5ad"} == before
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".predictions.77.part.json").write_text("{")
+    say("predict", model, slide_file(tmp_path), "--out", tmp_path / "out", code=0)
+
+
+@pytest.mark.parametrize("section", ['"provenance": null', '"provenance": {"training": {"training": null}}'])
+def test_settings_of_the_wrong_kind_are_named(
+    say: Callable[..., str], model: Path, tmp_path: Path, section: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **json.loads("{" + section + "}")}))
+    assert "must be a dict" in say("predict", model, slide_file(tmp_path), "--out", tmp_path / "out")
+
+
 def test_predicting_from_files_without_features(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
     bare = write_h5ad(tmp_path / "bare.h5ad", arrays("S0"))
     assert "has no obsm['features'] with patch embeddings; it has spatial" in say(

@@ -21,7 +21,6 @@ from stflow_fast.cohort import (
     evaluate_slides,
     load_model,
     predict,
-    write_prediction,
 )
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.devices import choose_device
@@ -112,12 +111,24 @@ def test_overwriting_leaves_nothing_of_the_last_result(cohort: Cohort, model: De
     predict(model, slides[:1], out, sampling=SamplingConfig(seed=1), overwrite=True)
     assert list(out.glob("*.h5ad")) == [first]
     assert anndata.read_h5ad(first).uns["stflow_fast"]["seed"] == 1
-    # A kill in the middle of overwriting leaves files of both: resuming the last finished result draws its own again.
-    predict(model, slides, out, overwrite=True)
-    about = json.loads((out / MANIFEST).read_text())
-    write_prediction(first, model, slides[0], SamplingConfig(seed=1).draw(model, slides[0]), {**about, "seed": 1})
-    predict(model, slides, out, resume=True)
-    assert anndata.read_h5ad(first).uns["stflow_fast"]["seed"] == 0
+
+
+def test_overwriting_that_was_killed_goes_on(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    """One slide is of the new seed and one of the old; the manifest is of the new, and resuming draws the other."""
+    slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
+    first, second = predict(model, slides, out)
+
+    def kill(name: str, notes: tuple[str, ...]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, slides, out, sampling=SamplingConfig(seed=1), overwrite=True, on_slide=kill)
+    seeds = [anndata.read_h5ad(path).uns["stflow_fast"]["seed"] for path in (first, second)]
+    assert seeds == [1, 0]
+    done = first.read_bytes()
+    predict(model, slides, out, sampling=SamplingConfig(seed=1), resume=True)
+    assert first.read_bytes() == done
+    assert anndata.read_h5ad(second).uns["stflow_fast"]["seed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,9 @@ def test_a_sample_is_drawn_as_the_model_was_trained() -> None:
     expected = sample(denoiser, slide(), n_sample_steps=4, prior=Prior("zinb", 3.0, -1.0))
     assert torch.equal(found.expression, expected.expression)
     assert found.nfe == 3
-    assert sample(denoiser, slide()).nfe == 4
+    assert torch.equal(sample(trained, slide(), prior="zinb").expression, expected.expression)
+    assert not torch.equal(sample(trained, slide(), prior="zero").expression, expected.expression)
+    assert sample(denoiser, slide(), n_sample_steps=np.int64(5), seed=np.int64(0)).nfe == 4
 
 
 def test_noise_belongs_to_seed_and_slide() -> None:

@@ -135,6 +135,23 @@ def test_float32_lattices_keep_their_ties(name: str, angle: float) -> None:
     assert (before - after).abs().max() < 1e-4 * before.abs().max()
 
 
+def test_neighbours_do_not_depend_on_what_is_packed_beside_them() -> None:
+    """Float32, where ties are within the rounding: that of the spot itself, not of a slide far away."""
+    small = square(10, 10).astype(np.float32)
+    far = np.array([[2e6, 0], [0, 2e6], [1e9, 1e9]], dtype=np.float32)
+    alone = SpotGraph.build(small, 8)
+    packed = SpotGraph.build(np.concatenate([small, far]), 8, [0, 100, 103])
+    assert torch.equal(packed.neighbors[:100], alone.neighbors)
+    assert torch.equal(packed.geometry[:100], alone.geometry)
+    assert torch.equal(knn_graph(np.concatenate([small, far]), 8)[:100], knn_graph(small, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_coordinates_of_any_type(dtype: torch.dtype) -> None:
+    points = torch.from_numpy(square(6, 7)).to(dtype)
+    assert torch.equal(knn_graph(points, 4), knn_graph(points.double(), 4))
+
+
 def test_thousands_of_spots_in_one_place_cost_no_more_than_others() -> None:
     """By their number, a table of all distances within the pile would take 30 GB."""
     points = np.concatenate([np.zeros((60_000, 2)), np.random.default_rng(0).uniform(1, 2, (1000, 2))])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -122,6 +123,26 @@ def test_expression_that_is_no_counts_is_noted(tmp_path: Path) -> None:
     slide = read_h5ad(write_h5ad(tmp_path / "a.h5ad", logged, features=True))
     assert "not in whole numbers" in slide.notes[0]
     assert read_h5ad(tmp_path / "a.h5ad", expression=False).notes == ()
+
+
+def test_expression_that_is_not_wanted_is_not_read(tmp_path: Path) -> None:
+    made = arrays("S1")
+    path = write_h5ad(tmp_path / "a.h5ad", made, features=True)
+    with h5py.File(path, "a") as file:
+        del file["X"]
+        file["X"] = "no table at all"
+    slide = read_h5ad(path, expression=False)
+    assert slide.counts is None
+    assert np.array_equal(slide.features, made["features"])
+    assert slide.micron_per_pixel == 0.5
+
+
+def test_patches_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, made = write_task(tmp_path / "task"), arrays("S0")
+    write_embeddings(root / "patches" / "S0.h5", made, patch_size=PATCH)
+    expected = read_slide(embeddings_of(root, "S0")).coords
+    monkeypatch.chdir(embeddings_of(root, "S0").parent)
+    assert np.array_equal(read_slide("S0.h5").coords, expected)
 
 
 def test_h5ad_layers_of_counts_come_before_x(tmp_path: Path) -> None:

@@ -167,6 +167,26 @@ def test_a_run_is_overwritten_when_the_next_has_something_to_show(
     assert {path.name for path in run.folder.iterdir()} == {RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, "model"}
 
 
+def test_an_overwriting_run_that_was_killed_is_not_taken_for_the_one_before(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(data, tmp_path / "run", TINY, QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_retire_last_run", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            fit(data, run.folder, TINY, dataclasses.replace(QUICK, seed=7), overwrite=True)
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: training.seed is 7 there and 0 in this call"):
+        fit(data, run.folder, TINY, QUICK, resume=True)
+
+
+def test_some_slide_is_left_to_train_on(data: TrainingData, tmp_path: Path) -> None:
+    rest, held_out = hold_out_slides(data.train, 0.9, seed=0)
+    assert (len(rest), len(held_out)) == (1, 1)
+    assert hold_out_slides(data.train[:1], 0.9, seed=0) == (data.train[:1], [])
+    with pytest.raises(InputError, match="^train: no slide is left to train on"):
+        fit(dataclasses.replace(data, train=[]), tmp_path / "run", TINY, QUICK)
+
+
 def test_a_diverged_run_says_so_and_keeps_its_best_model(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import scipy.sparse
 
@@ -16,16 +17,28 @@ PIXEL_SIZE_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded", "micron_
 """Where HEST and its relatives keep the size of a level-0 pixel in ``uns``."""
 
 
-def open_h5ad(path: Path) -> anndata.AnnData:
-    """Read an .h5ad. Raises InputError when it is missing, truncated, or not AnnData."""
+def open_h5ad(path: Path, expression: bool = True) -> anndata.AnnData:
+    """Read an .h5ad, without X and layers if ``expression`` is false.
+
+    Raises:
+        InputError: it is missing, truncated, or not AnnData.
+    """
     if not path.is_file():
         raise InputError(f"{path}: does not exist")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique")  # refused by Slide
-            return anndata.read_h5ad(path)
+            return anndata.read_h5ad(path) if expression else _without_expression(path)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is not a readable .h5ad, or is truncated ({first_line(error)})") from error
+
+
+def _without_expression(path: Path) -> anndata.AnnData:
+    with h5py.File(path, "r") as file:
+        if "encoding-type" in file.attrs:
+            parts = {name: anndata.io.read_elem(file[name]) for name in ("obs", "obsm", "uns") if name in file}
+            return anndata.AnnData(**parts)
+    return anndata.read_h5ad(path)  # of a time before its parts could be read one by one
 
 
 def counts_of(table: anndata.AnnData, path: Path) -> scipy.sparse.csr_matrix | None:
@@ -86,7 +99,7 @@ def read_h5ad(path: str | Path, features_key: str = "features", expression: bool
         InputError: a missing, unreadable or truncated file, missing keys, or what Slide refuses.
     """
     path = Path(path)
-    table = open_h5ad(path)
+    table = open_h5ad(path, expression)
     if features_key not in table.obsm:
         raise InputError(
             f"{path}: has no obsm['{features_key}'] with patch embeddings; it has {_names(table.obsm)} (--features-key)"

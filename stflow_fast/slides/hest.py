@@ -62,8 +62,9 @@ def read_embeddings(path: str | Path, patches: str | Path | None = None) -> Slid
     """
     path = Path(path)
     found = _open_embeddings(path)
-    if patches is None and len(path.parents) > 3:
-        patches = path.parents[3] / "patches" / path.name
+    above = path.resolve().parents
+    if patches is None and len(above) > 3:
+        patches = above[3] / "patches" / path.name
     beside = _patch_sizes(Path(patches)) if patches and Path(patches).is_file() else _PatchSizes(None, None)
     half_patch = found.sizes.half_patch or beside.half_patch
     notes = () if half_patch else ("coordinates stay top-left corners of patches: no file says how large a patch is",)
