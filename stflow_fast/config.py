@@ -26,8 +26,8 @@ class DenoiserConfig:
         dropout: probability inside the MLPs, in [0, 1).
         attn_dropout: probability on the attention weights, in [0, 1).
         activation: ``swiglu`` (published default), ``gelu`` or ``relu``.
-        non_negative: a ReLU after every layer's gene head (DESIGN.md, section 4). The published code names this
-            option but its release cannot run with it, and its forks went both ways.
+        non_negative: a ReLU after every layer's gene head. The published code names this option but its release
+            cannot run with it, and its forks went both ways.
 
     Raises:
         InputError: an impossible value, with the field's name.

@@ -1,7 +1,7 @@
 """Denoiser: STFlow's network with its parameters and its call, computed in memory linear in the spots.
 
 The modules hold the published parameters under the published names, so checkpoints go both ways. What they compute
-is the rearranged mathematics of DESIGN.md, section 2, on a SpotGraph; the padded calls build one and call the same.
+is the rearranged mathematics of ops/reference.py, on a SpotGraph; the padded calls build one and call the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,16 @@
 """The operations of a STFlow layer in plain torch: the specification that every kernel must equal.
 
 The published layer (arXiv 2506.05361, section 4.2) materialises the inputs of its attention MLP for every edge and
-head. Here its linear parts are folded (DESIGN.md, section 2), so that per edge only the message ``m_ij`` and the
-pre-activation of the attention MLP remain, and those only for a block of spots at a time.
+head. Here its linear parts are folded, so that per edge only the message ``m_ij`` and the pre-activation of the
+attention MLP remain, and those only for a block of spots at a time. For the edge from spot i to its neighbour j and
+head h, with W1 = [Wq | Wk | We | Wg] the first matrix of ``mlp_attn`` (query, key, edge, genes) and W2_h, b2_h the last
+of ``edge_trans`` with the gain and bias of its LayerNorm:
+
+    m_ij            = mean over the 4 sign frames of LayerNorm(gate(fc1([+-p_x, +-p_y, r])))
+    pre-activation  = A_ih + B_jh + (We W2_h) m_ij,  A_ih = Wq q_ih - Wg g_i + b1 + We b2_h,  B_jh = Wk k_jh + Wg g_j
+    sum_j a_ijh e_ijh = W2_h (sum_j a_ijh m_ij) + b2_h (sum_j a_ijh)
+
+The gene panel touches spots only, and the frame mean stands before the last matrix, which is applied after the sum.
 
 Shapes: N spots, K neighbours, H heads, d = hidden_dim, E = width of an edge message, P = width of a
 pre-activation before its gate, Z = after it (P / 2 with SwiGLU, else P).
@@ -167,7 +175,7 @@ def attend_block(
 def fold_edge_weights(
     edge: MLPWeights, logit: MLPWeights, logit_edge_weight: Tensor, n_heads: int
 ) -> tuple[EdgeWeights, Tensor, Tensor, Tensor]:
-    """Fold what is linear between the edge MLP and the attention MLP (DESIGN.md, section 2, items 1, 2 and 4).
+    """Fold what is linear between the edge MLP and the attention MLP (see the top of this file).
 
     Args:
         edge: ``edge_trans``; out = H * (edge head width).
