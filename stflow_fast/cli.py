@@ -22,8 +22,9 @@ from .doctor import diagnose
 from .errors import InputError
 from .files import check_output, read_json, write_json
 from .progress import epochs_bar, slides_bar
+from .runs import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE
 from .slides import NORMALIZATIONS, Slide
-from .training import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE, fit, load_fold
+from .training import fit, load_fold
 from .windows import TrainingConfig
 
 app = typer.Typer(

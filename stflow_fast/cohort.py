@@ -23,8 +23,8 @@ from .files import atomic_path, check_output, read_json, write_json
 from .flow import DEFAULT_MEMORY_BUDGET, Sample, parse_bytes, resolve, sample, time_grid
 from .model import Denoiser
 from .priors import Prior, check_seed
+from .runs import MODEL_FOLDER, RUN_FILE
 from .slides import HestTask, Slide, read_slide
-from .training import MODEL_FOLDER, RUN_FILE
 from .windows import TEST
 
 MANIFEST = "predictions.json"

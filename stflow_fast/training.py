@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from .config import DenoiserConfig
 from .errors import InputError, first_line
 from .evaluation import score
-from .files import atomic_path, check_output, read_json, write_json
+from .files import atomic_path
 from .flow import CondOTPath, sample
 from .model import Denoiser
 from .pretrained import Provenance, load_state, load_tensors, save_tensors
+from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
 from .slides import HestTask
 from .windows import (
     HELD_OUT_REGIONS,
@@ -41,15 +41,6 @@ from .windows import (
 )
 
 PRECISIONS = ("no", "bf16", "fp16")
-
-RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
-    "run.json",
-    "metrics.jsonl",
-    "checkpoint.safetensors",
-    "model",
-)
-CURVES_FILE, EVALUATION_FOLDER = "training.png", "evaluation"
-"""What the command line adds to a run."""
 
 
 class FlowObjective(nn.Module):
@@ -140,7 +131,7 @@ def fit(
     trainer = _Trainer(data, settings, config, precision)
     speaks = trainer.accelerator.is_main_process
     if speaks:
-        _open_run(out, trainer.description, resume, overwrite)
+        open_run(out, trainer.description, resume, overwrite)
     trainer.accelerator.wait_for_everyone()
     progress, diverged = _run_epochs(trainer, out, resume, on_epoch)
     model = _finished_model(settings, data, trainer.description, progress)
@@ -168,7 +159,7 @@ def _run_epochs(
         if trainer.accelerator.is_main_process:
             trainer.save(out, progress)
             if progress.epoch == 1:
-                _retire_last_run(out, trainer.description)
+                retire_last_run(out, trainer.description)
             if on_epoch:
                 on_epoch(progress.records[-1])
     return progress, None
@@ -256,49 +247,6 @@ def _feature_dim(data: TrainingData) -> int:
         if size != first:
             raise InputError(f"slide {name}: features of size {size}, others have {first}; embed all with one encoder")
     return first
-
-
-def _open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    if resume:
-        _check_same_run(out / RUN_FILE, read_json(out / RUN_FILE), description)
-    else:
-        check_output(out, RUN_FILE, reuse=overwrite)
-    # Until its first epoch is on the disk, a run that overwrites another leaves it as it is.
-    if resume or not (out / CHECKPOINT_FILE).exists():
-        write_json(out / RUN_FILE, description)
-
-
-def _retire_last_run(out: Path, description: dict[str, Any]) -> None:
-    """The first epoch of this run is on the disk: what was left of an overwritten one goes."""
-    write_json(out / RUN_FILE, description)
-    (out / CURVES_FILE).unlink(missing_ok=True)
-    for folder in (MODEL_FOLDER, EVALUATION_FOLDER):
-        shutil.rmtree(out / folder, ignore_errors=True)
-
-
-def _check_same_run(path: Path, before: Any, description: dict[str, Any]) -> None:
-    if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
-        raise InputError(f"{path}: does not describe a training; choose another --out")
-
-    def compared(run: dict[str, Any]) -> dict[str, Any]:
-        # More epochs or more patience extend a run, and data may move; anything else would make it another run.
-        training = {key: value for key, value in run["training"].items() if key not in ("epochs", "patience")}
-        return {**{key: value for key, value in run.items() if key != "data"}, "training": training}
-
-    difference = _difference(compared(before), compared(description))
-    if difference:
-        raise InputError(f"{path}: {difference}; resume with the settings of the run")
-
-
-def _difference(was: Any, now: Any, name: str = "") -> str | None:
-    """The first leaf of two nested dicts that differs, in words."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = sorted(was.keys() | now.keys())
-        found = (_difference(was.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
-        return next(filter(None, found), None)
-    if was == now:
-        return None
-    return f"{name} differs" if isinstance(now, list) else f"{name} is {was!r} there and {now!r} in this call"
 
 
 class _Trainer:
@@ -431,7 +379,7 @@ class _Trainer:
             for prefix in ("model.", "average.", "best.", "adam.")
         }
         # Not only run.json: a run that was overwritten and killed in between is described by the one before it.
-        _check_same_run(path, json.loads(metadata["run"]), self.description)
+        check_same_run(path, json.loads(metadata["run"]), self.description)
         load_state(self.model, part["model."], path)
         load_state(self.average, part["average."], path)
         for name, parameter in self.model.named_parameters():

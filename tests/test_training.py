@@ -19,9 +19,10 @@ from stflow_fast.errors import InputError
 from stflow_fast.flow import Sample
 from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
+from stflow_fast.runs import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
-from stflow_fast.training import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Diverged, Run, fit, load_fold
+from stflow_fast.training import Diverged, Run, fit, load_fold
 from stflow_fast.windows import (
     TEST,
     TrainingConfig,
@@ -172,7 +173,7 @@ def test_an_overwriting_run_that_was_killed_is_not_taken_for_the_one_before(
 ) -> None:
     run = fit(data, tmp_path / "run", TINY, QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_retire_last_run", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(training, "retire_last_run", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(data, run.folder, TINY, dataclasses.replace(QUICK, seed=7), overwrite=True)
     with pytest.raises(InputError, match=r"checkpoint.safetensors: training.seed is 7 there and 0 in this call"):
