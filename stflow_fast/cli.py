@@ -189,7 +189,8 @@ def evaluate_command(
     """Score a model on the test slides of a fold, beside the baselines."""
     sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget)
     names = [name.strip() for name in biomarkers.split(",") if name.strip()] if biomarkers else []
-    report.check_genes(names, load_model(run, device).provenance.genes)
+    if names:  # before the slides are sampled
+        report.check_genes(names, load_model(run, device).provenance.genes)
     with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
         found = evaluate(run, data, fold, embeddings=embeddings, sampling=sampling, device=device)
     _print_notes(found.slides)
@@ -199,7 +200,7 @@ def evaluate_command(
         console.print(report.biomarker_table(found.result, names))
     if json_file:
         write_json(json_file, found.result)
-    folder = maps or (Path(run) / EVALUATION_FOLDER if Path(run).is_dir() else Path("evaluation"))
+    folder = maps or (Path(run) if Path(run).is_dir() else Path()) / EVALUATION_FOLDER
     for path in report.evaluation_pictures(folder, found.result, found.slides, found.truth, found.predicted):
         console.print(f"wrote {path}", markup=False)
 

@@ -82,6 +82,10 @@ def load_model(run: str | Path, device: str = "auto") -> Denoiser:
     return Denoiser.from_pretrained(run, map_location=place)
 
 
+def _model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:
+    return (run, "in memory") if isinstance(run, Denoiser) else (load_model(run, device), str(run))
+
+
 def predict(
     run: str | Path | Denoiser,
     slides: str | Path | Slide | Iterable[str | Path | Slide],
@@ -118,7 +122,7 @@ def predict(
         InputError: a bad model, an occupied ``out``, predictions of another model or seed on resume, or a full disk.
             Bad slides do not stop the good ones: they are reported together when the others are written.
     """
-    model = run if isinstance(run, Denoiser) else load_model(run, device)
+    model, origin = _model_and_origin(run, device)
     sampling = sampling or SamplingConfig()
     wanted = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides)
     about = {
@@ -127,17 +131,17 @@ def predict(
         "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
         **sampling.describe(model),
     }
-    origin = {"model": "in memory" if isinstance(run, Denoiser) else str(run)}  # says where, does not decide what
+    told = {"model": origin, **about}  # where the model lay does not decide what it predicts
     out = check_output(out, MANIFEST, reuse=overwrite or resume)
     known = _earlier_predictions(out, about, resume) | set(wanted)
-    write_json(out / MANIFEST, {**origin, **about, "slides": sorted(known)})
+    write_json(out / MANIFEST, {**told, "slides": sorted(known)})
     failed, written = [], []
     for name, slide in wanted.items():
         path, notes = out / f"{name}.h5ad", ()
         try:
             if not (resume and _is_made_by(path, about)):
                 loaded = slide if isinstance(slide, Slide) else read_slide(slide, features_key, expression=False)
-                write_prediction(path, model, loaded, sampling.draw(model, loaded), {**origin, **about})
+                write_prediction(path, model, loaded, sampling.draw(model, loaded), told)
                 notes = loaded.notes
         except OutputError:
             raise
@@ -274,8 +278,7 @@ def evaluate(
         InputError: a test slide that the model was trained on, a model without gene names, or what HestTask, Slide
             and sample refuse.
     """
-    model = run if isinstance(run, Denoiser) else load_model(run, device)
-    origin = "in memory" if isinstance(run, Denoiser) else str(run)
+    model, origin = _model_and_origin(run, device)
     if not model.provenance.genes or not model.provenance.encoder:
         raise InputError(
             f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .flow import DEFAULT_SAMPLE_STEPS, time_grid
 from .graph import SpotGraph
 from .priors import Prior, check_seed
 from .slides import Slide
@@ -47,11 +48,11 @@ class TrainingConfig:
     windows_per_slide: int = 10
     learning_rate: float = 5e-4
     clip_norm: float = 1.0
-    prior: str = "zinb"
-    prior_total_count: float = 1.0
-    prior_logits: float = 0.1
-    prior_zi_logits: float = 0.0
-    n_sample_steps: int = 5
+    prior: str = Prior.name
+    prior_total_count: float = Prior.total_count
+    prior_logits: float = Prior.logits
+    prior_zi_logits: float = Prior.zi_logits
+    n_sample_steps: int = DEFAULT_SAMPLE_STEPS
     validation_fraction: float = 0.15
     ema_decay: float = 0.0
     seed: int = 0
@@ -67,8 +68,7 @@ class TrainingConfig:
             raise InputError(f"ema_decay: must be in [0, 1), not {self.ema_decay}")
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
-        if self.n_sample_steps < 2:
-            raise InputError(f"n_sample_steps: must be at least 2, not {self.n_sample_steps}")
+        time_grid(self.n_sample_steps)
         check_seed(self.seed)
         self.source()
 

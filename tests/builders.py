@@ -80,11 +80,16 @@ def write_h5ad(path: Path, made: dict[str, np.ndarray], x: object = "csr", featu
     return path
 
 
+def embeddings_of(task: Path, name: str) -> Path:
+    """Where :func:`write_task` puts the embeddings of a slide."""
+    return task / "embeddings" / ENCODER / "fp32" / f"{name}.h5"
+
+
 def write_task(root: Path) -> Path:
     """A HEST-bench task folder: train S0 and S1, test S2."""
     for name in SLIDES:
         made = arrays(name)
-        write_embeddings(root / "embeddings" / ENCODER / "fp32" / f"{name}.h5", made)
+        write_embeddings(embeddings_of(root, name), made)
         write_h5ad(root / "adata" / f"{name}.h5ad", made)
     (root / "splits").mkdir()
     for side, names in (("train", SLIDES[:2]), ("test", SLIDES[2:])):

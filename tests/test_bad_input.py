@@ -28,6 +28,7 @@ from .builders import (
     GENE_LIST,
     PANEL,
     arrays,
+    embeddings_of,
     gene_names,
     write_embeddings,
     write_h5ad,
@@ -78,10 +79,6 @@ def slide_file(folder: Path, name: str = "S0", n: int = 60, **changes: np.ndarra
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def embeddings_of(task: Path, name: str) -> Path:
-    return task / "embeddings" / ENCODER / "fp32" / f"{name}.h5"
 
 
 def delete_key(path: Path, key: str) -> None:

@@ -22,16 +22,13 @@ from .builders import (
     GENE_LIST,
     PATCH,
     arrays,
+    embeddings_of,
     gene_names,
     write_embeddings,
     write_h5ad,
     write_split,
     write_task,
 )
-
-
-def embeddings_of(root: Path, name: str) -> Path:
-    return root / "embeddings" / ENCODER / "fp32" / f"{name}.h5"
 
 
 @pytest.mark.parametrize("text", [False, True])

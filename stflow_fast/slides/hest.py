@@ -127,8 +127,8 @@ def _open_embeddings(path: Path) -> _Embeddings:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: embeddings or coords are not numbers") from error
     if features.ndim != 2 or corners.ndim != 2 or not len(features) == len(corners) == len(barcodes):
-        sizes = f"{list(features.shape)}, {list(corners.shape)} and {len(barcodes)}"
-        raise InputError(f"{path}: embeddings, coords and {barcode_key} disagree in size ({sizes})")
+        shapes = f"{list(features.shape)}, {list(corners.shape)} and {len(barcodes)}"
+        raise InputError(f"{path}: embeddings, coords and {barcode_key} disagree in size ({shapes})")
     return _Embeddings(features, corners, barcodes, sizes)
 
 
