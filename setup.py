@@ -16,9 +16,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["stflow_fast", "stflow_fast.*"]),
+    # A top-level import package called "kernels" would collide with a well-known one.
+    packages=[*find_packages(include=["stflow_fast", "stflow_fast.*"]), "stflow_fast.kernels"],
+    package_dir={"stflow_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.4",
+        "triton>=3.3; platform_system == 'Linux'",
         "numpy>=1.24",
         "scipy>=1.10",
         "pandas>=2.0",

@@ -19,11 +19,11 @@ from .errors import InputError
 from .graph import SpotGraph
 from .ops.dropout import DropoutKeys, dropout
 from .ops.reference import (
-    AttentionOutput,
     AttentionSpec,
     Dropouts,
     EdgeWeights,
     MLPWeights,
+    context_padding,
     fold_edge_weights,
     gated_mlp,
 )
@@ -64,7 +64,7 @@ class FoldedAttention(NamedTuple):
     project_bias: Tensor  # [2 * H * P + d]
     gene: Tensor  # [P, G]
     edges: EdgeWeights
-    output: MLPWeights  # W_output, its first matrix reading [values | messages | attention weight]
+    output: MLPWeights  # W_output, its first matrix reading the context
 
 
 class EdgeAttention(nn.Module):
@@ -106,28 +106,27 @@ class EdgeAttention(nn.Module):
         on_edges = on_edges.unflatten(1, (n_heads, edge_head)).transpose(0, 1)  # [H, d, edge head]
         on_messages = (on_edges @ to_edge).transpose(0, 1).flatten(1)  # [d, H * E]
         on_weight = (on_edges @ to_edge_bias.unsqueeze(-1)).squeeze(-1).T  # [d, H]
+        on_context = torch.cat([on_values, on_messages, on_weight], dim=1)
         return FoldedAttention(
             torch.cat([query, key, value]),
             torch.cat([query_bias + first.bias.repeat(n_heads) + constant, key_bias, value_bias]),
             by_gene,
             edges,
-            output._replace(fc1_weight=torch.cat([on_values, on_messages, on_weight], dim=1)),
+            output._replace(fc1_weight=F.pad(on_context, (0, context_padding(on_context.shape[1])))),
         )
 
-    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> tuple[Tensor, Tensor, Tensor]:
-        """Expression x [n, G] and tokens [n, d] to the terms A_i and B_j [n, H * P] and the values [n, d]."""
+    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> Tensor:
+        """Expression x [n, G] and tokens [n, d] to the terms [A | B | V] [n, 2 * H * P + d]."""
         norm, d = self.layernorm_qkv[0], self.config.hidden_dim
-        projected = F.linear(
-            F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps), folded.project, folded.project_bias
-        )
-        width = (projected.shape[1] - d) // 2
-        gene = (x @ folded.gene.T).repeat(1, self.spec.n_heads)
-        query, key, value = projected.split([width, width, d], dim=1)
-        return query - gene, key + gene, value
+        normed = F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps)
+        terms = F.linear(normed, folded.project, folded.project_bias)
+        gene = x @ folded.gene.T
+        by_head = terms[:, : terms.shape[1] - d].unflatten(1, (2, self.spec.n_heads, -1))
+        by_head.add_(torch.stack([-gene, gene], dim=1).unsqueeze(2))
+        return terms
 
-    def output(self, taken: AttentionOutput, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
-        """[n, d] context of the spots, from what they took from their neighbours."""
-        context = torch.cat(taken, dim=1)
+    def output(self, context: Tensor, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
+        """[n, d] of the spots, from the context that they took from their neighbours."""
         return gated_mlp(context, folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
 
 
@@ -169,24 +168,22 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Expression [N, G] and tokens [N, d] to the next layer's."""
         attn, folded = self.attn, layer.folded
-        p, attn_p = attn.config.dropout, attn.config.attn_dropout
+        p = attn.config.dropout
 
         def project(x: Tensor, tokens: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, ...]:
-            return attn.project(x, tokens, folded)
+            return (attn.project(x, tokens, folded),)
 
-        def finish(tokens: Tensor, *rest: Tensor | DropoutKeys | None) -> tuple[Tensor, Tensor]:
-            *taken, keys = rest
-            tokens = tokens + attn.output(AttentionOutput(*taken), folded, keys)
+        def finish(tokens: Tensor, context: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor]:
+            tokens = tokens + attn.output(context, folded, keys)
             tokens = tokens + self.mlp(tokens, p, keys, STREAM_MLP)
             return self.gene_updater(tokens, keys), tokens
 
-        query, key, value = ops.by_rows(project, (x, tokens), keys)
+        (terms,) = ops.by_rows(project, (x, tokens), keys)
         kept = layer.messages is not None
         edges = layer.messages if kept else graph.geometry
-        taken = ops.edge_attention(
-            query, key, value, graph.neighbors, edges, folded.edges, attn.spec, Dropouts(keys, p, attn_p), kept
-        )
-        return ops.by_rows(finish, (tokens, *taken), keys)
+        dropouts = Dropouts(keys, p, attn.config.attn_dropout)
+        context = ops.edge_attention(terms, graph.neighbors, edges, folded.edges, attn.spec, dropouts, kept)
+        return ops.by_rows(finish, (tokens, context), keys)
 
 
 class SpatialTransformer(nn.Module):

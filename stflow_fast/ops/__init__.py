@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from .dropout import DropoutKeys
 from .reference import (
-    AttentionOutput,
     AttentionSpec,
     Dropouts,
     EdgeWeights,
     attend,
     attend_block,
+    context_padding,
     edge_messages,
 )
 
@@ -170,53 +170,44 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
 
 
 def edge_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    terms: Tensor,
     neighbors: Tensor,
     edges: Tensor,
     weights: EdgeWeights,
     spec: AttentionSpec,
     dropouts: Dropouts,
     edges_are_messages: bool = False,
-) -> AttentionOutput:
+) -> Tensor:
     """Attention of every spot over its neighbours, block after block.
 
     Args:
-        query: [N, H * P] terms A_i.
-        keys: [N, H * P] terms B_j.
-        values: [N, d].
+        terms: [N, 2 * H * P + d], see ``reference.py``.
         neighbors: [N, K] int64, MISSING where there is none.
         edges: [N, K, 3] geometry, or [N, K, E] messages of :func:`make_messages`.
 
     Returns:
-        AttentionOutput of N spots. With gradients and more than one block, blocks are recomputed in the backward.
+        context [N, C]. With gradients and more than one block, blocks are recomputed in the backward.
     """
     n, k = neighbors.shape
     function = attend if edges_are_messages else attend_block
-    training = torch.is_grad_enabled() and query.requires_grad
-    function, blocks = _plan(n, k, weights, function, query.device, training)
+    training = torch.is_grad_enabled() and terms.requires_grad
+    function, blocks = _plan(n, k, weights, function, terms.device, training)
 
-    def run(start: int, stop: int) -> AttentionOutput:
+    def run(start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
-        part = dropouts.rows(start, stop)
-        return function(query[rows], keys, values, neighbors[rows], edges[rows], weights, spec, part)
+        return function(terms, start, neighbors[rows], edges[rows], weights, spec, dropouts.rows(start, stop))
 
-    if training:
-        if len(blocks) == 1:
-            return run(*blocks[0])
-        parts = [checkpoint(run, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
-        if parts:
-            return AttentionOutput(*map(torch.cat, zip(*parts, strict=True)))
-    output = AttentionOutput(
-        query.new_empty(n, values.shape[1]),
-        query.new_empty(n, spec.n_heads * weights.message_to_logit.shape[0]),
-        query.new_empty(n, spec.n_heads),
+    if len(blocks) == 1:
+        return run(*blocks[0])
+    if training and blocks:
+        return torch.cat([checkpoint(run, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks])
+    width = (
+        terms.shape[1] - 2 * weights.message_to_logit.shape[1] + spec.n_heads * (weights.message_to_logit.shape[0] + 1)
     )
+    context = terms.new_empty(n, width + context_padding(width))
     for start, stop in blocks:
-        for whole, part in zip(output, run(start, stop), strict=True):
-            whole[start:stop] = part
-    return output
+        context[start:stop] = run(start, stop)
+    return context
 
 
 def _plan(

@@ -52,14 +52,16 @@ class DropoutKeys:
         return DropoutKeys(self.keys[start:stop])
 
     def keep_mask(self, shape: torch.Size, p: float) -> Tensor:
-        """Boolean mask of ``shape`` [n, ...], true with probability 1 - p; row n depends on key n alone.
+        """Boolean mask of ``shape`` [n, ..., C], true with probability 1 - p; row n depends on key n alone.
 
-        Keys and columns are mixed already, so half a mixer suffices for each element: 40 % of a training step on the
-        CPU went into a whole one. The comparison reads the high bits, which the last product fills.
+        Spots with what lies between, and channels, are mixed already, so half a mixer suffices for each element: 40 %
+        of a training step on the CPU went into a whole one. The comparison reads the high bits, which the last product
+        fills.
         """
-        columns = math.prod(shape[1:])
-        column = hash32(torch.arange(columns, dtype=torch.int32, device=self.keys.device) + 1)
-        mixed = (self.keys.unsqueeze(-1) ^ column).mul_(MULTIPLIER_1)
+        between = torch.arange(math.prod(shape[1:-1]), dtype=torch.int32, device=self.keys.device)
+        row = combine(self.keys.unsqueeze(-1), between)
+        column = hash32(torch.arange(shape[-1], dtype=torch.int32, device=self.keys.device) + 1)
+        mixed = (row.unsqueeze(-1) ^ column).mul_(MULTIPLIER_1)
         mixed = mixed.bitwise_xor_(mixed >> 15).mul_(MULTIPLIER_2)
         return (mixed >= int(p * 2**32) - 2**31).view(shape)
 

@@ -13,7 +13,11 @@ of ``edge_trans`` with the gain and bias of its LayerNorm:
 The gene panel touches spots only, and the frame mean stands before the last matrix, which is applied after the sum.
 
 Shapes: N spots, K neighbours, H heads, d = hidden_dim, E = width of an edge message, P = width of a
-pre-activation before its gate, Z = after it (P / 2 with SwiGLU, else P).
+pre-activation before its gate, Z = after it (P / 2 with SwiGLU, else P), Pe = the same before E.
+
+A layer's spots enter as ``terms`` [N, 2 * H * P + d] = [A | B | V], V the values, and leave as ``context`` [N, C] =
+[sum_j a v_j (d) | sum_j a m_ij (H * E) | sum_j a (H) | zeros up to a multiple of CONTEXT_ALIGNMENT]. The attention
+weights a sum to 1 unless there is dropout or no neighbour.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from ..graph import MISSING
 from .dropout import DropoutKeys, dropout
 
 LAYERNORM_EPS = 1e-5
+
+CONTEXT_ALIGNMENT = 8
+"""Tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
 
 # Streams of randomness inside one layer; a layer has keys of its own (SpatialTransformer.run).
 STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
@@ -47,25 +54,15 @@ class MLPWeights(NamedTuple):
 class EdgeWeights(NamedTuple):
     """The folded weights of the edge side of one layer's attention (see :func:`fold_edge_weights`)."""
 
-    edge_weight: Tensor  # [Pe, 3] fc1 of edge_trans
-    edge_bias: Tensor  # [Pe]
+    edge: Tensor  # [4, Pe] fc1 of edge_trans: what p_x, p_y and r multiply, and the bias
     message_to_logit: Tensor  # [E, H * P] We W2_h for every head
-    logit_weight: Tensor  # [Z] LayerNorm gain times fc2 of mlp_attn
-    logit_bias: Tensor  # [] the rest of them
+    logit: Tensor  # [Z + 1] LayerNorm gain times fc2 of mlp_attn, and the rest of them in one number
 
 
 class AttentionSpec(NamedTuple):
     n_heads: int
     edge_activation: str  # of edge_trans
     logit_activation: str  # of mlp_attn
-
-
-class AttentionOutput(NamedTuple):
-    """What a spot takes from its neighbours, with attention weights a."""
-
-    values: Tensor  # [N, d] sum_j a v_j
-    messages: Tensor  # [N, H * E] sum_j a m_ij
-    weight: Tensor  # [N, H] sum_j a: 1 unless there is dropout or no neighbour
 
 
 class Dropouts(NamedTuple):
@@ -111,65 +108,70 @@ def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, d
     Returns:
         [n, K, E].
     """
-    along_x, along_y, along_r = (geometry[..., i : i + 1] * weights.edge_weight[:, i] for i in range(3))
-    base, plus, minus = along_r + weights.edge_bias, along_x + along_y, along_x - along_y
+    along_x, along_y, along_r = (geometry[..., i : i + 1] * weights.edge[i] for i in range(3))
+    base, plus, minus = along_r + weights.edge[3], along_x + along_y, along_x - along_y
     frames = torch.stack([base + plus, base + minus, base - minus, base - plus], dim=1)  # [n, 4, K, Pe]
     hidden = dropout(gate(frames, spec.edge_activation), dropouts.mlp, dropouts.keys, STREAM_EDGE_HIDDEN)
     hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS)
     return dropout(hidden, dropouts.mlp, dropouts.keys, STREAM_EDGE_OUT).mean(dim=1)
 
 
+def context_padding(width: int) -> int:
+    """Zeros behind a context of ``width`` columns."""
+    return -width % CONTEXT_ALIGNMENT
+
+
 def attend(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    terms: Tensor,
     neighbors: Tensor,
     messages: Tensor,
     weights: EdgeWeights,
     spec: AttentionSpec,
     dropouts: Dropouts,
-) -> AttentionOutput:
+) -> Tensor:
     """Attention of n spots over their neighbours.
 
     Args:
-        query: [n, H * P] term A_i of the pre-activation.
-        keys: [N, H * P] terms B_j of all spots.
-        values: [N, d] of all spots.
-        neighbors: [n, K] rows of ``keys`` and ``values``, MISSING where there is none.
+        query: [n, H * P] the terms A of the spots.
+        terms: [N, 2 * H * P + d] of all spots.
+        neighbors: [n, K] rows of ``terms``, MISSING where there is none.
         messages: [n, K, E].
+
+    Returns:
+        context [n, C].
     """
     n, k = neighbors.shape
-    n_heads = spec.n_heads
+    n_heads, width = spec.n_heads, query.shape[1]
+    key, value = terms[:, width : 2 * width], terms[:, 2 * width :]
     present, near = neighbors != MISSING, neighbors.clamp(min=0).flatten()
-    pre = (messages.reshape(n * k, -1) @ weights.message_to_logit).add_(keys.index_select(0, near))
-    pre = pre.view(n, k, n_heads, -1) + query.view(n, 1, n_heads, -1)
+    pre = (messages.reshape(n * k, -1) @ weights.message_to_logit).add_(key.index_select(0, near))
+    pre = pre.view(n, k, n_heads, -1) + query.reshape(n, 1, n_heads, -1)
     hidden = dropout(gate(pre, spec.logit_activation), dropouts.mlp, dropouts.keys, STREAM_LOGIT_HIDDEN)
-    logits = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS) @ weights.logit_weight + weights.logit_bias
+    logits = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS) @ weights.logit[:-1] + weights.logit[-1]
     logits = dropout(logits, dropouts.mlp, dropouts.keys, STREAM_LOGIT)
     # A finite floor, not -inf: a spot without neighbours must give zeros and zero gradients, not NaN.
     logits = logits.masked_fill(~present.unsqueeze(-1), torch.finfo(logits.dtype).min)
     attention = logits.softmax(dim=1) * present.unsqueeze(-1)
     attention = dropout(attention, dropouts.attention, dropouts.keys, STREAM_ATTENTION).transpose(1, 2)  # [n, H, K]
-    near_values = values.index_select(0, near).view(n, k, n_heads, -1).transpose(1, 2)
+    near_values = value.index_select(0, near).view(n, k, n_heads, -1).transpose(1, 2)
     from_values = (attention.unsqueeze(2) @ near_values).view(n, -1)
-    from_edges = (attention @ messages).view(n, -1)
-    return AttentionOutput(from_values, from_edges, attention.sum(dim=2))
+    context = torch.cat([from_values, (attention @ messages).view(n, -1), attention.sum(dim=2)], dim=1)
+    return F.pad(context, (0, context_padding(context.shape[1])))
 
 
 def attend_block(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    terms: Tensor,
     neighbors: Tensor,
     geometry: Tensor,
     weights: EdgeWeights,
     spec: AttentionSpec,
     dropouts: Dropouts,
-) -> AttentionOutput:
+) -> Tensor:
     """:func:`attend` with the messages made on the way, for when they are not kept."""
-    return attend(
-        query, keys, values, neighbors, edge_messages(geometry, weights, spec, dropouts), weights, spec, dropouts
-    )
+    messages = edge_messages(geometry, weights, spec, dropouts)
+    return attend(query, terms, neighbors, messages, weights, spec, dropouts)
 
 
 def fold_edge_weights(
@@ -192,10 +194,8 @@ def fold_edge_weights(
     constant = (to_edge_bias @ logit_edge_weight.T).flatten()
     logit_out = logit.fc2_weight.squeeze(0)
     weights = EdgeWeights(
-        edge.fc1_weight,
-        edge.fc1_bias,
+        torch.cat([edge.fc1_weight.T, edge.fc1_bias.unsqueeze(0)]),
         message_to_logit,
-        logit.norm_weight * logit_out,
-        logit.norm_bias @ logit_out + logit.fc2_bias.squeeze(0),
+        torch.cat([logit.norm_weight * logit_out, logit.norm_bias @ logit_out.unsqueeze(1) + logit.fc2_bias]),
     )
     return weights, constant, to_edge, to_edge_bias
