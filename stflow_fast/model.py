@@ -17,13 +17,13 @@ from . import ops
 from .config import DenoiserConfig
 from .errors import InputError
 from .graph import SpotGraph
+from .kernels.conventions import context_padding
 from .ops.dropout import DropoutKeys, dropout
 from .ops.reference import (
     AttentionSpec,
     Dropouts,
     EdgeWeights,
     MLPWeights,
-    context_padding,
     fold_edge_weights,
     gated_mlp,
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from ..kernels.conventions import context_padding
 from .dropout import DropoutKeys
 from .reference import (
     AttentionSpec,
@@ -27,7 +28,6 @@ from .reference import (
     EdgeWeights,
     attend,
     attend_block,
-    context_padding,
     edge_messages,
 )
 
@@ -189,22 +189,22 @@ def edge_attention(
         context [N, C]. With gradients and more than one block, blocks are recomputed in the backward.
     """
     n, k = neighbors.shape
+    n_messages, width = weights.message_to_logit.shape
     function = attend if edges_are_messages else attend_block
     training = torch.is_grad_enabled() and terms.requires_grad
     function, blocks = _plan(n, k, weights, function, terms.device, training)
 
     def run(start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
-        return function(terms, start, neighbors[rows], edges[rows], weights, spec, dropouts.rows(start, stop))
+        query, part = terms[rows, :width], dropouts.rows(start, stop)
+        return function(query, terms, neighbors[rows], edges[rows], weights, spec, part)
 
     if len(blocks) == 1:
         return run(*blocks[0])
     if training and blocks:
         return torch.cat([checkpoint(run, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks])
-    width = (
-        terms.shape[1] - 2 * weights.message_to_logit.shape[1] + spec.n_heads * (weights.message_to_logit.shape[0] + 1)
-    )
-    context = terms.new_empty(n, width + context_padding(width))
+    columns = terms.shape[1] - 2 * width + spec.n_heads * (n_messages + 1)
+    context = terms.new_empty(n, columns + context_padding(columns))
     for start, stop in blocks:
         context[start:stop] = run(start, stop)
     return context

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, -0x7B935975  # the second is 0x846CA68B as int32
+from ..kernels.conventions import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, dropout_threshold
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
@@ -29,7 +29,7 @@ def hash32(x: Tensor) -> Tensor:
 
 def combine(key: Tensor, value: Tensor) -> Tensor:
     """Key [N] int32 mixed with a value broadcastable to it (int32)."""
-    return hash32(hash32(key) ^ (value * -0x61C88647))  # 2**32 / golden ratio keeps small values apart
+    return hash32(hash32(key) ^ (value * GOLDEN))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DropoutKeys:
         column = hash32(torch.arange(shape[-1], dtype=torch.int32, device=self.keys.device) + 1)
         mixed = (row.unsqueeze(-1) ^ column).mul_(MULTIPLIER_1)
         mixed = mixed.bitwise_xor_(mixed >> 15).mul_(MULTIPLIER_2)
-        return (mixed >= int(p * 2**32) - 2**31).view(shape)
+        return (mixed >= dropout_threshold(p)).view(shape)
 
 
 def dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:

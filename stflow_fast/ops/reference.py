@@ -29,15 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import MISSING
+from ..kernels.conventions import (
+    LAYERNORM_EPS,
+    STREAM_ATTENTION,
+    STREAM_EDGE_HIDDEN,
+    STREAM_EDGE_OUT,
+    STREAM_LOGIT,
+    STREAM_LOGIT_HIDDEN,
+    context_padding,
+)
 from .dropout import DropoutKeys, dropout
-
-LAYERNORM_EPS = 1e-5
-
-CONTEXT_ALIGNMENT = 8
-"""Tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
-
-# Streams of randomness inside one layer; a layer has keys of its own (SpatialTransformer.run).
-STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
 
 
 class MLPWeights(NamedTuple):
@@ -114,11 +115,6 @@ def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, d
     hidden = dropout(gate(frames, spec.edge_activation), dropouts.mlp, dropouts.keys, STREAM_EDGE_HIDDEN)
     hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS)
     return dropout(hidden, dropouts.mlp, dropouts.keys, STREAM_EDGE_OUT).mean(dim=1)
-
-
-def context_padding(width: int) -> int:
-    """Zeros behind a context of ``width`` columns."""
-    return -width % CONTEXT_ALIGNMENT
 
 
 def attend(

@@ -1,0 +1,275 @@
+"""Compile every kernel for GPUs that are not there, and read what the compiler made of it.
+
+    python -m stflow_fast.kernels.aot --arch 80,90 --json FILE
+
+writes one row for each kernel, variant and architecture: registers, spilled bytes, shared memory, instructions by kind
+(each once, and weighted by how often its loops run in a program), and the work that the mathematics asks for per edge.
+The exit code is 1 when a default variant spills, or uses so much shared memory that two programs do not fit onto one
+multiprocessor. ``--default`` compiles those alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import edge_attention
+from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
+from .launch import INTERPRETED, Launch
+
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024}
+"""Bytes of a multiprocessor of an A100 and an H100; a program reserves 1 KiB beside its own."""
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)([^;]*);")
+LABEL = re.compile(r"^(\.L_\w+):")
+BY_WIDTH = ("LDG", "STG", "LDS", "STS", "LDL", "STL")
+
+
+class Variant(NamedTuple):
+    """A kernel with everything that its compilation depends on."""
+
+    kernel: Any  # triton.JITFunction
+    name: str
+    types: dict[str, str]  # of its arguments; of one that is absent, "constexpr"
+    constants: dict[str, Any]
+    launch: Launch
+    default: bool
+    trips: tuple[int, ...]  # how often its loops run in a program, in the order of their heads
+    edges: int  # edges that a program, or one turn of its outermost loop, treats
+    work: dict[str, float]  # per edge
+
+
+PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
+POINTER = {"bf16": "*bf16", "fp16": "*fp16"}
+EDGE_TYPES = {
+    **{name: "*fp32" for name in ("edges", "geometry", "edge", "logit", "edge_gradients")},
+    **{name: "*fp32" for name in ("grad_edge", "grad_weight", "grad_logit")},
+    **{name: "*i64" for name in ("neighbors", "arriving", "arriving_ptr")},
+    "dropout_keys": "*i32",
+    "n": "i32",
+    "n_edges": "i64",
+}
+EDGE_KERNELS = {
+    "edge_attention_fwd": edge_attention.edge_attention_fwd_kernel,
+    "edge_attention_bwd_query": edge_attention.edge_attention_bwd_query_kernel,
+    "edge_attention_bwd_key": edge_attention.edge_attention_bwd_key_kernel,
+    "edge_messages": edge_attention.edge_messages_kernel,
+}
+
+
+def edge_variants(arch: int) -> Iterator[Variant]:
+    """The edge kernels at the default width: precisions, gates, dropout, kept messages, numbers of neighbours."""
+    for name in EDGE_KERNELS:
+        for precision in PRECISIONS:
+            for gate, k, p, kept in (
+                ("swiglu", 8, 0.0, False),
+                ("swiglu", 8, 0.2, False),
+                ("swiglu", 8, 0.0, True),
+                ("gelu", 8, 0.0, False),
+                ("relu", 8, 0.2, False),
+                ("swiglu", 5, 0.0, False),
+                ("swiglu", 24, 0.0, False),
+                ("swiglu", 64, 0.0, False),
+            ):
+                if (kept and name != "edge_attention_fwd") or (name == "edge_messages" and (p or k != 8)):
+                    continue
+                yield _edge_variant(name, arch, precision, gate, k, p, kept)
+
+
+def _edge_variant(name: str, arch: int, precision: str, gate: str, k: int, p: float, kept: bool) -> Variant:
+    e, z = (64, 64) if gate == "swiglu" else (128, 128)
+    sizes = Sizes(k=k, e=e, hp=4 * 128, d=128)
+    settings = Settings(4, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
+    shape, launch = edge_shape(name, arch, precision, sizes, settings)
+    kernel = EDGE_KERNELS[name]
+    typed = POINTER.get(precision, "*fp32")
+    types = {argument: EDGE_TYPES.get(argument, typed) for argument in kernel.arg_names}
+    constants: dict[str, Any] = {"S": shape}
+    if kept:
+        types["edges"] = typed
+    if not p and "dropout_keys" in types:
+        types["dropout_keys"], constants["dropout_keys"] = "constexpr", None
+    return Variant(
+        kernel,
+        f"{name} {precision} {gate} K={k}" + (f" dropout={p}" if p else "") + (" kept" if kept else ""),
+        {**types, "S": "constexpr"},
+        constants,
+        launch,
+        default=gate == "swiglu" and k == 8,
+        trips=_edge_trips(name, shape),
+        edges=shape.spots * k if name != "edge_attention_bwd_key" else shape.rows,
+        work=_edge_work(name, shape, 2 if precision in POINTER else 4),
+    )
+
+
+def _edge_trips(name: str, shape: EdgeShape) -> tuple[int, ...]:
+    frames, heads = (() if shape.kept else (4,)), (shape.n_heads,)
+    return {
+        "edge_attention_fwd": (*frames, *heads),
+        "edge_attention_bwd_query": (1, 4, *heads, 4),
+        "edge_attention_bwd_key": (1, 1),
+        "edge_messages": (4,),
+    }[name]
+
+
+def _edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
+    """Counted per edge from the mathematics; of the key-owned backward per edge and head."""
+    gates = {"message": 4 * shape.e, "logit": shape.n_heads * shape.z}
+    matrix = 2 * shape.e * shape.hp
+    message = 0 if shape.kept else gates["message"]
+    row = (shape.hp + shape.d) * size
+    per_spot = (shape.hp + shape.context) * size / shape.k
+    streamed = per_spot + 8 + (shape.e * size if shape.kept else 12)
+    return {
+        "edge_attention_fwd": {
+            "matrix_flops": matrix,
+            "gates": message + gates["logit"],
+            "bytes_gathered": row,
+            "bytes_streamed": streamed,
+        },
+        "edge_attention_bwd_query": {
+            "matrix_flops": 2 * matrix,
+            "gates": 2 * message + gates["logit"],
+            "bytes_gathered": row,
+            "bytes_streamed": streamed + per_spot + shape.e * size,
+        },
+        "edge_attention_bwd_key": {
+            "matrix_flops": 2 * matrix / shape.n_heads,
+            "gates": shape.z,
+            "bytes_gathered": (shape.p + shape.dh + 2 * shape.e) * size,
+            "bytes_streamed": (shape.p + shape.dh) * size * 2 / shape.k + 16,
+        },
+        "edge_messages": {
+            "matrix_flops": 0,
+            "gates": message,
+            "bytes_gathered": 0,
+            "bytes_streamed": 12 + shape.e * size,
+        },
+    }[name]
+
+
+def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
+    """One row: what the compiler made of a variant."""
+    names = variant.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.types[name].startswith("*")}
+    source = ASTSource(variant.kernel, {name: variant.types[name] for name in names}, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    once, weighted = count_instructions(sass, variant.trips)
+    return {
+        "kernel": variant.kernel.__name__,
+        "variant": variant.name,
+        "default": variant.default,
+        "arch": arch,
+        "rows": variant.launch.rows,
+        "warps": variant.launch.warps,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),  # no kernel has arrays of its own on the stack
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": once,
+        "weighted_instructions": weighted,
+        "edges": variant.edges,
+        "work_per_edge": variant.work,
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def count_instructions(sass: str, trips: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int] | None]:
+    """Instructions by kind, and weighted by the trips of the loops that hold them; None where the loops that are found
+    are not the loops of the source, because the compiler unrolled or split one."""
+    found: list[tuple[str, int]] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        label, instruction = LABEL.match(line), INSTRUCTION.match(line)
+        if label:
+            labels[label[1]] = len(found)
+        if not instruction:
+            continue
+        _, name, modifiers, operands = instruction.groups()
+        if name in BY_WIDTH:
+            width = re.search(r"\.(128|64|U?S?16|U?S?8)\b", modifiers)
+            name += "." + (width[1].lstrip("US") if width else "32")
+        target = re.search(r"`\((\.L_\w+)\)", operands) if name == "BRA" else None
+        if target and target[1] in labels and labels[target[1]] < len(found):
+            loops.append((labels[target[1]], len(found)))
+        found.append((name, len(found)))
+    once = collections.Counter(name for name, _ in found)
+    heads = sorted({head: max(stop for start, stop in loops if start == head) for head, _ in loops}.items())
+    if len(heads) != len(trips):
+        return dict(once.most_common()), None
+    weighted: collections.Counter[str] = collections.Counter()
+    for name, place in found:
+        times = 1
+        for (head, stop), trip in zip(heads, trips, strict=True):
+            if head <= place <= stop:
+                times *= trip
+        weighted[name] += times
+    return dict(once.most_common()), dict(weighted.most_common())
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What no default variant may have."""
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if 2 * (row["shared_bytes"] + 1024) > SHARED_MEMORY[row["arch"]]:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory; two programs do not fit")
+    return found if row["default"] else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="80,90", help="compute capabilities, such as 80,90")
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    parser.add_argument("--default", action="store_true", help="the default variants alone")
+    parser.add_argument("--match", default="", help="variants whose name holds this text")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        sys.exit("TRITON_INTERPRET: is 1, and interpreted kernels are not compiled; unset it")
+    rows = []
+    for arch in map(int, arguments.arch.split(",")):
+        for variant in edge_variants(arch):
+            if arguments.match in variant.name and (variant.default or not arguments.default):
+                rows.append(compile_variant(variant, arch))
+                print(summary(rows[-1]), flush=True)
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if any(map(faults, rows)):
+        sys.exit("a default variant spills or needs too much shared memory")
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line for a person."""
+    weighted = row["weighted_instructions"]
+    per_edge = f"{32 * row['warps'] * sum(weighted.values()) / row['edges']:7.0f} per edge" if weighted else ""
+    return (
+        f"sm_{row['arch']} {row['variant']:52} M={row['rows']:<4} warps {row['warps']:<3} registers {row['registers']:3} "
+        f"spill {row['spill_bytes']:4} shared {row['shared_bytes']:6} instructions {sum(row['instructions'].values()):6} "
+        f"{per_edge} {'; '.join(faults(row))}"
+    )
+
+
+if __name__ == "__main__":
+    main()

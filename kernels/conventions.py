@@ -1,0 +1,27 @@
+"""What a kernel and the reference that defines it (``stflow_fast/ops``) must agree on. No Triton is needed here."""
+
+from __future__ import annotations
+
+LAYERNORM_EPS = 1e-5
+
+CONTEXT_ALIGNMENT = 8
+"""Columns of a context: tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
+
+MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, -0x7B935975
+"""Of the 32-bit mixer behind dropout; the second is 0x846CA68B as int32."""
+
+GOLDEN = -0x61C88647
+"""2**32 / golden ratio as int32: keeps small values apart."""
+
+STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
+"""Streams of dropout inside the attention of one layer, whose keys are its own."""
+
+
+def context_padding(width: int) -> int:
+    """Zeros behind a context of ``width`` columns."""
+    return -width % CONTEXT_ALIGNMENT
+
+
+def dropout_threshold(p: float) -> int:
+    """Mixed int32 numbers below it are dropped: a share of ``p``."""
+    return int(p * 2**32) - 2**31

@@ -1,0 +1,810 @@
+"""Frame-averaged local attention from spots to context, forward and backward, in one kernel over edges.
+
+What it computes is ``attend_block`` of ``stflow_fast/ops/reference.py``, whose header has the formulas; the shapes:
+
+    terms [N, 2 * H * P + d] = [A | B | V], neighbors [N, K], edges [N, K, 3] or kept messages [N, K, E],
+    edge [4, Pe], message_to_logit [E, H * P], logit [Z + 1]  ->  context [N, C]
+
+A program takes as many whole spots as fit into a tile of M edges, so K need not be a power of two. The edges are the
+rows of its matrix products; what belongs together of a spot is one row of a segment matrix [Q, M], by which the softmax
+is taken and with which both aggregations are matrix products. No tensor with an edge axis leaves the program.
+
+The offsets of a neighbourhood enter projected (12 bytes an edge): frames hang on coordinates alone, need float64 for
+their tie rules, and are made once per slide by ``edge_geometry``, not in every layer and flow step.
+
+Backward, in two kernels and without atomics, so that every run gives the same bits:
+
+* query-owned: recomputes the forward of a tile, writes dA, the edge MLP's gradients, and for the second kernel the
+  messages and two numbers per edge and head, together as many bytes as A at K = 8, freed with it.
+* key-owned: one program per head walks the edges that arrive at a block of keys (the transposed neighbour table),
+  recomputes their pre-activations, and writes dB and dV; the gradient of message_to_logit_h stays in its registers, for
+  which an accumulator of all heads would be too large.
+
+Row offsets are int64 throughout: N * K * E passes 2^31 at 4.2M spots. Rows themselves are int32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import InputError
+from . import conventions
+from .conventions import context_padding
+from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
+from .launch import INTERPRETED, Launch, architecture, device_scope, n_processors, precision_of
+from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward, matmul
+
+MOST_NEIGHBORS = 64
+
+EDGE_HIDDEN = tl.constexpr(conventions.STREAM_EDGE_HIDDEN)
+EDGE_OUT = tl.constexpr(conventions.STREAM_EDGE_OUT)
+LOGIT_HIDDEN = tl.constexpr(conventions.STREAM_LOGIT_HIDDEN)
+LOGIT = tl.constexpr(conventions.STREAM_LOGIT)
+ATTENTION = tl.constexpr(conventions.STREAM_ATTENTION)
+CONTEXT_ALIGNMENT = tl.constexpr(conventions.CONTEXT_ALIGNMENT)
+
+
+@triton.jit
+def split(b_x, i_part, LOW: tl.constexpr):
+    """The bf16 part of x or, where i_part is LOW, what is missing from it; zero in the part behind the last.
+
+    Matrix products have 16 columns where the edge MLP has 4 inputs (p_x, p_y, r, 1). Three groups of them multiply
+    high * high + low * high + high * low, which is float32 but for 2^-16 at the price of one bf16 product, and leaves
+    the hidden vectors in the layout of an accumulator, where a row belongs to four threads.
+    """
+    b_high = b_x.to(tl.bfloat16).to(tl.float32)
+    return tl.where(i_part == LOW, b_x - b_high, tl.where(i_part == 3, 0.0, b_high))
+
+
+@triton.jit
+def edge_inputs(geometry, i_edge, i_input, m_e, S: tl.constexpr):
+    """Inputs of the edge MLP, in as many axes as edges and inputs broadcast to."""
+    i_kind, i_part = i_input % 4, i_input // 4
+    b_inputs = tl.load(geometry + 3 * i_edge + i_kind, mask=m_e & (i_kind < 3), other=0.0).to(tl.float32)
+    b_inputs = tl.where(m_e & (i_kind == 3), 1.0, b_inputs)
+    return split(b_inputs, i_part, 1) if S.split else tl.where(i_part == 0, b_inputs, 0.0)
+
+
+@triton.jit
+def edge_weights(edge, i_input, HALF: tl.constexpr, S: tl.constexpr):
+    """Weights [16, E] of one half of the edge MLP."""
+    i_c = tl.arange(0, S.e_pad)
+    i_kind, i_part = (i_input % 4)[:, None], (i_input // 4)[:, None]
+    column = edge + i_kind * S.pe + HALF * S.e + i_c[None, :]
+    b_w = tl.load(column, mask=(i_c < S.e)[None, :] & (i_part < 4), other=0.0).to(tl.float32)
+    return split(b_w, i_part, 2) if S.split else tl.where(i_part == 0, b_w, 0.0)
+
+
+@triton.jit
+def frame_signs(i_input, i_frame):
+    """What the frame multiplies the inputs with: the signs of p_x and p_y."""
+    i_kind = i_input % 4
+    flipped = ((i_kind == 0) & (i_frame >= 2)) | ((i_kind == 1) & (i_frame % 2 == 1))
+    return tl.where(flipped, -1.0, 1.0)
+
+
+@triton.jit
+def edge_half(b_inputs, b_w, S: tl.constexpr):
+    """Pre-activation [M, E] of one half of the edge MLP."""
+    b_zero = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
+    return tl.dot(b_inputs.to(S.edge_operand), b_w.to(S.edge_operand), b_zero, input_precision=S.dot_precision)
+
+
+@triton.jit
+def edge_frame(b_inputs, b_wa, b_wb, i_key, i_slot, i_frame, S: tl.constexpr):
+    """One sign frame of the edge MLP: both halves before the gate, the centred hidden vector, its reciprocal
+    deviation, and the dropout factors before and behind the LayerNorm."""
+    i_c = tl.arange(0, S.e_pad)
+    b_signed = b_inputs * frame_signs(tl.arange(0, 16), i_frame)[None, :]
+    b_a = edge_half(b_signed, b_wa, S)
+    b_b = b_a
+    if S.edge_gate == "swiglu":
+        b_b = edge_half(b_signed, b_wb, S)
+    b_z = gate(b_a, b_b, S.edge_gate, S.fast)
+    b_before = 1.0
+    b_behind = 1.0
+    if S.p_mlp > 0:
+        i_row = i_frame * S.k + i_slot
+        i_hidden = combine(combine(i_key, EDGE_HIDDEN), i_row)
+        i_out = combine(combine(i_key, EDGE_OUT), i_row)
+        b_before = dropout_factor(i_hidden[:, None], i_c[None, :], S.mlp_threshold, S.mlp_scale)
+        b_behind = dropout_factor(i_out[:, None], i_c[None, :], S.mlp_threshold, S.mlp_scale)
+        b_z = b_z * b_before
+    b_centred, b_rstd = centre(b_z, i_c < S.e, S.e, S.eps)
+    return b_a, b_b, b_centred, b_rstd, b_before, b_behind
+
+
+@triton.jit
+def edge_mlp(geometry, edge, i_edge, m_e, S: tl.constexpr):
+    """Inputs [M, 16] of a tile's edges and weights [16, E] of both halves."""
+    i_input = tl.arange(0, 16)
+    b_wa = edge_weights(edge, i_input, 0, S)
+    b_wb = b_wa
+    if S.edge_gate == "swiglu":
+        b_wb = edge_weights(edge, i_input, 1, S)
+    return edge_inputs(geometry, i_edge[:, None], i_input[None, :], m_e[:, None], S), b_wa, b_wb
+
+
+@triton.jit
+def make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S: tl.constexpr):
+    """m_ij [M, E]: the mean of the frames."""
+    b_message = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
+    for i_frame in range(4):
+        _, _, b_centred, b_rstd, _, b_behind = edge_frame(b_inputs, b_wa, b_wb, i_key, i_slot, i_frame, S)
+        b_message += b_centred * (0.25 * b_rstd)[:, None] * b_behind
+    return b_message
+
+
+@triton.jit
+def load_rows(base, i_row, STRIDE: tl.constexpr, i_column, m_column):
+    """Rows [M, columns] of a matrix, in its own type; every row index must be valid."""
+    return tl.load(base + i_row[:, None] * STRIDE + i_column[None, :], mask=m_column[None, :], other=0.0)
+
+
+@triton.jit
+def logit_pre(terms, message_to_logit, b_message, i_spot, i_near, i_head, HALF: tl.constexpr, S: tl.constexpr):
+    """Pre-activation [M, Z] of one half of the attention MLP: A_ih + B_jh + (We W2_h) m_ij."""
+    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
+    i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z
+    b_a = load_rows(terms, i_spot, S.width, i_column, m_z).to(tl.float32)
+    b_b = load_rows(terms + S.hp, i_near, S.width, i_column, m_z).to(tl.float32)
+    m_w = (i_c < S.e)[:, None] & m_z[None, :]
+    b_w = tl.load(message_to_logit + i_c[:, None] * S.hp + i_column[None, :], mask=m_w, other=0.0)
+    return matmul(b_message, b_w, b_a + b_b, S)
+
+
+@triton.jit
+def logit_forward(terms, message_to_logit, b_message, i_spot, i_near, i_key, i_slot, i_head, S: tl.constexpr):
+    """Both halves of the pre-activation, the centred hidden vector, its reciprocal deviation, the dropout factor."""
+    b_a = logit_pre(terms, message_to_logit, b_message, i_spot, i_near, i_head, 0, S)
+    b_b = b_a
+    if S.logit_gate == "swiglu":
+        b_b = logit_pre(terms, message_to_logit, b_message, i_spot, i_near, i_head, 1, S)
+    b_z = gate(b_a, b_b, S.logit_gate, S.fast)
+    i_z = tl.arange(0, S.z_pad)
+    b_factor = 1.0
+    if S.p_mlp > 0:
+        i_row = combine(combine(i_key, LOGIT_HIDDEN), i_slot * S.n_heads + i_head)
+        b_factor = dropout_factor(i_row[:, None], i_z[None, :], S.mlp_threshold, S.mlp_scale)
+        b_z = b_z * b_factor
+    b_centred, b_rstd = centre(b_z, i_z < S.z, S.z, S.eps)
+    return b_a, b_b, b_centred, b_rstd, b_factor
+
+
+@triton.jit
+def logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S: tl.constexpr):
+    """Gradient of both halves of the pre-activation from that of the logit [M].
+
+    The gradient of the normalised vector is dlogit * w, so the two means of the LayerNorm's backward are known: that of
+    w, and of w * normalised, which is the logit before its bias.
+    """
+    b_raw = tl.sum(b_centred * b_w[None, :], 1) * b_rstd
+    b_w = b_w - tl.where(tl.arange(0, S.z_pad) < S.z, tl.sum(b_w, 0) / S.z, 0.0)
+    b_along = b_dlogit * b_rstd * b_rstd * b_raw / S.z
+    b_dz = (b_dlogit * b_rstd)[:, None] * b_w[None, :] - b_centred * b_along[:, None]
+    return gate_backward(b_a, b_b, b_dz * b_factor, S.logit_gate, S.fast)
+
+
+@triton.jit
+def edge_factors(i_key, i_slot, i_head, S: tl.constexpr):
+    """Dropout factors [M] of the logits and of the attention weights."""
+    b_logit = tl.full([S.rows], 1.0, tl.float32)
+    b_attention = tl.full([S.rows], 1.0, tl.float32)
+    i_column = i_head + 0 * i_slot
+    if S.p_mlp > 0:
+        b_logit = dropout_factor(combine(combine(i_key, LOGIT), i_slot), i_column, S.mlp_threshold, S.mlp_scale)
+    if S.p_attention > 0:
+        i_row = combine(combine(i_key, ATTENTION), i_slot)
+        b_attention = dropout_factor(i_row, i_column, S.attention_threshold, S.attention_scale)
+    return b_logit, b_attention
+
+
+@triton.jit
+def tile_edges(neighbors, i_tile, n, S: tl.constexpr):
+    """The edges of a tile of spots: spot, edge, slot and neighbour [M] (always valid rows), and which exist."""
+    i_e = tl.arange(0, S.rows)
+    i_spot = (i_tile * S.spots + i_e // S.k).to(tl.int64)
+    m_e = (i_e < S.spots * S.k) & (i_spot < n)
+    i_spot = tl.minimum(i_spot, n - 1)
+    i_slot = i_e % S.k
+    i_edge = i_spot * S.k + i_slot
+    i_near = tl.load(neighbors + i_edge, mask=m_e, other=-1)
+    m_e = m_e & (i_near >= 0)
+    return i_spot, i_edge, i_slot, tl.maximum(i_near, 0), m_e
+
+
+@triton.jit
+def segment_softmax(b_logit, m_segment):
+    """Attention [Q, M] of each spot (row) over its edges, zero elsewhere."""
+    b_logits = tl.where(m_segment, b_logit[None, :], float("-inf"))
+    b_most = tl.max(b_logits, 1)
+    b_most = tl.where(b_most == float("-inf"), 0.0, b_most)  # a spot without neighbours
+    b_exp = tl.exp(b_logits - b_most[:, None])
+    b_sum = tl.sum(b_exp, 1)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    return b_exp * (1.0 / b_sum)[:, None]
+
+
+@triton.jit
+def edge_attention_fwd_kernel(
+    terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, context, n, S: tl.constexpr
+):
+    i_tile = tl.program_id(0)
+    i_spot, i_edge, i_slot, i_near, m_e = tile_edges(neighbors, i_tile, n, S)
+    i_c, i_z, i_d = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad), tl.arange(0, S.dh_pad)
+    i_key = i_slot
+    if S.dropout:
+        i_key = tl.load(dropout_keys + i_spot)
+    if S.kept:
+        b_message = load_rows(edges, i_edge, S.e, i_c, i_c < S.e)
+    else:
+        b_inputs, b_wa, b_wb = edge_mlp(edges, edge, i_edge, m_e, S)
+        b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S)
+    b_message = b_message.to(S.operand)  # [M, E]
+    b_w = tl.load(logit + i_z, mask=i_z < S.z, other=0.0).to(tl.float32)
+    b_bias = tl.load(logit + S.z).to(tl.float32)
+
+    i_q = tl.arange(0, S.spots_pad)
+    i_row = (i_tile * S.spots + i_q).to(tl.int64)
+    m_q = (i_q < S.spots) & (i_row < n)
+    m_segment = (tl.arange(0, S.rows) // S.k)[None, :] == i_q[:, None]
+    m_segment = m_segment & m_e[None, :]  # [Q, M]
+    row = context + i_row * S.context
+    for i_head in range(S.n_heads):
+        _, _, b_centred, b_rstd, _ = logit_forward(
+            terms, message_to_logit, b_message, i_spot, i_near, i_key, i_slot, i_head, S
+        )
+        b_logit = tl.sum(b_centred * b_w[None, :], 1) * b_rstd + b_bias
+        b_logit_factor, b_attention_factor = edge_factors(i_key, i_slot, i_head, S)
+        b_attention = segment_softmax(b_logit * b_logit_factor, m_segment)
+        b_attention = b_attention * b_attention_factor[None, :]
+        b_values = load_rows(terms + 2 * S.hp, i_near, S.width, i_head * S.dh + i_d, i_d < S.dh)  # [M, d / H]
+        b_values = matmul(b_attention, b_values, tl.full([S.spots_pad, S.dh_pad], 0.0, tl.float32), S)
+        b_messages = matmul(b_attention, b_message, tl.full([S.spots_pad, S.e_pad], 0.0, tl.float32), S)
+        store_rows(row + i_head * S.dh, i_d, b_values, m_q[:, None] & (i_d < S.dh)[None, :])
+        store_rows(row + S.d + i_head * S.e, i_c, b_messages, m_q[:, None] & (i_c < S.e)[None, :])
+        tl.store(row + S.d + S.n_heads * S.e + i_head, tl.sum(b_attention, 1), mask=m_q)
+    i_pad = S.used + tl.arange(0, CONTEXT_ALIGNMENT)
+    b_zero = tl.full([S.spots_pad, CONTEXT_ALIGNMENT], 0.0, tl.float32)
+    store_rows(row, i_pad, b_zero, m_q[:, None] & (i_pad < S.context)[None, :])
+
+
+@triton.jit
+def store_rows(row, i_column, b_value, m_value):
+    """Store [Q, columns] behind row pointers [Q]."""
+    tl.store(row[:, None] + i_column[None, :], b_value, mask=m_value)
+
+
+@triton.jit
+def edge_messages_kernel(geometry, edge, messages, n_edges, S: tl.constexpr):
+    """Messages [N * K, E] of a layer, to be kept; without dropout."""
+    i_edge = tl.program_id(0).to(tl.int64) * S.rows + tl.arange(0, S.rows)
+    m_e = i_edge < n_edges
+    i_c = tl.arange(0, S.e_pad)
+    b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
+    b_message = make_message(b_inputs, b_wa, b_wb, i_edge, i_edge, S)
+    store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & (i_c < S.e)[None, :])
+
+
+@triton.jit
+def edge_attention_bwd_query_kernel(
+    grad_context,
+    terms,
+    neighbors,
+    geometry,
+    edge,
+    message_to_logit,
+    logit,
+    dropout_keys,
+    grad_terms,
+    messages,
+    edge_gradients,
+    grad_edge,
+    n,
+    S: tl.constexpr,
+):
+    """dA, the messages, attention behind its dropout and dlogit [N * K, H, 2], partial gradients of the edge MLP.
+
+    A fixed number of programs walks over the tiles, each with a partial sum of its own.
+    """
+    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
+    i_q, i_r = tl.arange(0, S.spots_pad), tl.arange(0, 16)
+    m_c, m_z = i_c < S.e, i_z < S.z
+    b_w = tl.load(logit + i_z, mask=m_z, other=0.0).to(tl.float32)
+    b_bias = tl.load(logit + S.z).to(tl.float32)
+    b_dedge_a = tl.full([16, S.e_pad], 0.0, tl.float32)
+    b_dedge_b = tl.full([16, S.e_pad], 0.0, tl.float32)
+    for i_tile in range(tl.program_id(0), tl.cdiv(n, S.spots), tl.num_programs(0)):
+        i_spot, i_edge, i_slot, i_near, m_e = tile_edges(neighbors, i_tile, n, S)
+        i_key = i_slot
+        if S.dropout:
+            i_key = tl.load(dropout_keys + i_spot)
+        b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
+        b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S).to(S.operand)
+        store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & m_c[None, :])
+        i_row = (i_tile * S.spots + i_q).to(tl.int64)
+        m_q = (i_q < S.spots) & (i_row < n)
+        m_segment = (tl.arange(0, S.rows) // S.k)[None, :] == i_q[:, None]
+        m_segment = m_segment & m_e[None, :]  # [Q, M]
+        m_members = i_q[None, :] == (tl.arange(0, S.rows) // S.k)[:, None]  # [M, Q]
+        b_dmessage = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
+        for i_head in range(S.n_heads):
+            b_a, b_b, b_centred, b_rstd, b_factor = logit_forward(
+                terms, message_to_logit, b_message, i_spot, i_near, i_key, i_slot, i_head, S
+            )
+            b_logit_factor, b_attention_factor = edge_factors(i_key, i_slot, i_head, S)
+            b_logit = (tl.sum(b_centred * b_w[None, :], 1) * b_rstd + b_bias) * b_logit_factor
+            b_softmax = segment_softmax(b_logit, m_segment)
+            b_dcontext = load_spots(grad_context + S.d + i_head * S.e, i_row, m_q, i_c, m_c, S)  # [Q, E]
+            b_dattention = attention_gradient(grad_context, terms, b_dcontext, b_message, i_row, m_q, i_near, i_head, S)
+            b_dattention = b_dattention * b_attention_factor[None, :]
+            b_mean = tl.sum(b_softmax * b_dattention, 1)
+            b_dlogit = tl.sum(b_softmax * (b_dattention - b_mean[:, None]), 0) * b_logit_factor  # [M]
+            b_attention = tl.sum(b_softmax, 0) * b_attention_factor
+            gradient = edge_gradients + (i_edge * S.n_heads + i_head) * 2
+            tl.store(gradient, b_attention, mask=m_e)
+            tl.store(gradient + 1, b_dlogit, mask=m_e)
+            b_da, b_db = logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S)
+            b_dmessage = matmul(tl.where(m_members, b_attention[:, None], 0.0), b_dcontext, b_dmessage, S)
+            b_dmessage = query_gradient(
+                grad_terms, message_to_logit, b_da, b_dmessage, m_segment, i_row, m_q, i_head, 0, S
+            )
+            if S.logit_gate == "swiglu":
+                b_dmessage = query_gradient(
+                    grad_terms, message_to_logit, b_db, b_dmessage, m_segment, i_row, m_q, i_head, 1, S
+                )
+        b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)  # read again, not held over all heads
+        b_columns = edge_inputs(geometry, i_edge[None, :], i_r[:, None], m_e[None, :], S)  # [16, M]
+        for i_frame in range(4):
+            b_a, b_b, b_centred, b_rstd, b_before, b_behind = edge_frame(
+                b_inputs, b_wa, b_wb, i_key, i_slot, i_frame, S
+            )
+            b_dy = tl.where(m_c[None, :], 0.25 * b_behind * b_dmessage, 0.0)
+            b_dz = centre_backward(b_centred, b_rstd, b_dy, S.e) * b_before
+            b_da, b_db = gate_backward(b_a, b_b, b_dz, S.edge_gate, S.fast)
+            b_signed = b_columns * frame_signs(i_r, i_frame)[:, None]
+            b_dedge_a = matmul(b_signed, b_da, b_dedge_a, S)
+            if S.edge_gate == "swiglu":
+                b_dedge_b = matmul(b_signed, b_db, b_dedge_b, S)
+    # The first two parts of the inputs, high and low, are the whole of them.
+    row = grad_edge + (tl.program_id(0) * 8 + i_r) * S.pe
+    m_r = (i_r < 8)[:, None] & m_c[None, :]
+    store_rows(row, i_c, b_dedge_a, m_r)
+    if S.edge_gate == "swiglu":
+        store_rows(row + S.e, i_c, b_dedge_b, m_r)
+
+
+@triton.jit
+def load_spots(base, i_row, m_q, i_column, m_column, S: tl.constexpr):
+    """Rows [Q, columns] of the gradient of the context."""
+    column = base + i_row[:, None] * S.context + i_column[None, :]
+    return tl.load(column, mask=m_q[:, None] & m_column[None, :], other=0.0)
+
+
+@triton.jit
+def attention_gradient(grad_context, terms, b_dcontext, b_message, i_row, m_q, i_near, i_head, S: tl.constexpr):
+    """Gradient [Q, M] of the attention weights behind their dropout; of meaning where the edge is of the spot."""
+    i_d = tl.arange(0, S.dh_pad)
+    i_column, m_d = i_head * S.dh + i_d, i_d < S.dh
+    b_dweight = tl.load(grad_context + i_row * S.context + S.d + S.n_heads * S.e + i_head, mask=m_q, other=0.0)
+    b_dattention = tl.full([S.spots_pad, S.rows], 0.0, tl.float32) + b_dweight.to(tl.float32)[:, None]
+    b_dattention = matmul(b_dcontext, tl.trans(b_message), b_dattention, S)
+    b_dvalues = load_spots(grad_context, i_row, m_q, i_column, m_d, S)  # [Q, d / H]
+    value = terms + 2 * S.hp + i_near[None, :] * S.width + i_column[:, None]
+    return matmul(b_dvalues, tl.load(value, mask=m_d[:, None], other=0.0), b_dattention, S)
+
+
+@triton.jit
+def query_gradient(
+    grad_terms, message_to_logit, b_dpre, b_dmessage, m_segment, i_row, m_q, i_head, HALF: tl.constexpr, S: tl.constexpr
+):
+    """Store one half of dA, summed over the edges of a spot; add its part to the gradient of the messages."""
+    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
+    i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z
+    b_sum = matmul(m_segment.to(tl.float32), b_dpre, tl.full([S.spots_pad, S.z_pad], 0.0, tl.float32), S)
+    store_rows(grad_terms + i_row * S.width, i_column, b_sum, m_q[:, None] & m_z[None, :])
+    m_w = m_z[:, None] & (i_c < S.e)[None, :]
+    b_w = tl.load(message_to_logit + i_c[None, :] * S.hp + i_column[:, None], mask=m_w, other=0.0)  # [Z, E]
+    return matmul(tl.where(m_z[None, :], b_dpre, 0.0), b_w, b_dmessage, S)
+
+
+@triton.jit
+def edge_attention_bwd_key_kernel(
+    grad_context,
+    terms,
+    neighbors,
+    messages,
+    arriving,
+    arriving_ptr,
+    message_to_logit,
+    logit,
+    dropout_keys,
+    edge_gradients,
+    grad_terms,
+    grad_weight,
+    grad_logit,
+    n,
+    S: tl.constexpr,
+):
+    """dB and dV of the keys, partial gradients of message_to_logit [., E, H * P] and of logit [., H, Z + 1].
+
+    ``arriving`` [edges] lists the edges by their neighbour, ``arriving_ptr`` [N + 1] where each neighbour's begin. A
+    program takes one head and one of S.parts parts of the message's columns. On sm_80 there are two, and both recompute
+    everything else: a square gradient of the weight makes Triton 3.7 spread the warps over the rows of every product in
+    the kernel, where short products repeat in every warp, and 700 bytes of registers spill.
+    """
+    i_split, i_head, i_part = tl.program_id(0), tl.program_id(1) // S.parts, tl.program_id(1) % S.parts
+    i_c, i_z, i_d = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad), tl.arange(0, S.dh_pad)
+    i_q, m_first = tl.arange(0, S.keys), i_part == 0
+    i_e = i_part * S.e_part + tl.arange(0, S.e_part)
+    m_c, m_z, m_d = i_c < S.e, i_z < S.z, i_d < S.dh
+    b_w = tl.load(logit + i_z, mask=m_z, other=0.0).to(tl.float32)
+    b_dweight_a = tl.full([S.e_part, S.z_pad], 0.0, tl.float32)
+    b_dweight_b = tl.full([S.e_part, S.z_pad], 0.0, tl.float32)
+    b_dw = tl.full([S.z_pad], 0.0, tl.float32)
+    b_dbias = tl.full([S.rows], 0.0, tl.float32)
+    for i_block in range(i_split, tl.cdiv(n, S.keys), tl.num_programs(0)):
+        i_row = (i_block * S.keys + i_q).to(tl.int64)
+        m_q = i_row < n
+        start = tl.load(arriving_ptr + i_block * S.keys)
+        stop = tl.load(arriving_ptr + tl.minimum((i_block + 1) * S.keys, n))
+        b_da_sum = tl.full([S.keys, S.z_pad], 0.0, tl.float32)
+        b_db_sum = tl.full([S.keys, S.z_pad], 0.0, tl.float32)
+        b_dvalues_sum = tl.full([S.keys, S.dh_pad], 0.0, tl.float32)
+        for i_start in range(start, stop, S.rows):
+            i_arriving = i_start + tl.arange(0, S.rows)
+            m_e = i_arriving < stop
+            i_edge = tl.load(arriving + i_arriving, mask=m_e, other=0)
+            i_spot, i_slot = i_edge // S.k, (i_edge % S.k).to(tl.int32)
+            i_near = tl.maximum(tl.load(neighbors + i_edge, mask=m_e, other=0), 0)
+            i_key = i_slot
+            if S.dropout:
+                i_key = tl.load(dropout_keys + i_spot)
+            m_segment = (i_near[None, :] == i_row[:, None]) & m_e[None, :]  # [keys, M]
+            b_message = load_rows(messages, i_edge, S.e, i_c, m_c)
+            b_a, b_b, b_centred, b_rstd, b_factor = logit_forward(
+                terms, message_to_logit, b_message, i_spot, i_near, i_key, i_slot, i_head, S
+            )
+            gradient = edge_gradients + (i_edge * S.n_heads + i_head) * 2
+            b_attention = tl.load(gradient, mask=m_e, other=0.0)
+            b_dlogit = tl.load(gradient + 1, mask=m_e, other=0.0)
+            b_dvalues = load_rows(grad_context, i_spot, S.context, i_head * S.dh + i_d, m_d)
+            b_dvalues_sum = matmul(tl.where(m_segment, b_attention[None, :], 0.0), b_dvalues, b_dvalues_sum, S)
+            b_dw += tl.sum(b_centred * (b_dlogit * b_rstd)[:, None], 0)
+            b_dbias += b_dlogit
+            b_da, b_db = logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S)
+            b_arrived = m_segment.to(tl.float32)
+            # Loaded once more, for Triton up to 3.7 miscompiles products of transposed tiles on Hopper (fla #984).
+            i_column = i_edge[None, :] * S.e + i_e[:, None]
+            b_columns = tl.load(messages + i_column, mask=(i_e < S.e)[:, None], other=0.0)  # [E / parts, M]
+            b_da_sum = matmul(b_arrived, b_da, b_da_sum, S)
+            b_dweight_a = matmul(b_columns, b_da, b_dweight_a, S)
+            if S.logit_gate == "swiglu":
+                b_db_sum = matmul(b_arrived, b_db, b_db_sum, S)
+                b_dweight_b = matmul(b_columns, b_db, b_dweight_b, S)
+        row = grad_terms + i_row * S.width
+        store_rows(row + S.hp + i_head * S.p, i_z, b_da_sum, m_first & m_q[:, None] & m_z[None, :])
+        if S.logit_gate == "swiglu":
+            store_rows(row + S.hp + i_head * S.p + S.z, i_z, b_db_sum, m_first & m_q[:, None] & m_z[None, :])
+        store_rows(row + 2 * S.hp + i_head * S.dh, i_d, b_dvalues_sum, m_first & m_q[:, None] & m_d[None, :])
+    m_weight = (i_e < S.e)[:, None] & m_z[None, :]
+    row = grad_weight + (i_split * S.e + i_e) * S.hp + i_head * S.p
+    store_rows(row, i_z, b_dweight_a, m_weight)
+    if S.logit_gate == "swiglu":
+        store_rows(row + S.z, i_z, b_dweight_b, m_weight)
+    partial = grad_logit + (i_split * S.n_heads + i_head) * (S.z + 1)
+    tl.store(partial + i_z, b_dw, mask=m_z & m_first)
+    tl.store(partial + S.z, tl.sum(b_dbias, 0), mask=m_first)
+
+
+def edge_attention(
+    terms: Tensor,
+    neighbors: Tensor,
+    edges: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    logit: Tensor,
+    settings: Settings,
+    dropout_keys: Tensor | None = None,
+    arriving: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Context of every spot; differentiable in ``terms`` and the three weights (arXiv 2506.05361, section 4.2).
+
+    Under autocast ``terms`` are brought to its type; geometry and weights stay as they are. Float32 terms multiply as
+    ``torch.set_float32_matmul_precision`` says: "highest", torch's default, is ieee, anything else tf32.
+
+    Args:
+        terms: [N, 2 * H * P + d], float32, bfloat16 or float16.
+        neighbors: [N, K] int64 rows of ``terms``, negative where there is none; K from 1 to 64.
+        edges: [N, K, 3] geometry, or with ``edges_are_messages`` [N, K, E] (then without gradients).
+        edge: [4, Pe].
+        message_to_logit: [E, H * P].
+        logit: [Z + 1].
+        dropout_keys: [N] int32 of the spots, in this layer; with dropout only.
+        arriving: of :func:`transpose_neighbors`, made once for several layers; else the backward makes it.
+
+    Returns:
+        context [N, C] in the type of ``terms``.
+
+    Raises:
+        InputError: a shape, type, device or layout that the kernels do not take, named; with STFLOW_DEBUG=1 also
+            neighbours out of range.
+    """
+    device_type = terms.device.type
+    if torch.is_autocast_enabled(device_type):
+        terms = terms.to(torch.get_autocast_dtype(device_type))
+    order, ptr = arriving or (None, None)
+    return torch.ops.stflow_fast.edge_attention(
+        terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, order, ptr, *settings
+    )
+
+
+def edge_messages(
+    geometry: Tensor, edge: Tensor, message_to_logit: Tensor, settings: Settings, dtype: torch.dtype
+) -> Tensor:
+    """Messages [N, K, E] of geometry [N, K, 3] in ``dtype``, to be kept over several flow steps; without dropout."""
+    n, k = geometry.shape[:2]
+    e, hp = message_to_logit.shape
+    messages = geometry.new_empty(n, k, e, dtype=dtype)
+    if messages.numel():
+        sizes, settings = Sizes(k, e, hp, settings.n_heads), settings._replace(p_mlp=0.0, p_attention=0.0)
+        shape, launch = _compiled_for("edge_messages", messages, sizes, settings)
+        with device_scope(geometry):
+            edge_messages_kernel[(triton.cdiv(n * k, shape.rows),)](
+                geometry, edge, messages, n * k, shape, **launch.options
+            )
+    return messages
+
+
+def transpose_neighbors(neighbors: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges [N * K] sorted by the spot they arrive at, those of nowhere first, and where each spot's begin [N + 1]."""
+    arrivals, order = neighbors.flatten().sort(stable=True)
+    spots = torch.arange(len(neighbors) + 1, device=neighbors.device)
+    return order, torch.searchsorted(arrivals, spots)
+
+
+def _compiled_for(kernel: str, typed: Tensor, sizes: Sizes, settings: Settings) -> tuple[EdgeShape, Launch]:
+    return edge_shape(kernel, architecture(typed.device), precision_of(typed.dtype), sizes, settings)
+
+
+def _sizes(terms: Tensor, neighbors: Tensor, message_to_logit: Tensor) -> Sizes:
+    e, hp = message_to_logit.shape
+    return Sizes(neighbors.shape[1], e, hp, terms.shape[1] - 2 * hp)
+
+
+def _check(
+    terms: Tensor,
+    neighbors: Tensor,
+    edges: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    logit: Tensor,
+    dropout_keys: Tensor | None,
+    settings: Settings,
+) -> None:
+    """Refuse by name what the kernels would misread."""
+    precision_of(terms.dtype)
+    if neighbors.ndim != 2 or not 1 <= neighbors.shape[1] <= MOST_NEIGHBORS:
+        raise InputError(f"neighbors: must have 1 to {MOST_NEIGHBORS} columns, not shape {list(neighbors.shape)}")
+    n, k = neighbors.shape
+    e, hp = message_to_logit.shape
+    n_heads = settings.n_heads
+    if (
+        n_heads < 1
+        or hp % n_heads
+        or terms.ndim != 2
+        or terms.shape[1] <= 2 * hp
+        or (terms.shape[1] - 2 * hp) % n_heads
+    ):
+        raise InputError(
+            f"terms: must have shape [N, 2 * H * P + d] with H * P = {hp} and d a multiple of H = {n_heads}, "
+            f"not {list(terms.shape)}"
+        )
+    halves = {name: 2 if name == "swiglu" else 1 for name in ("swiglu", "gelu", "relu")}
+    for name in ("edge_activation", "logit_activation"):
+        if getattr(settings, name) not in halves:
+            raise InputError(f"{name}: must be swiglu, gelu or relu, not {getattr(settings, name)!r}")
+    expected = {
+        "terms": (terms, (n, terms.shape[1])),
+        "edges": (edges, (n, k, e if settings.edges_are_messages else 3)),
+        "edge": (edge, (4, e * halves[settings.edge_activation])),
+        "logit": (logit, (hp // n_heads // halves[settings.logit_activation] + 1,)),
+    }
+    if settings.p_mlp > 0 or settings.p_attention > 0:
+        if dropout_keys is None:
+            raise InputError("dropout_keys: are needed with dropout")
+        expected["dropout_keys"] = (dropout_keys, (n,))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name}: must have shape {list(shape)}, not {list(tensor.shape)}")
+    for name, tensor in {
+        **{name: found for name, (found, _) in expected.items()},
+        "neighbors": neighbors,
+        "message_to_logit": message_to_logit,
+    }.items():
+        if tensor.device != terms.device:
+            raise InputError(f"{name}: is on {tensor.device}, but terms are on {terms.device}")
+        if not tensor.is_contiguous():
+            raise InputError(f"{name}: must be contiguous; call .contiguous()")
+    for name, tensor, dtype in (("neighbors", neighbors, torch.int64), ("dropout_keys", dropout_keys, torch.int32)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise InputError(f"{name}: must be {dtype}, not {tensor.dtype}")
+
+
+def _check_device(terms: Tensor, neighbors: Tensor) -> None:
+    if not (terms.is_cuda or INTERPRETED):
+        raise InputError(f"terms: are on {terms.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
+    if os.environ.get("STFLOW_DEBUG") == "1" and len(neighbors) and int(neighbors.max()) >= len(neighbors):
+        raise InputError(f"neighbors: {int(neighbors.max())} is no row of the {len(neighbors)} terms")
+
+
+_INPUTS = (
+    "Tensor terms, Tensor neighbors, Tensor edges, Tensor edge, Tensor message_to_logit, Tensor logit, "
+    "Tensor? dropout_keys, Tensor? arriving, Tensor? arriving_ptr, int n_heads, str edge_activation, "
+    "str logit_activation, float p_mlp, float p_attention, bool edges_are_messages"
+)
+_LIBRARY = torch.library.Library("stflow_fast", "FRAGMENT")
+_LIBRARY.define(f"edge_attention({_INPUTS}) -> Tensor")
+_LIBRARY.define(f"edge_attention_backward(Tensor grad_context, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def _forward(
+    terms: Tensor,
+    neighbors: Tensor,
+    edges: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    logit: Tensor,
+    dropout_keys: Tensor | None,
+    arriving: Tensor | None,
+    arriving_ptr: Tensor | None,
+    *flat: int | str | float,
+) -> Tensor:
+    settings = Settings(*flat)
+    context = _forward_fake(
+        terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, arriving, arriving_ptr, *flat
+    )
+    _check_device(terms, neighbors)
+    if len(terms):
+        sizes = _sizes(terms, neighbors, message_to_logit)
+        shape, launch = _compiled_for("edge_attention_fwd", terms, sizes, settings)
+        keys = dropout_keys if shape.dropout else None
+        with device_scope(terms):
+            edge_attention_fwd_kernel[(triton.cdiv(len(terms), shape.spots),)](
+                terms,
+                neighbors,
+                edges,
+                edge,
+                message_to_logit,
+                logit,
+                keys,
+                context,
+                len(terms),
+                shape,
+                **launch.options,
+            )
+    return context
+
+
+def _forward_fake(
+    terms: Tensor,
+    neighbors: Tensor,
+    edges: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    logit: Tensor,
+    dropout_keys: Tensor | None,
+    arriving: Tensor | None,
+    arriving_ptr: Tensor | None,
+    *flat: int | str | float,
+) -> Tensor:
+    settings = Settings(*flat)
+    _check(terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, settings)
+    sizes = _sizes(terms, neighbors, message_to_logit)
+    used = sizes.d + settings.n_heads * (sizes.e + 1)
+    return terms.new_empty(len(terms), used + context_padding(used))
+
+
+def _backward(
+    grad_context: Tensor,
+    terms: Tensor,
+    neighbors: Tensor,
+    geometry: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    logit: Tensor,
+    dropout_keys: Tensor | None,
+    arriving: Tensor | None,
+    arriving_ptr: Tensor | None,
+    *flat: int | str | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = Settings(*flat)
+    n, sizes = len(terms), _sizes(terms, neighbors, message_to_logit)
+    if not n:
+        return terms.new_empty(terms.shape), *(torch.zeros_like(weight) for weight in (edge, message_to_logit, logit))
+    if arriving is None or arriving_ptr is None:
+        arriving, arriving_ptr = transpose_neighbors(neighbors)
+    grad_context = grad_context.to(terms.dtype).contiguous()
+    keys = dropout_keys if settings.p_mlp > 0 or settings.p_attention > 0 else None
+    grad_terms = torch.empty_like(terms)
+    messages = terms.new_empty(n * sizes.k, sizes.e)
+    shape, launch = _compiled_for("edge_attention_bwd_query", terms, sizes, settings)
+    programs = min(triton.cdiv(n, shape.spots), launch.programs * n_processors(terms.device))
+    edge_gradients = terms.new_empty(n * sizes.k, settings.n_heads, 2, dtype=torch.float32)
+    grad_edge = terms.new_empty(programs, 2, *edge.shape, dtype=torch.float32)
+    with device_scope(terms):
+        edge_attention_bwd_query_kernel[(programs,)](
+            grad_context,
+            terms,
+            neighbors,
+            geometry,
+            edge,
+            message_to_logit,
+            logit,
+            keys,
+            grad_terms,
+            messages,
+            edge_gradients,
+            grad_edge,
+            n,
+            shape,
+            **launch.options,
+        )
+        shape, launch = _compiled_for("edge_attention_bwd_key", terms, sizes, settings)
+        per_head = triton.cdiv(launch.programs * n_processors(terms.device), settings.n_heads * shape.parts)
+        splits = min(triton.cdiv(n, shape.keys), per_head)
+        grad_weight = terms.new_empty(splits, *message_to_logit.shape, dtype=torch.float32)
+        grad_logit = terms.new_empty(splits * settings.n_heads, len(logit), dtype=torch.float32)
+        edge_attention_bwd_key_kernel[(splits, settings.n_heads * shape.parts)](
+            grad_context,
+            terms,
+            neighbors,
+            messages,
+            arriving,
+            arriving_ptr,
+            message_to_logit,
+            logit,
+            keys,
+            edge_gradients,
+            grad_terms,
+            grad_weight,
+            grad_logit,
+            n,
+            shape,
+            **launch.options,
+        )
+    weights = zip((grad_edge.flatten(0, 1), grad_weight, grad_logit), (edge, message_to_logit, logit), strict=True)
+    return grad_terms, *(partial.sum(0).to(weight.dtype) for partial, weight in weights)
+
+
+def _backward_fake(grad_context: Tensor, terms: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in (terms, *rest[2:5]))
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.settings = inputs[9:]
+    ctx.save_for_backward(*inputs[:9])
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_context: Tensor) -> tuple[Tensor | None, ...]:
+    if Settings(*ctx.settings).edges_are_messages:
+        raise InputError("edges: kept messages are for inference; give geometry to differentiate")
+    terms, edge, weight, logit = torch.ops.stflow_fast.edge_attention_backward(
+        grad_context, *ctx.saved_tensors, *ctx.settings
+    )
+    return terms, None, None, edge, weight, logit, None, None, None, *(None for _ in ctx.settings)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("edge_attention", _forward, _device)
+    _LIBRARY.impl("edge_attention_backward", _backward, _device)
+torch.library.register_fake("stflow_fast::edge_attention", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("stflow_fast::edge_attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "stflow_fast::edge_attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY
+)
