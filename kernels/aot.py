@@ -91,8 +91,7 @@ def edge_variants(arch: int) -> Iterator[Variant]:
 
 
 def _edge_variant(name: str, arch: int, precision: str, gate: str, k: int, p: float, kept: bool) -> Variant:
-    e, z = (64, 64) if gate == "swiglu" else (128, 128)
-    sizes = Sizes(k=k, e=e, hp=4 * 128, d=128)
+    sizes = Sizes(k=k, e=64 if gate == "swiglu" else 128, hp=4 * 128, d=128)
     settings = Settings(4, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
     shape, launch = edge_shape(name, arch, precision, sizes, settings)
     kernel = EDGE_KERNELS[name]
@@ -264,10 +263,11 @@ def summary(row: dict[str, Any]) -> str:
     """One line for a person."""
     weighted = row["weighted_instructions"]
     per_edge = f"{32 * row['warps'] * sum(weighted.values()) / row['edges']:7.0f} per edge" if weighted else ""
+    total = sum(row["instructions"].values())
     return (
-        f"sm_{row['arch']} {row['variant']:52} M={row['rows']:<4} warps {row['warps']:<3} registers {row['registers']:3} "
-        f"spill {row['spill_bytes']:4} shared {row['shared_bytes']:6} instructions {sum(row['instructions'].values()):6} "
-        f"{per_edge} {'; '.join(faults(row))}"
+        f"sm_{row['arch']} {row['variant']:52} M={row['rows']:<4} warps {row['warps']:<3} "
+        f"registers {row['registers']:3} spill {row['spill_bytes']:4} shared {row['shared_bytes']:6} "
+        f"instructions {total:6} {per_edge} {'; '.join(faults(row))}"
     )
 
 

@@ -33,10 +33,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InputError
+from ..graph import transpose_neighbors
 from . import conventions
 from .conventions import context_padding
 from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
-from .launch import INTERPRETED, Launch, architecture, device_scope, n_processors, precision_of
+from .launch import Launch, check_device, check_tensors, device_scope, n_processors, on_device
 from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward, matmul
 
 MOST_NEIGHBORS = 64
@@ -526,7 +527,7 @@ def edge_attention(
         message_to_logit: [E, H * P].
         logit: [Z + 1].
         dropout_keys: [N] int32 of the spots, in this layer; with dropout only.
-        arriving: of :func:`transpose_neighbors`, made once for several layers; else the backward makes it.
+        arriving: of ``stflow_fast.graph.transpose_neighbors``, made once for several layers, or in the backward.
 
     Returns:
         context [N, C] in the type of ``terms``.
@@ -538,6 +539,7 @@ def edge_attention(
     device_type = terms.device.type
     if torch.is_autocast_enabled(device_type):
         terms = terms.to(torch.get_autocast_dtype(device_type))
+    message_to_logit = message_to_logit.to(terms.dtype)
     order, ptr = arriving or (None, None)
     return torch.ops.stflow_fast.edge_attention(
         terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, order, ptr, *settings
@@ -561,15 +563,8 @@ def edge_messages(
     return messages
 
 
-def transpose_neighbors(neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges [N * K] sorted by the spot they arrive at, those of nowhere first, and where each spot's begin [N + 1]."""
-    arrivals, order = neighbors.flatten().sort(stable=True)
-    spots = torch.arange(len(neighbors) + 1, device=neighbors.device)
-    return order, torch.searchsorted(arrivals, spots)
-
-
 def _compiled_for(kernel: str, typed: Tensor, sizes: Sizes, settings: Settings) -> tuple[EdgeShape, Launch]:
-    return edge_shape(kernel, architecture(typed.device), precision_of(typed.dtype), sizes, settings)
+    return edge_shape(kernel, *on_device(typed), sizes, settings)
 
 
 def _sizes(terms: Tensor, neighbors: Tensor, message_to_logit: Tensor) -> Sizes:
@@ -588,7 +583,6 @@ def _check(
     settings: Settings,
 ) -> None:
     """Refuse by name what the kernels would misread."""
-    precision_of(terms.dtype)
     if neighbors.ndim != 2 or not 1 <= neighbors.shape[1] <= MOST_NEIGHBORS:
         raise InputError(f"neighbors: must have 1 to {MOST_NEIGHBORS} columns, not shape {list(neighbors.shape)}")
     n, k = neighbors.shape
@@ -611,34 +605,21 @@ def _check(
             raise InputError(f"{name}: must be swiglu, gelu or relu, not {getattr(settings, name)!r}")
     expected = {
         "terms": (terms, (n, terms.shape[1])),
+        "neighbors": (neighbors, (n, k)),
         "edges": (edges, (n, k, e if settings.edges_are_messages else 3)),
         "edge": (edge, (4, e * halves[settings.edge_activation])),
+        "message_to_logit": (message_to_logit, (e, hp)),
         "logit": (logit, (hp // n_heads // halves[settings.logit_activation] + 1,)),
     }
     if settings.p_mlp > 0 or settings.p_attention > 0:
         if dropout_keys is None:
             raise InputError("dropout_keys: are needed with dropout")
         expected["dropout_keys"] = (dropout_keys, (n,))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: must have shape {list(shape)}, not {list(tensor.shape)}")
-    for name, tensor in {
-        **{name: found for name, (found, _) in expected.items()},
-        "neighbors": neighbors,
-        "message_to_logit": message_to_logit,
-    }.items():
-        if tensor.device != terms.device:
-            raise InputError(f"{name}: is on {tensor.device}, but terms are on {terms.device}")
-        if not tensor.is_contiguous():
-            raise InputError(f"{name}: must be contiguous; call .contiguous()")
-    for name, tensor, dtype in (("neighbors", neighbors, torch.int64), ("dropout_keys", dropout_keys, torch.int32)):
-        if tensor is not None and tensor.dtype != dtype:
-            raise InputError(f"{name}: must be {dtype}, not {tensor.dtype}")
+    check_tensors(expected, neighbors=torch.int64, dropout_keys=torch.int32)
 
 
-def _check_device(terms: Tensor, neighbors: Tensor) -> None:
-    if not (terms.is_cuda or INTERPRETED):
-        raise InputError(f"terms: are on {terms.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
+def _check_rows(neighbors: Tensor) -> None:
+    """With STFLOW_DEBUG=1, which waits for the device: no neighbour may be out of range."""
     if os.environ.get("STFLOW_DEBUG") == "1" and len(neighbors) and int(neighbors.max()) >= len(neighbors):
         raise InputError(f"neighbors: {int(neighbors.max())} is no row of the {len(neighbors)} terms")
 
@@ -669,7 +650,8 @@ def _forward(
     context = _forward_fake(
         terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, arriving, arriving_ptr, *flat
     )
-    _check_device(terms, neighbors)
+    check_device("terms", terms)
+    _check_rows(neighbors)
     if len(terms):
         sizes = _sizes(terms, neighbors, message_to_logit)
         shape, launch = _compiled_for("edge_attention_fwd", terms, sizes, settings)

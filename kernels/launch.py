@@ -61,6 +61,7 @@ TABLE = (
     Row("edge_attention_bwd_key", 80, "tf32 ieee", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 8 bytes"),
     Row("edge_messages", 80, "bf16 fp16 tf32", 64, Launch(64, 4, 1), "as the forward on sm_90"),
     Row("edge_messages", 80, ANY, WIDEST, Launch(16, 8, 1), "as the forward"),
+    Row("dropout", 80, ANY, 128, Launch(16, 4, 1), "16 numbers a thread"),
     Row("gate_norm", 80, ANY, 128, Launch(16, 4, 4), "a row is 128 numbers: 16 of them are 16 numbers a thread"),
     Row("gate_norm", 80, ANY, WIDEST, Launch(4, 4, 4), "as many numbers a thread with 512 columns"),
 )
@@ -68,8 +69,8 @@ TABLE = (
 
 def launch_of(kernel: str, arch: int, precision: str, columns: int) -> Launch:
     """The row of the newest architecture up to ``arch``, with the fewest columns that suffice."""
-    if arch == 0:
-        return Launch(32, 4, 1)
+    if arch == 0:  # the interpreter: a program costs the same, whatever its size
+        return Launch(128, 4, 1)
     rows = [
         row
         for row in TABLE
@@ -86,7 +87,7 @@ def precision_of(dtype: torch.dtype) -> str:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16" if dtype == torch.bfloat16 else "fp16"
-    raise InputError(f"terms: must be float32, bfloat16 or float16 for the Triton kernels, not {dtype}")
+    raise InputError(f"dtype: the Triton kernels take float32, bfloat16 or float16, not {dtype}")
 
 
 @functools.cache
@@ -104,6 +105,37 @@ def n_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(tensor: Tensor) -> tuple[int, str]:
+    """Architecture and precision of a tensor."""
+    return architecture(tensor.device), precision_of(tensor.dtype)
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that no kernel can reach."""
+    if not (tensor.is_cuda or INTERPRETED):
+        raise InputError(f"{name}: is on {tensor.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
+
+
+def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes: torch.dtype) -> None:
+    """Refuse by name what a kernel would misread: shapes, types of integers, devices and gaps between rows.
+
+    Args:
+        expected: tensors and their shapes; the first names the device.
+        dtypes: of those that must have one.
+    """
+    first = next(iter(expected))
+    precision_of(expected[first][0].dtype)
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name}: must have shape {list(shape)}, not {list(tensor.shape)}")
+        if tensor.device != expected[first][0].device:
+            raise InputError(f"{name}: is on {tensor.device}, but {first} is on {expected[first][0].device}")
+        if not tensor.is_contiguous():
+            raise InputError(f"{name}: must be contiguous; call .contiguous()")
+        if tensor.dtype != dtypes.get(name, tensor.dtype):
+            raise InputError(f"{name}: must be {dtypes[name]}, not {tensor.dtype}")
 
 
 def device_scope(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -36,6 +36,7 @@ _HOMES = {
     "read_h5ad": "slides",
     "sample": "flow",
     "train": "training",
+    "use_backend": "ops",
     "use_compile": "ops",
 }
 

@@ -74,7 +74,7 @@ def _device() -> tuple[str, str, str]:
 
 def _backend() -> tuple[str, str, str]:
     try:
-        backend = ops.backend_for(choose_device())
+        backend = ops.backend_for(ops.Workload(choose_device()))
     except InputError as error:
         return "edge attention", "cannot run", str(error)
     return "edge attention", backend.name, backend.reason

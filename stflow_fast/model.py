@@ -18,14 +18,13 @@ from .config import DenoiserConfig
 from .errors import InputError
 from .graph import SpotGraph
 from .kernels.conventions import context_padding
-from .ops.dropout import DropoutKeys, dropout
+from .ops.dropout import DropoutKeys
 from .ops.reference import (
     AttentionSpec,
     Dropouts,
     EdgeWeights,
     MLPWeights,
     fold_edge_weights,
-    gated_mlp,
 )
 from .pretrained import Pretrained, Provenance
 
@@ -54,7 +53,7 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: Tensor, p: float = 0.0, keys: DropoutKeys | None = None, stream: int = 0) -> Tensor:
-        return gated_mlp(x, self.weights, self.activation, p, keys, stream)
+        return ops.gated_mlp(x, self.weights, self.activation, p, keys, stream)
 
 
 class FoldedAttention(NamedTuple):
@@ -127,7 +126,7 @@ class EdgeAttention(nn.Module):
 
     def output(self, context: Tensor, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
         """[n, d] of the spots, from the context that they took from their neighbours."""
-        return gated_mlp(context, folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
+        return ops.gated_mlp(context, folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
 
 
 class LayerState(NamedTuple):
@@ -149,8 +148,8 @@ class GeneUpdate(nn.Module):
         )
 
     def forward(self, tokens: Tensor, keys: DropoutKeys | None) -> Tensor:
-        hidden = dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
-        genes = dropout(self.output[4](hidden), self.config.dropout, keys, STREAM_GENE)
+        hidden = ops.apply_dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
+        genes = ops.apply_dropout(self.output[4](hidden), self.config.dropout, keys, STREAM_GENE)
         return F.relu(genes) if self.config.non_negative else genes
 
 
@@ -179,10 +178,8 @@ class TransformerBlock(nn.Module):
             return self.gene_updater(tokens, keys), tokens
 
         (terms,) = ops.by_rows(project, (x, tokens), keys)
-        kept = layer.messages is not None
-        edges = layer.messages if kept else graph.geometry
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
-        context = ops.edge_attention(terms, graph.neighbors, edges, folded.edges, attn.spec, dropouts, kept)
+        context = ops.edge_attention(terms, graph, layer.messages, folded.edges, attn.spec, dropouts)
         return ops.by_rows(finish, (tokens, context), keys)
 
 
@@ -202,7 +199,8 @@ class SpatialTransformer(nn.Module):
         """
         real = features.sum(dim=-1) != 0 if padding is None else ~padding
         slide_ptr = F.pad(real.sum(dim=1).cpu().cumsum(0), (1, 0))
-        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, features.dtype).to(features.device)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, dtype).to(features.device)
         rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(features[real]), self.layer_states())
         prediction = gene_exp.new_zeros(gene_exp.shape)
         prediction[real] = graph.to_spots(rows)
@@ -296,7 +294,8 @@ class Denoiser(nn.Module, Pretrained):
     def build_graph(self, coords: Tensor, slide_ptr: Tensor | None = None) -> SpotGraph:
         """The SpotGraph of coordinates [N, 2] with this model's K, dtype and device; raises InputError as knn_graph."""
         weight = self.image_transform.weight
-        return SpotGraph.build(coords, self.config.n_neighbors, slide_ptr, weight.dtype).to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # positions do not fit into 16 bits
+        return SpotGraph.build(coords, self.config.n_neighbors, slide_ptr, dtype).to(weight.device)
 
     def denoise(
         self,

@@ -1,35 +1,39 @@
 """The operations of the model and the choice of what runs them.
 
-``reference.py`` defines each operation; :func:`edge_attention` runs it over blocks of spots, so that what is live is
-O(N * d) and one block, whatever the slide's size.
+``reference.py`` defines each operation. On a GPU ``stflow_fast.kernels`` run it; else plain torch does, over blocks
+of spots, so that what is live is O(N * d) and one block, whatever the slide's size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputError
+from ..graph import SpotGraph
 from ..kernels.conventions import context_padding
-from .dropout import DropoutKeys
-from .reference import (
-    AttentionSpec,
-    Dropouts,
-    EdgeWeights,
-    attend,
-    attend_block,
-    edge_messages,
-)
+from . import reference
+from .backend import Backend, Workload, announce, backend_for, cpp_compiler, use_backend, use_compile
+from .dropout import DropoutKeys, dropout
+from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
+
+__all__ = [
+    "Backend",
+    "Workload",
+    "apply_dropout",
+    "backend_for",
+    "by_rows",
+    "cpp_compiler",
+    "edge_attention",
+    "gated_mlp",
+    "make_messages",
+    "message_bytes",
+    "use_backend",
+    "use_compile",
+]
 
 BLOCK_BYTES = 8 * 2**20
 """Live bytes of one block of spots: a block near a core's cache (2 MiB of L2) beats a larger one. Default model, one
@@ -49,79 +53,6 @@ COMPILED_BLOCK = 512
 
 Microseconds per spot as above: 350 at 128 spots, 359 at 256, 381 at 512, 372 at 1024, 636 at 2048, on a machine whose
 load moves them by a tenth."""
-
-COMPILE_FROM_SPOTS = 200_000
-"""Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
-20 s. With two threads they save nothing (2.4 s both): inductor's loops take 0.47 s with one thread, 0.66 with two."""
-
-_compile_mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("stflow_compile", default=None)
-
-
-class Backend(NamedTuple):
-    name: str
-    reason: str
-
-
-def backend_for(device: torch.device | str, n_spots: int = COMPILE_FROM_SPOTS) -> Backend:
-    """What runs the edge operations without gradients for a slide of ``n_spots`` on ``device``, and why.
-
-    Raises:
-        InputError: STFLOW_COMPILE=on cannot be served.
-    """
-    mode = _compile_mode.get() or _checked_mode(os.environ.get("STFLOW_COMPILE", "auto"))
-    on_cpu, compiler = torch.device(device).type == "cpu", cpp_compiler()
-    if mode == "on" and not (on_cpu and compiler):
-        lacks = "there is no C++ compiler (g++ or clang++)" if on_cpu else f"it compiles for the CPU, not for {device}"
-        raise InputError(f"STFLOW_COMPILE: is on, but {lacks}; set it to auto or off")
-    if not on_cpu:
-        return Backend("reference", "plain torch; this version has no GPU kernels")
-    if mode == "off":
-        return Backend("reference", "plain torch; STFLOW_COMPILE=off")
-    if compiler is None:
-        return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
-    if mode == "auto" and torch.get_num_threads() > 1:
-        return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
-    if mode == "auto" and n_spots < COMPILE_FROM_SPOTS:
-        return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
-    when = "" if mode == "on" else f", for slides from {COMPILE_FROM_SPOTS:,} spots"
-    return Backend("reference_compiled", f"torch.compile with {compiler}{when}")
-
-
-@functools.cache
-def _announce(backend: Backend) -> None:
-    """Say once what runs."""
-    logging.getLogger(__name__).info("edge attention by %s: %s", backend.name, backend.reason)
-
-
-@contextlib.contextmanager
-def use_compile(mode: str) -> Iterator[None]:
-    """Choose how the CPU runs inference: ``auto`` (compiled for large slides where there is one thread), ``on``
-    or ``off``. The choice is logged once, at level INFO.
-
-    The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled, and neither
-    are slides smaller than a compiled block (:data:`COMPILED_BLOCK` spots).
-
-    Raises:
-        InputError: another mode; in the computation, ``on`` where nothing can be compiled.
-    """
-    token = _compile_mode.set(_checked_mode(mode))
-    try:
-        yield
-    finally:
-        _compile_mode.reset(token)
-
-
-def _checked_mode(mode: str) -> str:
-    if mode not in ("auto", "on", "off"):
-        raise InputError(f"STFLOW_COMPILE: must be auto, on or off, not {mode!r}")
-    return mode
-
-
-@functools.cache
-def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would call, or None."""
-    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 @functools.cache
@@ -154,6 +85,30 @@ def by_rows(
     return outputs
 
 
+def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
+    """Inverted dropout of x [N, C]; x itself without keys."""
+    if keys is None or p == 0.0 or not _on_triton(x):
+        return dropout(x, p, keys, stream)
+    from ..kernels.dropout import dropout as kernel
+
+    return kernel(x, keys.keys, p, stream)
+
+
+def gated_mlp(
+    x: Tensor, weights: MLPWeights, activation: str, p: float, keys: DropoutKeys | None, stream: int
+) -> Tensor:
+    """fc2(LayerNorm(dropout(gate(fc1(x))))) with dropout after it too: timm's GluMlp / Mlp. [N, in] -> [N, out].
+
+    Dropout uses the streams ``stream`` and ``stream + 1``.
+    """
+    if not _on_triton(x):
+        return reference.gated_mlp(x, weights, activation, p, keys, stream)
+    from ..kernels.gated_mlp import gated_mlp as kernel
+
+    hidden = kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
+    return apply_dropout(hidden, p, keys, stream + 1)
+
+
 def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
     """Bytes of the messages of one layer, should a caller keep them."""
     return n_spots * k * weights.message_to_logit.shape[0] * weights.message_to_logit.element_size()
@@ -162,8 +117,13 @@ def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
 def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -> Tensor:
     """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
     n, k = geometry.shape[:2]
-    messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0])
-    function, blocks = _plan(n, k, weights, edge_messages, geometry.device)
+    dtype = weights.message_to_logit.dtype
+    if _on_triton(geometry, dtype, k):
+        from ..kernels import edge_attention as kernels
+
+        return kernels.edge_messages(geometry, weights.edge, weights.message_to_logit, kernels.Settings(*spec), dtype)
+    messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0], dtype=dtype)
+    function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages)
     for start, stop in blocks:
         messages[start:stop] = function(geometry[start:stop], weights, spec, Dropouts(None, 0.0, 0.0))
     return messages
@@ -171,33 +131,36 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
 
 def edge_attention(
     terms: Tensor,
-    neighbors: Tensor,
-    edges: Tensor,
+    graph: SpotGraph,
+    messages: Tensor | None,
     weights: EdgeWeights,
     spec: AttentionSpec,
     dropouts: Dropouts,
-    edges_are_messages: bool = False,
 ) -> Tensor:
-    """Attention of every spot over its neighbours, block after block.
+    """Attention of every spot over its neighbours.
 
     Args:
         terms: [N, 2 * H * P + d], see ``reference.py``.
-        neighbors: [N, K] int64, MISSING where there is none.
-        edges: [N, K, 3] geometry, or [N, K, E] messages of :func:`make_messages`.
+        graph: of N spots.
+        messages: [N, K, E] of :func:`make_messages`; made on the way when None.
 
     Returns:
-        context [N, C]. With gradients and more than one block, blocks are recomputed in the backward.
+        context [N, C]. In plain torch with gradients and more than one block, blocks are recomputed in the backward;
+        the kernels recompute always.
     """
-    n, k = neighbors.shape
-    n_messages, width = weights.message_to_logit.shape
-    function = attend if edges_are_messages else attend_block
+    n, k = graph.neighbors.shape
     training = torch.is_grad_enabled() and terms.requires_grad
-    function, blocks = _plan(n, k, weights, function, terms.device, training)
+    edges = graph.geometry if messages is None else messages
+    if _on_triton(terms, terms.dtype, k):
+        return _attention_kernel(terms, graph, edges, weights, spec, dropouts, messages is not None, training)
+    function = attend_block if messages is None else attend
+    function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function)
+    n_messages, width = weights.message_to_logit.shape
 
     def run(start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
         query, part = terms[rows, :width], dropouts.rows(start, stop)
-        return function(query, terms, neighbors[rows], edges[rows], weights, spec, part)
+        return function(query, terms, graph.neighbors[rows], edges[rows], weights, spec, part)
 
     if len(blocks) == 1:
         return run(*blocks[0])
@@ -210,19 +173,45 @@ def edge_attention(
     return context
 
 
-def _plan(
-    n: int, k: int, weights: EdgeWeights, function: Callable, device: torch.device, training: bool = False
-) -> tuple[Callable, list[tuple[int, int]]]:
-    """The function that runs a block, and the blocks that cover 0..n.
+def _on_triton(x: Tensor, dtype: torch.dtype | None = None, k: int = 1) -> bool:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    backend = backend_for(Workload(x.device, dtype or x.dtype, k))
+    return backend.name == "triton"
+
+
+def _attention_kernel(
+    terms: Tensor,
+    graph: SpotGraph,
+    edges: Tensor,
+    weights: EdgeWeights,
+    spec: AttentionSpec,
+    dropouts: Dropouts,
+    edges_are_messages: bool,
+    training: bool,
+) -> Tensor:
+    from ..kernels import edge_attention as kernels
+
+    announce(backend_for(Workload(terms.device, terms.dtype, graph.neighbors.shape[1])))
+    keys = None if dropouts.keys is None else dropouts.keys.keys
+    p = (0.0, 0.0) if keys is None else (dropouts.mlp, dropouts.attention)
+    settings = kernels.Settings(*spec, *p, edges_are_messages)
+    arriving = graph.arriving if training else None
+    return kernels.edge_attention(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
+
+
+def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple[Callable, list[tuple[int, int]]]:
+    """The function of plain torch that runs a block, and the blocks that cover the spots.
 
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
     """
+    n, training = workload.n_spots, workload.training
     if not training:
-        backend = backend_for(device, n)
-        _announce(backend)
+        backend = backend_for(workload)
+        announce(backend)
         if n >= COMPILED_BLOCK and backend.name == "reference_compiled":
             starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
             return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
-    per_spot = 3 * k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
+    per_spot = 3 * workload.k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
     size = max(1, (TRAINING_BLOCK_BYTES if training else BLOCK_BYTES) // per_spot)
     return function, [(start, min(start + size, n)) for start in range(0, n, size)]

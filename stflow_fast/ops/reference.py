@@ -114,7 +114,8 @@ def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, d
     frames = torch.stack([base + plus, base + minus, base - minus, base - plus], dim=1)  # [n, 4, K, Pe]
     hidden = dropout(gate(frames, spec.edge_activation), dropouts.mlp, dropouts.keys, STREAM_EDGE_HIDDEN)
     hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYERNORM_EPS)
-    return dropout(hidden, dropouts.mlp, dropouts.keys, STREAM_EDGE_OUT).mean(dim=1)
+    messages = dropout(hidden, dropouts.mlp, dropouts.keys, STREAM_EDGE_OUT).mean(dim=1)
+    return messages.to(weights.message_to_logit.dtype)
 
 
 def attend(

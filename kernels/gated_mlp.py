@@ -1,0 +1,271 @@
+"""Gated MLP with its LayerNorm in one kernel between two matrix products, and a backward that keeps the input alone.
+
+What it computes is ``gated_mlp`` of ``stflow_fast/ops/reference.py`` up to the dropout of its output:
+
+    x [N, in]  ->  pre = fc1(x) [N, P]  ->  hidden = LayerNorm(dropout(gate(pre))) [N, Z]  ->  fc2(hidden) [N, out]
+
+fc1 and fc2 are torch's. The kernel reads pre and writes hidden; in the backward it reads pre, made again from x, and
+the gradient of hidden, and writes the gradient of pre, and hidden for the gradient of fc2. Gradients of gain and bias
+are partial sums of a fixed number of programs, so every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import InputError
+from .conventions import LAYERNORM_EPS, dropout_threshold
+from .launch import INTERPRETED, Launch, check_device, check_tensors, device_scope, launch_of, n_processors, on_device
+from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """All that is known of a launch when its kernel is compiled."""
+
+    rows: int
+    z: int
+    p: int
+    z_pad: int
+    gate: str
+    fast: bool
+    dropout: float
+    threshold: int
+    scale: float
+    eps: float = LAYERNORM_EPS
+
+
+@functools.cache
+def gate_shape(arch: int, precision: str, p: int, activation: str, dropout: float) -> tuple[GateShape, Launch]:
+    """What the kernels are compiled for, and how they are launched on an architecture."""
+    z = p // 2 if activation == "swiglu" else p
+    z_pad = triton.next_power_of_2(z)
+    launch = launch_of("gate_norm", arch, precision, z_pad)
+    fast = precision != "ieee" and not INTERPRETED
+    threshold, scale = dropout_threshold(dropout), 1.0 / (1.0 - dropout)
+    return GateShape(launch.rows, z, p, z_pad, activation, fast, dropout, threshold, scale), launch
+
+
+@triton.jit
+def gate_tile(pre, keys, i_row, m_row, stream, S: tl.constexpr):
+    """Both halves of pre [rows, Z], the centred hidden vector, its reciprocal deviation, and the dropout factor."""
+    i_z = tl.arange(0, S.z_pad)
+    m_z = m_row[:, None] & (i_z < S.z)[None, :]
+    i_pre = i_row[:, None] * S.p + i_z[None, :]
+    b_a = tl.load(pre + i_pre, mask=m_z, other=0.0).to(tl.float32)
+    b_b = b_a
+    if S.gate == "swiglu":
+        b_b = tl.load(pre + S.z + i_pre, mask=m_z, other=0.0).to(tl.float32)
+    b_z = gate(b_a, b_b, S.gate, S.fast)
+    b_factor = 1.0
+    if S.dropout > 0:
+        i_key = combine(combine(tl.load(keys + i_row, mask=m_row, other=0), stream), 0)
+        b_factor = dropout_factor(i_key[:, None], i_z[None, :], S.threshold, S.scale)
+        b_z = b_z * b_factor
+    b_centred, b_rstd = centre(b_z, i_z < S.z, S.z, S.eps)
+    return b_a, b_b, b_centred, b_rstd, b_factor
+
+
+@triton.jit
+def gate_norm_fwd_kernel(pre, gain, bias, keys, hidden, n, stream, S: tl.constexpr):
+    i_row = (tl.program_id(0) * S.rows + tl.arange(0, S.rows)).to(tl.int64)
+    i_z = tl.arange(0, S.z_pad)
+    m_row = i_row < n
+    _, _, b_centred, b_rstd, _ = gate_tile(pre, keys, i_row, m_row, stream, S)
+    b_gain = tl.load(gain + i_z, mask=i_z < S.z, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + i_z, mask=i_z < S.z, other=0.0).to(tl.float32)
+    b_hidden = b_centred * b_rstd[:, None] * b_gain[None, :] + b_bias[None, :]
+    tl.store(hidden + i_row[:, None] * S.z + i_z[None, :], b_hidden, mask=m_row[:, None] & (i_z < S.z)[None, :])
+
+
+@triton.jit
+def gate_norm_bwd_kernel(
+    grad_hidden, pre, gain, bias, keys, grad_pre, hidden, grad_gain, grad_bias, n, stream, S: tl.constexpr
+):
+    """A fixed number of programs walks over the tiles; partial gradients of gain and bias are [programs, Z]."""
+    i_z = tl.arange(0, S.z_pad)
+    m_z = i_z < S.z
+    b_gain = tl.load(gain + i_z, mask=m_z, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + i_z, mask=m_z, other=0.0).to(tl.float32)
+    b_dgain = tl.full([S.z_pad], 0.0, tl.float32)
+    b_dbias = tl.full([S.z_pad], 0.0, tl.float32)
+    for i_tile in range(tl.program_id(0), tl.cdiv(n, S.rows), tl.num_programs(0)):
+        i_row = (i_tile * S.rows + tl.arange(0, S.rows)).to(tl.int64)
+        m_row = i_row < n
+        m_tile = m_row[:, None] & m_z[None, :]
+        i_hidden = i_row[:, None] * S.z + i_z[None, :]
+        b_a, b_b, b_centred, b_rstd, b_factor = gate_tile(pre, keys, i_row, m_row, stream, S)
+        b_normed = b_centred * b_rstd[:, None]
+        tl.store(hidden + i_hidden, b_normed * b_gain[None, :] + b_bias[None, :], mask=m_tile)
+        b_dhidden = tl.load(grad_hidden + i_hidden, mask=m_tile, other=0.0).to(tl.float32)
+        b_dgain += tl.sum(b_dhidden * b_normed, 0)
+        b_dbias += tl.sum(b_dhidden, 0)
+        b_dz = centre_backward(b_centred, b_rstd, b_dhidden * b_gain[None, :], S.z) * b_factor
+        b_da, b_db = gate_backward(b_a, b_b, b_dz, S.gate, S.fast)
+        i_pre = i_row[:, None] * S.p + i_z[None, :]
+        tl.store(grad_pre + i_pre, b_da, mask=m_tile)
+        if S.gate == "swiglu":
+            tl.store(grad_pre + S.z + i_pre, b_db, mask=m_tile)
+    tl.store(grad_gain + tl.program_id(0) * S.z + i_z, b_dgain, mask=m_z)
+    tl.store(grad_bias + tl.program_id(0) * S.z + i_z, b_dbias, mask=m_z)
+
+
+def gated_mlp(
+    x: Tensor, weights: tuple[Tensor, ...], activation: str, p: float, keys: Tensor | None, stream: int
+) -> Tensor:
+    """fc2(LayerNorm(dropout(gate(fc1(x))))), differentiable in x and the six weights; no dropout behind it.
+
+    Under autocast x and the weights are brought to its type.
+
+    Args:
+        x: [N, in], float32, bfloat16 or float16.
+        weights: fc1 [P, in] and [P], LayerNorm [Z] and [Z], fc2 [out, Z] and [out], in the type of x.
+        keys: [N] int32 of the spots; None for no dropout.
+
+    Raises:
+        InputError: a shape, type, device or layout that the kernel does not take, named.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
+    return torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, 0.0 if keys is None else p, stream)
+
+
+def _forward(
+    x: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    keys: Tensor | None,
+    activation: str,
+    p: float,
+    stream: int,
+) -> Tensor:
+    check_device("x", x)
+    _fake(x, fc1, fc1_bias, gain, bias, fc2, fc2_bias, keys, activation, p, stream)
+    pre = F.linear(x, fc1, fc1_bias)
+    hidden = pre.new_empty(len(pre), len(gain))
+    if len(pre):
+        shape, launch = gate_shape(*on_device(pre), pre.shape[1], activation, p)
+        with device_scope(x):
+            gate_norm_fwd_kernel[(triton.cdiv(len(pre), shape.rows),)](
+                pre, gain, bias, keys, hidden, len(pre), stream, shape, **launch.options
+            )
+    return F.linear(hidden, fc2, fc2_bias)
+
+
+def _fake(
+    x: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    keys: Tensor | None,
+    activation: str,
+    p: float,
+    stream: int,
+) -> Tensor:
+    if activation not in ("swiglu", "gelu", "relu"):
+        raise InputError(f"activation: must be swiglu, gelu or relu, not {activation!r}")
+    if x.ndim != 2 or fc1.ndim != 2 or fc2.ndim != 2:
+        raise InputError("x, fc1 and fc2: must be matrices")
+    hidden = len(fc1) // 2 if activation == "swiglu" else len(fc1)
+    expected = {
+        "x": (x, (len(x), fc1.shape[1])),
+        "fc1_bias": (fc1_bias, (len(fc1),)),
+        "gain": (gain, (hidden,)),
+        "bias": (bias, (hidden,)),
+        "fc2": (fc2, (len(fc2), hidden)),
+        "fc2_bias": (fc2_bias, (len(fc2),)),
+    }
+    if p > 0:
+        if keys is None:
+            raise InputError("keys: are needed with dropout")
+        expected["keys"] = (keys, (len(x),))
+    check_tensors(expected, keys=torch.int32)
+    return x.new_empty(len(x), len(fc2))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    fc2: Tensor,
+    keys: Tensor | None,
+    activation: str,
+    p: float,
+    stream: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and the six weights."""
+    grad = grad.to(x.dtype).contiguous()
+    pre, grad_hidden = F.linear(x, fc1, fc1_bias), grad @ fc2
+    grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
+    shape, launch = gate_shape(*on_device(pre), pre.shape[1], activation, p)
+    programs = min(triton.cdiv(len(pre), shape.rows), launch.programs * n_processors(x.device))
+    partial = gain.new_empty(2, programs, len(gain), dtype=torch.float32)
+    if len(pre):
+        with device_scope(x):
+            gate_norm_bwd_kernel[(programs,)](
+                grad_hidden,
+                pre,
+                gain,
+                bias,
+                keys,
+                grad_pre,
+                hidden,
+                partial[0],
+                partial[1],
+                len(pre),
+                stream,
+                shape,
+                **launch.options,
+            )
+    grad_gain, grad_bias = partial.sum(1).to(gain.dtype).unbind()
+    return grad_pre @ fc1, grad_pre.T @ x, grad_pre.sum(0), grad_gain, grad_bias.clone(), grad.T @ hidden, grad.sum(0)
+
+
+def _backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return *(torch.empty_like(tensor) for tensor in inputs[:6]), grad.new_empty(grad.shape[1])
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, _fc2_bias, keys, activation, p, stream = inputs
+    ctx.save_for_backward(*tensors, keys)
+    ctx.settings = (activation, p, stream)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.stflow_fast.gated_mlp_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, None, None, None, None
+
+
+_WEIGHTS = "Tensor fc1, Tensor fc1_bias, Tensor gain, Tensor bias, Tensor fc2"
+_SETTINGS = "Tensor? keys, str activation, float p, int stream"
+_LIBRARY = torch.library.Library("stflow_fast", "FRAGMENT")
+_LIBRARY.define(f"gated_mlp(Tensor x, {_WEIGHTS}, Tensor fc2_bias, {_SETTINGS}) -> Tensor")
+_LIBRARY.define(
+    f"gated_mlp_backward(Tensor grad, Tensor x, {_WEIGHTS}, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("gated_mlp", _forward, _device)
+    _LIBRARY.impl("gated_mlp_backward", _backward, _device)
+torch.library.register_fake("stflow_fast::gated_mlp", _fake, lib=_LIBRARY)
+torch.library.register_fake("stflow_fast::gated_mlp_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("stflow_fast::gated_mlp", _differentiate, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,0 +1,164 @@
+"""The choice of what runs the operations: made for each workload, said once, and never changed silently."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..errors import InputError
+
+COMPILE_FROM_SPOTS = 200_000
+"""Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
+20 s. With two threads they save nothing (2.4 s both): inductor's loops take 0.47 s with one thread, 0.66 with two."""
+
+MOST_NEIGHBORS = 64
+"""Of the Triton kernels."""
+
+
+class Choice:
+    """A setting of the process by environment variable, or of a block of code by context manager."""
+
+    def __init__(self, variable: str, values: tuple[str, ...]) -> None:
+        self.variable, self.values = variable, values
+        self._inner: contextvars.ContextVar[str | None] = contextvars.ContextVar(variable, default=None)
+
+    def __call__(self) -> str:
+        return self._inner.get() or self._checked(os.environ.get(self.variable, "auto"))
+
+    @contextlib.contextmanager
+    def use(self, value: str) -> Iterator[None]:
+        token = self._inner.set(self._checked(value))
+        try:
+            yield
+        finally:
+            self._inner.reset(token)
+
+    def _checked(self, value: str) -> str:
+        if value not in self.values:
+            raise InputError(
+                f"{self.variable}: must be {', '.join(self.values[:-1])} or {self.values[-1]}, not {value!r}"
+            )
+        return value
+
+
+_BACKEND = Choice("STFLOW_BACKEND", ("auto", "triton", "reference"))
+_COMPILE = Choice("STFLOW_COMPILE", ("auto", "on", "off"))
+
+
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose what runs the operations: ``triton``, ``reference`` (plain torch), or ``auto``: Triton on a CUDA device.
+
+    The environment variable ``STFLOW_BACKEND`` sets the same for a process. The choice is logged once, at level INFO.
+    With ``TRITON_INTERPRET=1`` in the environment, ``triton`` runs interpreted on the CPU, slowly, for tests.
+
+    Raises:
+        InputError: another name; in the computation, ``triton`` where it cannot run, with the reason.
+    """
+    return _BACKEND.use(name)
+
+
+def use_compile(mode: str) -> contextlib.AbstractContextManager[None]:
+    """Choose how the CPU runs inference: ``auto`` (compiled for large slides where there is one thread), ``on``
+    or ``off``. The choice is logged once, at level INFO.
+
+    The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled, and neither
+    are slides smaller than a compiled block (:data:`stflow_fast.ops.COMPILED_BLOCK` spots).
+
+    Raises:
+        InputError: another mode; in the computation, ``on`` where nothing can be compiled.
+    """
+    return _COMPILE.use(mode)
+
+
+class Workload(NamedTuple):
+    """What the choice depends on."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    k: int = 1
+    n_spots: int = COMPILE_FROM_SPOTS
+    training: bool = False
+
+
+class Backend(NamedTuple):
+    name: str  # triton, reference or reference_compiled
+    reason: str
+
+
+def backend_for(workload: Workload) -> Backend:
+    """What runs the operations, and why.
+
+    Raises:
+        InputError: STFLOW_BACKEND=triton or STFLOW_COMPILE=on cannot be served.
+    """
+    asked = _BACKEND()
+    lacks = "it was asked for" if asked == "reference" else why_not_triton(workload, interpreted=asked == "triton")
+    if lacks is None:
+        return Backend(
+            "triton", "it was asked for" if asked == "triton" else "the device is a GPU that it compiles for"
+        )
+    if asked == "triton":
+        raise InputError(f"STFLOW_BACKEND: is triton, but {lacks}; set it to auto or reference")
+    if workload.training:
+        return Backend("reference", f"plain torch; {lacks}")
+    return _compiled_or_plain(workload, lacks)
+
+
+def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
+    """What keeps the Triton kernels from a workload, or None; ``interpreted`` lets them run on the CPU."""
+    device = workload.device
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the device is {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    if workload.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels do not compute in {workload.dtype}"
+    if workload.k > MOST_NEIGHBORS:
+        return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
+    return None
+
+
+def _compiled_or_plain(workload: Workload, lacks: str) -> Backend:
+    """Without gradients and without Triton."""
+    mode, compiler, on_cpu = _COMPILE(), cpp_compiler(), workload.device.type == "cpu"
+    if mode == "on" and not (on_cpu and compiler):
+        lacks = (
+            "there is no C++ compiler (g++ or clang++)" if on_cpu else f"it compiles for the CPU, not {workload.device}"
+        )
+        raise InputError(f"STFLOW_COMPILE: is on, but {lacks}; set it to auto or off")
+    if not on_cpu:
+        return Backend("reference", f"plain torch; {lacks}")
+    if mode == "off":
+        return Backend("reference", "plain torch; STFLOW_COMPILE=off")
+    if compiler is None:
+        return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
+    if mode == "auto" and torch.get_num_threads() > 1:
+        return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
+    if mode == "auto" and workload.n_spots < COMPILE_FROM_SPOTS:
+        return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
+    when = "" if mode == "on" else f", for slides from {COMPILE_FROM_SPOTS:,} spots"
+    return Backend("reference_compiled", f"torch.compile with {compiler}{when}")
+
+
+@functools.cache
+def announce(backend: Backend) -> None:
+    """Say once what runs."""
+    logging.getLogger(__name__).info("edge attention by %s: %s", backend.name, backend.reason)
+
+
+@functools.cache
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would call, or None."""
+    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
