@@ -460,9 +460,10 @@ def edge_attention_bwd_key_kernel(
         for i_start in range(start, stop, S.rows):
             i_arriving = i_start + tl.arange(0, S.rows)
             m_e = i_arriving < stop
-            i_edge = tl.load(arriving + i_arriving, mask=m_e, other=0)
+            # Behind the last edge comes the last again, not edge 0, whose message nobody wrote if it is missing.
+            i_edge = tl.load(arriving + tl.minimum(i_arriving, stop - 1))
             i_spot, i_slot = i_edge // S.k, (i_edge % S.k).to(tl.int32)
-            i_near = tl.maximum(tl.load(neighbors + i_edge, mask=m_e, other=0), 0)
+            i_near = tl.load(neighbors + i_edge)
             i_key = i_slot
             if S.dropout:
                 i_key = tl.load(dropout_keys + i_spot)

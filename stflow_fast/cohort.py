@@ -20,10 +20,11 @@ from .devices import choose_device
 from .errors import InputError, OutputError
 from .evaluation import compare
 from .files import atomic_path, check_output, read_json, write_json
-from .flow import DEFAULT_MEMORY_BUDGET, Sample, parse_bytes, resolve, sample, time_grid
+from .flow import time_grid
 from .model import Denoiser
 from .priors import Prior, check_seed
 from .runs import MODEL_FOLDER, RUN_FILE
+from .sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, parse_bytes, resolve
 from .slides import HestTask, Slide, read_slide
 from .windows import TEST
 
@@ -57,10 +58,10 @@ class SamplingConfig:
         check_seed(self.seed)
         parse_bytes(self.memory_budget)
 
-    def draw(self, model: Denoiser, slide: Slide) -> Sample:
-        """Sample one slide."""
-        how = {"n_sample_steps": self.n_sample_steps, "prior": self.prior, "seed": self.seed}
-        return sample(model, slide, **how, memory_budget=self.memory_budget)
+    def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
+        """What samples one slide after another by ``model``, whose weights are folded once."""
+        sampler = Sampler(model, self.n_sample_steps, self.prior, self.memory_budget)
+        return lambda slide: sampler.prepare(slide).draw(seed=self.seed)
 
     def describe(self, model: Denoiser) -> dict[str, Any]:
         """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
@@ -136,12 +137,13 @@ def predict(
     known = _earlier_predictions(out, about, resume) | set(wanted)
     write_json(out / MANIFEST, {**told, "slides": sorted(known)})
     failed, written = [], []
+    draw = sampling.drawer(model)
     for name, slide in wanted.items():
         path, notes = out / f"{name}.h5ad", ()
         try:
             if not (resume and _is_made_by(path, about)):
                 loaded = slide if isinstance(slide, Slide) else read_slide(slide, features_key, expression=False)
-                write_prediction(path, model, loaded, sampling.draw(model, loaded), told)
+                write_prediction(path, model, loaded, draw(loaded), told)
                 notes = loaded.notes
         except OutputError:
             raise
@@ -305,7 +307,7 @@ def evaluate_slides(
     sampling = sampling or SamplingConfig()
     genes, normalize = model.provenance.genes, model.provenance.normalize
     started = time.perf_counter()
-    drawn = [sampling.draw(model, slide) for slide in test]
+    drawn = list(map(sampling.drawer(model), test))
     seconds = time.perf_counter() - started
     predicted = [one.expression.float().numpy() for one in drawn]
     result = compare(train, test, np.concatenate(predicted), genes, normalize)

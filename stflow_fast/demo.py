@@ -65,7 +65,7 @@ def _score_shuffled(model: Denoiser, slide: Slide, seed: int) -> dict[str, Any]:
     places = np.random.default_rng(seed).permutation(slide.n_spots)
     shuffled = dataclasses.replace(slide, coords=slide.coords[places])
     genes, normalize = model.provenance.genes, model.provenance.normalize
-    drawn = SamplingConfig().draw(model, shuffled).expression.float().numpy()
+    drawn = SamplingConfig().drawer(model)(shuffled).expression.float().numpy()
     return score(slide.expression(genes, normalize), drawn, genes)
 
 

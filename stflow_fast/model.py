@@ -180,6 +180,7 @@ class TransformerBlock(nn.Module):
         (terms,) = ops.by_rows(project, (x, tokens), keys)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
         context = ops.edge_attention(terms, graph, layer.messages, folded.edges, attn.spec, dropouts)
+        del terms  # nine times the tokens; without gradients their memory is free for what follows
         return ops.by_rows(finish, (tokens, context), keys)
 
 
@@ -200,7 +201,7 @@ class SpatialTransformer(nn.Module):
         real = features.sum(dim=-1) != 0 if padding is None else ~padding
         slide_ptr = F.pad(real.sum(dim=1).cpu().cumsum(0), (1, 0))
         dtype = torch.promote_types(features.dtype, torch.float32)
-        graph = SpotGraph.build(coords[real], self.config.n_neighbors, slide_ptr, dtype).to(features.device)
+        graph = ops.build_graph(coords[real], self.config.n_neighbors, slide_ptr, dtype, features.device)
         rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(features[real]), self.layer_states())
         prediction = gene_exp.new_zeros(gene_exp.shape)
         prediction[real] = graph.to_spots(rows)
@@ -295,7 +296,7 @@ class Denoiser(nn.Module, Pretrained):
         """The SpotGraph of coordinates [N, 2] with this model's K, dtype and device; raises InputError as knn_graph."""
         weight = self.image_transform.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)  # positions do not fit into 16 bits
-        return SpotGraph.build(coords, self.config.n_neighbors, slide_ptr, dtype).to(weight.device)
+        return ops.build_graph(coords, self.config.n_neighbors, slide_ptr, dtype, weight.device)
 
     def denoise(
         self,
@@ -321,8 +322,19 @@ class Denoiser(nn.Module, Pretrained):
         """
         if states is None:
             states = self.backbone.layer_states()
-        tokens = image + self.fourier_proj(t)[graph.slide_of]
-        return self.backbone.run(graph, x_t, tokens, states, slide_seed)
+        return self.denoise_at(graph, x_t, image, self.fourier_proj(t), states, slide_seed)
+
+    def denoise_at(
+        self,
+        graph: SpotGraph,
+        x_t: Tensor,
+        image: Tensor,
+        time: Tensor,
+        states: list[LayerState],
+        slide_seed: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`denoise` behind the embedding of the flow time, ``fourier_proj(t)`` [S, d]: device work alone."""
+        return self.backbone.run(graph, x_t, image + time[graph.slide_of], states, slide_seed)
 
     def inference(
         self,

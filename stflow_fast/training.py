@@ -23,10 +23,11 @@ from .config import DenoiserConfig
 from .errors import InputError, first_line
 from .evaluation import score
 from .files import atomic_path
-from .flow import CondOTPath, sample
+from .flow import CondOTPath
 from .model import Denoiser
 from .pretrained import Provenance, load_state, load_tensors, save_tensors
 from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
+from .sampling import Sampler
 from .slides import HestTask
 from .windows import (
     HELD_OUT_REGIONS,
@@ -331,8 +332,9 @@ class _Trainer:
         The spots of all TEST slides are pooled, as in the published selection and in HEST-bench. Held-out slides and
         regions are scored one by one: they differ in depth, and pooled they would score that.
         """
-        how = {"n_sample_steps": self.config.n_sample_steps, "prior": self.config.source(), "seed": self.config.seed}
-        drawn = [sample(self.average, slide, **how).expression.numpy() for slide in self.data.selection]
+        sampler = Sampler(self.average, self.config.n_sample_steps, self.config.source())
+        drawn = [sampler.prepare(slide).draw(seed=self.config.seed).expression for slide in self.data.selection]
+        drawn = [expression.numpy() for expression in drawn]
         pairs = list(zip(self.truth, drawn, strict=True))
         if not all(np.isfinite(made).all() for made in drawn):
             return {}

@@ -25,9 +25,9 @@ from stflow_fast.cohort import (
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.devices import choose_device
 from stflow_fast.errors import InputError
-from stflow_fast.flow import sample
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
+from stflow_fast.sampling import sample
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import Cohort, make_cohort
 from stflow_fast.training import fit, load_fold

@@ -8,10 +8,11 @@ import torch
 
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
-from stflow_fast.flow import CondOTPath, EulerSolver, parse_bytes, sample, time_grid
+from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
+from stflow_fast.sampling import parse_bytes, sample
 from stflow_fast.slides import Slide
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stflow_fast.config import DenoiserConfig
-from stflow_fast.flow import sample
 from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
+from stflow_fast.sampling import sample
 
 from .golden import CASES, Golden, relative_error
 

@@ -16,10 +16,10 @@ import torch
 import stflow_fast.training as training
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
-from stflow_fast.flow import Sample
 from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
 from stflow_fast.runs import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE
+from stflow_fast.sampling import Sample
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.training import Diverged, Run, fit, load_fold

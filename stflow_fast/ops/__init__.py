@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ __all__ = [
     "Workload",
     "apply_dropout",
     "backend_for",
+    "build_graph",
     "by_rows",
     "cpp_compiler",
     "edge_attention",
@@ -83,6 +85,21 @@ def by_rows(
         for whole, part in zip(outputs, parts, strict=True):
             whole[start:stop] = part
     return outputs
+
+
+def build_graph(
+    coords: Tensor | np.ndarray,
+    k: int,
+    slide_ptr: Tensor | np.ndarray | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SpotGraph:
+    """:meth:`SpotGraph.build` on ``device``, neighbours by the kernel, or else by the k-d tree."""
+    if backend_for(Workload(device, k=k)).name != "triton":
+        return SpotGraph.build(coords, k, slide_ptr, dtype).to(device)
+    from ..kernels.neighbors import nearest
+
+    return SpotGraph.build(coords, k, slide_ptr, dtype, device, nearest)
 
 
 def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anndata
 import h5py
 import numpy as np
 import scipy.sparse
 
 from ..errors import InputError, first_line
 from .slide import Slide
+
+if TYPE_CHECKING:
+    import anndata  # where it is used, it is imported: it takes a second, and sampling tensors needs none of it
 
 PIXEL_SIZE_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded", "micron_per_pixel")
 """Where HEST and its relatives keep the size of a level-0 pixel in ``uns``."""
@@ -23,6 +26,8 @@ def open_h5ad(path: Path, expression: bool = True) -> anndata.AnnData:
     Raises:
         InputError: it is missing, truncated, or not AnnData.
     """
+    import anndata
+
     if not path.is_file():
         raise InputError(f"{path}: does not exist")
     try:
@@ -34,6 +39,8 @@ def open_h5ad(path: Path, expression: bool = True) -> anndata.AnnData:
 
 
 def _without_expression(path: Path) -> anndata.AnnData:
+    import anndata
+
     with h5py.File(path, "r") as file:
         if "encoding-type" in file.attrs:
             parts = {name: anndata.io.read_elem(file[name]) for name in ("obs", "obsm", "uns") if name in file}
