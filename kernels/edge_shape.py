@@ -44,7 +44,8 @@ class EdgeShape:
         k, n_heads, e, z, p, pe, hp, d, dh: as in ``stflow_fast/ops/reference.py``; dh = d / H.
         width, used, context: columns of the terms, of the context without and with its padding.
         e_pad, z_pad, dh_pad, spots_pad: sides of tiles, powers of two.
-        operand, dot_precision: how matrices multiply; ``edge_operand`` those of the edge MLP, ``split`` in parts.
+        operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
+            the other must come through as it is; ``edge_operand`` those of the edge MLP, ``split`` in parts.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -76,6 +77,7 @@ class EdgeShape:
     edge_operand: tl.dtype
     split: bool
     dot_precision: str
+    exact_precision: str
     fast: bool
     kept: bool
     dropout: bool
@@ -136,6 +138,7 @@ def edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: S
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
+        exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,
         dropout=p_mlp > 0 or p_attention > 0,

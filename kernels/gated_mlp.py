@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import InputError
+from stflow_fast.errors import InputError
+
 from .conventions import LAYERNORM_EPS, dropout_threshold
 from .launch import INTERPRETED, Launch, check_device, check_tensors, device_scope, launch_of, n_processors, on_device
 from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward
@@ -63,13 +64,13 @@ def gate_tile(pre, keys, i_row, m_row, stream, S: tl.constexpr):
     b_b = b_a
     if S.gate == "swiglu":
         b_b = tl.load(pre + S.z + i_pre, mask=m_z, other=0.0).to(tl.float32)
-    b_z = gate(b_a, b_b, S.gate, S.fast)
+    b_z = gate(b_a, b_b, tl.constexpr(S.gate), tl.constexpr(S.fast))
     b_factor = 1.0
     if S.dropout > 0:
         i_key = combine(combine(tl.load(keys + i_row, mask=m_row, other=0), stream), 0)
-        b_factor = dropout_factor(i_key[:, None], i_z[None, :], S.threshold, S.scale)
+        b_factor = dropout_factor(i_key[:, None], i_z[None, :], tl.constexpr(S.threshold), tl.constexpr(S.scale))
         b_z = b_z * b_factor
-    b_centred, b_rstd = centre(b_z, i_z < S.z, S.z, S.eps)
+    b_centred, b_rstd = centre(b_z, i_z < S.z, tl.constexpr(S.z), tl.constexpr(S.eps))
     return b_a, b_b, b_centred, b_rstd, b_factor
 
 
@@ -107,8 +108,8 @@ def gate_norm_bwd_kernel(
         b_dhidden = tl.load(grad_hidden + i_hidden, mask=m_tile, other=0.0).to(tl.float32)
         b_dgain += tl.sum(b_dhidden * b_normed, 0)
         b_dbias += tl.sum(b_dhidden, 0)
-        b_dz = centre_backward(b_centred, b_rstd, b_dhidden * b_gain[None, :], S.z) * b_factor
-        b_da, b_db = gate_backward(b_a, b_b, b_dz, S.gate, S.fast)
+        b_dz = centre_backward(b_centred, b_rstd, b_dhidden * b_gain[None, :], tl.constexpr(S.z)) * b_factor
+        b_da, b_db = gate_backward(b_a, b_b, b_dz, tl.constexpr(S.gate), tl.constexpr(S.fast))
         i_pre = i_row[:, None] * S.p + i_z[None, :]
         tl.store(grad_pre + i_pre, b_da, mask=m_tile)
         if S.gate == "swiglu":
@@ -182,21 +183,23 @@ def _fake(
         raise InputError(f"activation: must be swiglu, gelu or relu, not {activation!r}")
     if x.ndim != 2 or fc1.ndim != 2 or fc2.ndim != 2:
         raise InputError("x, fc1 and fc2: must be matrices")
-    hidden = len(fc1) // 2 if activation == "swiglu" else len(fc1)
+    (n, _), (p_columns, columns), out = x.shape, fc1.shape, fc2.shape[0]  # len() would compile for one N alone
+    hidden = p_columns // 2 if activation == "swiglu" else p_columns
     expected = {
-        "x": (x, (len(x), fc1.shape[1])),
-        "fc1_bias": (fc1_bias, (len(fc1),)),
+        "x": (x, (n, columns)),
+        "fc1": (fc1, (p_columns, columns)),
+        "fc1_bias": (fc1_bias, (p_columns,)),
         "gain": (gain, (hidden,)),
         "bias": (bias, (hidden,)),
-        "fc2": (fc2, (len(fc2), hidden)),
-        "fc2_bias": (fc2_bias, (len(fc2),)),
+        "fc2": (fc2, (out, hidden)),
+        "fc2_bias": (fc2_bias, (out,)),
     }
     if p > 0:
         if keys is None:
             raise InputError("keys: are needed with dropout")
-        expected["keys"] = (keys, (len(x),))
-    check_tensors(expected, keys=torch.int32)
-    return x.new_empty(len(x), len(fc2))
+        expected["keys"] = (keys, (n,))
+    check_tensors(expected, **dict.fromkeys(expected, x.dtype) | {"keys": torch.int32})
+    return x.new_empty(n, out)
 
 
 def _backward(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from stflow_fast.errors import InputError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors: decided when a kernel's file is loaded."""
@@ -81,13 +81,13 @@ def launch_of(kernel: str, arch: int, precision: str, columns: int) -> Launch:
     return max(rows, key=lambda row: (row.arch, -row.columns)).launch
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """``ieee``, ``tf32``, ``bf16`` or ``fp16``; how float32 multiplies is torch's setting."""
+def precision_of(dtype: torch.dtype, name: str = "dtype") -> str:
+    """``ieee``, ``tf32``, ``bf16`` or ``fp16``; how float32 multiplies is torch's setting; a refusal names ``name``."""
     if dtype == torch.float32:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16" if dtype == torch.bfloat16 else "fp16"
-    raise InputError(f"dtype: the Triton kernels take float32, bfloat16 or float16, not {dtype}")
+    raise InputError(f"{name}: the Triton kernels take float32, bfloat16 or float16, not {dtype}")
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes:
         dtypes: of those that must have one.
     """
     first = next(iter(expected))
-    precision_of(expected[first][0].dtype)
+    precision_of(expected[first][0].dtype, first)
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise InputError(f"{name}: must have shape {list(shape)}, not {list(tensor.shape)}")

@@ -38,8 +38,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import InputError
-from ..graph import GRID_BITS, MISSING, TIE_TOLERANCE, SpotGrid, morton_code, slide_keys, slide_of_rows, spot_grid
+from stflow_fast.errors import InputError
+from stflow_fast.graph import (
+    GRID_BITS,
+    MISSING,
+    TIE_TOLERANCE,
+    SpotGrid,
+    morton_code,
+    slide_keys,
+    slide_of_rows,
+    spot_grid,
+)
 
 BLOCK = 16
 """Queries of a program: neighbours in space, whose windows mostly coincide. 32 of them need 255 registers and spill."""

@@ -1,4 +1,7 @@
-"""Tile helpers that kernels share: gates, LayerNorm, dropout, matrix products."""
+"""Tile helpers that kernels share: gates, LayerNorm, dropout, matrix products.
+
+Their constants are given as ``tl.constexpr(S.z)``: Triton 3.6 takes a bare attribute of a constant for a value.
+"""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = {
+    "triton": "for the kernels on a GPU: pip install triton",
     "scanpy": "to look at predictions: pip install scanpy",
 }
 

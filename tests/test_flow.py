@@ -12,7 +12,7 @@ from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
-from stflow_fast.sampling import parse_bytes, sample
+from stflow_fast.sampling import Sampler, parse_bytes, sample
 from stflow_fast.slides import Slide
 
 
@@ -182,3 +182,26 @@ def test_sizes_are_read_as_people_write_them() -> None:
     assert [parse_bytes(text) for text in (7, "7", "4GiB", "500 MB", "1.5k")] == [7, 7, 2**32, 5 * 10**8, 1500]
     with pytest.raises(InputError, match="memory_budget: must be a size"):
         parse_bytes("much")
+
+
+def test_a_prepared_slide_draws_as_sample_does() -> None:
+    network, drawn = model(), slide(30)
+    prepared = Sampler(network, n_sample_steps=3).prepare(drawn)
+    for seed in (0, 1):
+        expected = sample(network, drawn, n_sample_steps=3, seed=seed).expression
+        torch.testing.assert_close(prepared.draw(seed=seed).expression, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_graph: bool) -> None:
+    """Features stream in from the host in several chunks; the graph is replayed for later steps and draws."""
+    monkeypatch.setattr("stflow_fast.sampling.FEATURE_CHUNK", 7)
+    network, drawn = model(), slide(30)
+    x_0 = torch.rand(30, network.config.n_genes, generator=torch.Generator().manual_seed(0))
+    expected = sample(network, drawn, x_0=x_0).expression
+    prepared = Sampler(network.cuda(), cuda_graph=cuda_graph).prepare(drawn)
+    for _ in range(3):
+        found = prepared.draw(x_0).expression
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

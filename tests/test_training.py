@@ -19,7 +19,7 @@ from stflow_fast.errors import InputError
 from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
 from stflow_fast.runs import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE
-from stflow_fast.sampling import Sample
+from stflow_fast.sampling import PreparedSlide, Sample
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.training import Diverged, Run, fit, load_fold
@@ -213,11 +213,11 @@ def test_the_test_slides_are_pooled_and_held_out_slides_are_not(
     """Two slides, each predicted at random but for its level: pooled they correlate, one by one they do not."""
     levels = iter([0.0, 5.0] * 2)
 
-    def draw(model: Denoiser, slide: Slide, **_: object) -> Sample:
-        rng = np.random.default_rng(slide.n_spots)
-        return Sample(torch.from_numpy(rng.normal(size=(slide.n_spots, 6)) + next(levels)), nfe=4)
+    def draw(prepared: PreparedSlide, **_: object) -> Sample:
+        n = prepared.graph.n_spots
+        return Sample(torch.from_numpy(np.random.default_rng(n).normal(size=(n, 6)) + next(levels)), nfe=4)
 
-    monkeypatch.setattr(training, "sample", draw)
+    monkeypatch.setattr(PreparedSlide, "draw", draw)
     reached = {}
     for selected_on in (TEST, "held-out slides"):
         trainer = training._Trainer(

@@ -116,10 +116,10 @@ def backend_for(workload: Workload) -> Backend:
 def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
     """What keeps the Triton kernels from a workload, or None; ``interpreted`` lets them run on the CPU."""
     device = workload.device
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if device.type != "cuda" and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the device is {device.type}"
+    if not _triton_is_installed():
+        return "triton is not installed"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     if workload.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -127,6 +127,11 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
     return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _compiled_or_plain(workload: Workload, lacks: str) -> Backend:

@@ -1,0 +1,129 @@
+"""Kernels compiled for GPUs that are not there: no spills by default, and the launch as Triton would make it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stflow_fast.kernels import aot, dropout, edge_attention, gated_mlp, neighbors
+
+KERNELS = {
+    kernel.__name__: kernel
+    for module in (dropout, edge_attention, gated_mlp, neighbors)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
+
+
+def compiled(*arguments: str) -> subprocess.CompletedProcess:
+    """A process of its own, where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_default_variants_spill_nothing_and_leave_room_for_two_programs(arch: int, tmp_path: Path) -> None:
+    done = compiled("-m", "stflow_fast.kernels.aot", "--default", "--arch", str(arch), "--json", str(tmp_path / "rows"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["kernel"] for row in rows} == set(KERNELS)
+    for row in rows:
+        assert (row["arch"], row["spill_bytes"], row["default"]) == (arch, 0, True)
+        assert row["registers"] <= 255
+        assert row["instructions"]["EXIT"] >= 1
+    forward = next(row for row in rows if row["variant"] == "edge_attention_fwd bf16 swiglu K=8")
+    assert {"MUFU", "SHFL", "LDG.128"} <= set(forward["instructions"])
+    assert forward["instructions"].get("HGMMA", 0) + forward["instructions"].get("HMMA", 0) > 0
+    assert forward["work_per_row"]["matrix_flops"] == 2 * 64 * 512
+    assert forward["work_per_row"]["gates"] == 4 * 64 + 4 * 64
+
+
+def test_no_kernel_has_more_than_sixteen_arguments() -> None:
+    assert KERNELS
+    assert {name: len(kernel.arg_names) for name, kernel in KERNELS.items() if len(kernel.arg_names) > 16} == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({}, []),
+        ({"spill_bytes": 8}, ["spills 8 bytes"]),
+        ({"spill_bytes": 8, "default": False}, []),
+        ({"shared_bytes": 116_000}, ["needs 116000 bytes of shared memory; two programs do not fit"]),
+        ({"shared_bytes": 115_000}, []),
+        ({"shared_bytes": 115_000, "arch": 80}, ["needs 115000 bytes of shared memory; two programs do not fit"]),
+    ],
+)
+def test_faults_of_a_row(changed: dict[str, object], fault: list[str]) -> None:
+    assert aot.faults({"spill_bytes": 0, "shared_bytes": 0, "arch": 90, "default": True, **changed}) == fault
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_1:
+        /*0010*/                   FFMA R1, R1, R1, R1 ;
+.L_x_2:
+        /*0020*/                   MUFU.EX2 R1, R1 ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/              @!P1 BRA `(.L_x_1) ;
+        /*0050*/                   STG.E.64 [R2.64], R4 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_instructions_are_weighted_by_their_loops() -> None:
+    once, weighted = aot.count_instructions(SASS, (3, 4))
+    assert once == {"BRA": 2, "LDG.128": 1, "FFMA": 1, "MUFU": 1, "STG.64": 1, "EXIT": 1}
+    assert weighted == {"LDG.128": 1, "FFMA": 3, "MUFU": 12, "BRA": 15, "STG.64": 1, "EXIT": 1}
+    assert aot.count_instructions(SASS, (3,))[1] is None
+
+
+def test_interpreted_kernels_are_not_compiled() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "stflow_fast.kernels.aot", "--default"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET: is 1" in done.stderr
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class AbsentGPU:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+driver.set_active(AbsentGPU())
+from stflow_fast.kernels import edge_attention, edge_shape
+
+n, k = 1000, 8
+for p in (0.0, 0.2):
+    settings = edge_shape.Settings(4, "swiglu", "swiglu", p, p)
+    shape, launch = edge_shape.edge_shape("edge_attention_fwd", 90, "bf16", edge_shape.Sizes(k, 64, 512, 128), settings)
+    half = lambda *size: torch.empty(*size, dtype=torch.bfloat16)
+    keys = torch.empty(n, dtype=torch.int32) if p else None
+    kernel = edge_attention.edge_attention_fwd_kernel.warmup(
+        half(n, shape.width), torch.empty(n, k, dtype=torch.int64), torch.empty(n, k, 3), torch.empty(4, 128),
+        half(64, 512), torch.empty(65), keys, half(n, shape.context), n, shape, grid=(125,), **launch.options,
+    )
+    print(kernel.metadata.num_warps, "cubin" in kernel.asm)
+"""
+
+
+def test_a_launch_passes_through_triton_as_on_a_gpu() -> None:
+    """The interpreter and the compiler by itself know nothing of how a launch binds and specialises its arguments."""
+    done = compiled("-c", LAUNCH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "True", "4", "True"]
