@@ -16,7 +16,7 @@ from torch import Tensor
 from stflow_fast.errors import InputError
 
 from .conventions import dropout_threshold
-from .launch import check_device, check_tensors, device_scope, launch_of, on_device
+from .launch import check_device, check_probability, check_tensors, device_scope, launch_of, on_device
 from .tiles import combine, dropout_factor
 
 
@@ -61,8 +61,7 @@ def _forward(x: Tensor, keys: Tensor, p: float, stream: int) -> Tensor:
 def _fake(x: Tensor, keys: Tensor, p: float, stream: int) -> Tensor:
     if x.ndim != 2:
         raise InputError(f"x: must have shape [N, C], not {list(x.shape)}")
-    if not 0 <= p < 1:
-        raise InputError(f"p: must be a probability in [0, 1), not {p}")
+    check_probability("p", p)
     check_tensors({"x": (x, tuple(x.shape)), "keys": (keys, tuple(x.shape[:1]))}, keys=torch.int32)
     return torch.empty_like(x)
 

@@ -53,7 +53,7 @@ from .edge_tiles import (
     store_rows,
     tile_edges,
 )
-from .launch import Launch, check_device, check_tensors, device_scope, n_processors, on_device
+from .launch import Launch, check_device, check_probability, check_tensors, device_scope, n_processors, on_device
 from .tiles import centre_backward, gate_backward, matmul
 
 MOST_NEIGHBORS = 64
@@ -374,18 +374,11 @@ def edge_attention(
 def edge_messages(
     geometry: Tensor, edge: Tensor, message_to_logit: Tensor, settings: Settings, dtype: torch.dtype
 ) -> Tensor:
-    """Messages [N, K, E] of geometry [N, K, 3] in ``dtype``, to be kept over several flow steps; without dropout."""
-    n, k = geometry.shape[:2]
-    e, hp = message_to_logit.shape
-    messages = geometry.new_empty(n, k, e, dtype=dtype)
-    if messages.numel():
-        sizes, settings = Sizes(k, e, hp, settings.n_heads), settings._replace(p_mlp=0.0, p_attention=0.0)
-        shape, launch = _compiled_for("edge_messages", messages, sizes, settings)
-        with device_scope(geometry):
-            edge_messages_kernel[(triton.cdiv(n * k, shape.rows),)](
-                geometry, edge, messages, n * k, shape, **launch.options
-            )
-    return messages
+    """Messages [N, K, E] of geometry [N, K, 3] in ``dtype``, to be kept over several flow steps.
+
+    Without gradients or dropout. Other arguments and errors as :func:`edge_attention`.
+    """
+    return torch.ops.stflow_fast.edge_messages(geometry, edge, message_to_logit, *settings[:3], dtype)
 
 
 def _compiled_for(kernel: str, typed: Tensor, sizes: Sizes, settings: Settings) -> tuple[EdgeShape, Launch]:
@@ -426,23 +419,30 @@ def _check(
             f"terms: must have shape [N, 2 * H * P + d] with H * P = {hp} and d a multiple of H = {n_heads}, "
             f"not {list(terms.shape)}"
         )
-    halves = {name: 2 if name == "swiglu" else 1 for name in ("swiglu", "gelu", "relu")}
-    for name in ("edge_activation", "logit_activation"):
-        if getattr(settings, name) not in halves:
-            raise InputError(f"{name}: must be swiglu, gelu or relu, not {getattr(settings, name)!r}")
+    edge_halves = _halves("edge_activation", settings.edge_activation)
+    logit_halves = _halves("logit_activation", settings.logit_activation)
     expected = {
         "terms": (terms, (n, terms.shape[1])),
         "neighbors": (neighbors, (n, k)),
         "edges": (edges, (n, k, e if settings.edges_are_messages else 3)),
-        "edge": (edge, (4, e * halves[settings.edge_activation])),
+        "edge": (edge, (4, e * edge_halves)),
         "message_to_logit": (message_to_logit, (e, hp)),
-        "logit": (logit, (hp // n_heads // halves[settings.logit_activation] + 1,)),
+        "logit": (logit, (hp // n_heads // logit_halves + 1,)),
     }
+    check_probability("p_mlp", settings.p_mlp)
+    check_probability("p_attention", settings.p_attention)
     if settings.p_mlp > 0 or settings.p_attention > 0:
         if dropout_keys is None:
             raise InputError("dropout_keys: are needed with dropout")
         expected["dropout_keys"] = (dropout_keys, (n,))
     check_tensors(expected, neighbors=torch.int64, dropout_keys=torch.int32)
+
+
+def _halves(name: str, activation: str) -> int:
+    """Of a pre-activation."""
+    if activation not in ("swiglu", "gelu", "relu"):
+        raise InputError(f"{name}: must be swiglu, gelu or relu, not {activation!r}")
+    return 2 if activation == "swiglu" else 1
 
 
 def _check_rows(neighbors: Tensor) -> None:
@@ -595,6 +595,46 @@ def _backward_fake(grad_context: Tensor, terms: Tensor, *rest: Tensor | None) ->
     return tuple(torch.empty_like(tensor) for tensor in (terms, *rest[2:5]))
 
 
+def _messages(
+    geometry: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    n_heads: int,
+    edge_activation: str,
+    logit_activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_device("geometry", geometry)
+    settings = n_heads, edge_activation, logit_activation
+    messages = _messages_fake(geometry, edge, message_to_logit, *settings, dtype)
+    if messages.numel():
+        n, k, e = messages.shape
+        sizes = Sizes(k, e, message_to_logit.shape[1], n_heads)  # d does not matter
+        shape, launch = _compiled_for("edge_messages", messages, sizes, Settings(*settings))
+        with device_scope(geometry):
+            edge_messages_kernel[(triton.cdiv(n * k, shape.rows),)](
+                geometry, edge, messages, n * k, shape, **launch.options
+            )
+    return messages
+
+
+def _messages_fake(
+    geometry: Tensor,
+    edge: Tensor,
+    message_to_logit: Tensor,
+    n_heads: int,
+    edge_activation: str,
+    logit_activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    if geometry.ndim != 3 or geometry.shape[1] == 0:
+        raise InputError(f"geometry: must have shape [N, K, 3], not {list(geometry.shape)}")
+    (n, k, _), e = geometry.shape, message_to_logit.shape[0]
+    halves = _halves("edge_activation", edge_activation)
+    check_tensors({"geometry": (geometry, (n, k, 3)), "edge": (edge, (4, e * halves))})
+    return geometry.new_empty(n, k, e, dtype=dtype)
+
+
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.settings = inputs[9:]
     ctx.save_for_backward(*inputs[:9])
@@ -609,9 +649,15 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_context: Tenso
     return terms, None, None, edge, weight, logit, None, None, None, *(None for _ in ctx.settings)
 
 
+_LIBRARY.define(
+    "edge_messages(Tensor geometry, Tensor edge, Tensor message_to_logit, int n_heads, str edge_activation, "
+    "str logit_activation, ScalarType dtype) -> Tensor"
+)
 for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("edge_messages", _messages, _device)
     _LIBRARY.impl("edge_attention", _forward, _device)
     _LIBRARY.impl("edge_attention_backward", _backward, _device)
+torch.library.register_fake("stflow_fast::edge_messages", _messages_fake, lib=_LIBRARY)
 torch.library.register_fake("stflow_fast::edge_attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("stflow_fast::edge_attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd(

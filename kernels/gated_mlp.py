@@ -23,7 +23,17 @@ from torch import Tensor
 from stflow_fast.errors import InputError
 
 from .conventions import LAYERNORM_EPS, dropout_threshold
-from .launch import INTERPRETED, Launch, check_device, check_tensors, device_scope, launch_of, n_processors, on_device
+from .launch import (
+    INTERPRETED,
+    Launch,
+    check_device,
+    check_probability,
+    check_tensors,
+    device_scope,
+    launch_of,
+    n_processors,
+    on_device,
+)
 from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward
 
 
@@ -194,6 +204,7 @@ def _fake(
         "fc2": (fc2, (out, hidden)),
         "fc2_bias": (fc2_bias, (out,)),
     }
+    check_probability("p", p)
     if p > 0:
         if keys is None:
             raise InputError("keys: are needed with dropout")

@@ -138,6 +138,12 @@ def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes:
             raise InputError(f"{name}: must be {dtypes[name]}, not {tensor.dtype}")
 
 
+def check_probability(name: str, p: float) -> None:
+    """Refuse what is no probability of dropout."""
+    if not 0 <= p < 1:
+        raise InputError(f"{name}: must be a probability in [0, 1), not {p}")
+
+
 def device_scope(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -75,7 +75,8 @@ class Sampler:
             prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
             memory_budget: bytes that each slide may spend on keeping edge messages from one flow step to the next, or
                 text such as "4GiB".
-            cuda_graph: on a GPU, capture one denoiser call of a slide and replay it; False for debugging.
+            cuda_graph: on a GPU, capture one denoiser call of a slide and replay it, in the precision of its first
+                draw; False for debugging.
 
         Raises:
             InputError: a setting out of range.
@@ -165,24 +166,24 @@ class _Captured:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self._graph is None:
-            output = self._run_aside(inputs)
-            self._inputs, graph = tuple(map(torch.clone, inputs)), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._output = self._function(*self._inputs)
-            self._graph = graph
-            return output
+            with _without_autocast_cache():
+                return self._run_and_capture(inputs)
         for held, given in zip(self._inputs, inputs, strict=True):
             held.copy_(given)
         self._graph.replay()
         return self._output.clone()  # the next replay overwrites it
 
-    def _run_aside(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """On a stream of its own, as capture wants it: kernels are compiled and libraries set up here."""
+    def _run_and_capture(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The first run is on a stream of its own, as capture wants it: kernels are compiled and libraries set up."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             output = self._function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        self._inputs, graph = tuple(map(torch.clone, inputs)), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._output = self._function(*self._inputs)
+        self._graph = graph
         return output
 
 
@@ -212,6 +213,18 @@ def sample(
     """
     check_seed(seed)
     return Sampler(model, n_sample_steps, prior, memory_budget).prepare(slide).draw(x_0, seed, trajectory)
+
+
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps weights that it has cast until it is left; a graph captured with them would then read memory that
+    was freed. Without the cache the casts are part of the graph."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,296 @@
+"""The choice of what runs the operations, and the whole model through the kernels: golden files, dropout, sampling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import stflow_fast
+import stflow_fast.ops as ops
+from stflow_fast.errors import InputError
+from stflow_fast.model import Denoiser
+from stflow_fast.ops import backend
+from stflow_fast.ops.backend import Workload, announce, backend_for
+
+from .golden import CASES, Golden, relative_error
+from .test_golden import Load, load
+from .test_model import inputs, small
+
+pytest.importorskip("triton")
+edge_shape = pytest.importorskip("stflow_fast.kernels.edge_shape")
+gated_mlp = pytest.importorskip("stflow_fast.kernels.gated_mlp")
+neighbors = pytest.importorskip("stflow_fast.kernels.neighbors")
+Launch = pytest.importorskip("stflow_fast.kernels.launch").Launch
+
+__all__ = ["load"]  # a fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # a sigmoid of -90 is 0
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STFLOW_BACKEND", "STFLOW_COMPILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter pays for each tile, whatever its size."""
+    if torch.cuda.is_available():
+        yield
+        return
+    for module in (edge_shape, gated_mlp):
+        monkeypatch.setattr(module, "launch_of", lambda *_: Launch(512, 4, 1))
+    monkeypatch.setattr(neighbors, "BLOCK", 512)
+    monkeypatch.setattr(neighbors, "COLS", 64)
+    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
+        made.cache_clear()
+    yield
+    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
+        made.cache_clear()
+
+
+def test_a_cpu_runs_plain_torch_though_kernels_could_be_interpreted() -> None:
+    assert backend_for(Workload(CPU, n_spots=10)).name == "reference"
+    assert backend_for(Workload(CPU, training=True)) == ("reference", "plain torch; the device is cpu")
+
+
+@interpreted
+def test_kernels_are_interpreted_when_asked_for() -> None:
+    with ops.use_backend("triton"):
+        assert backend_for(Workload(CPU)).name == "triton"
+
+
+@interpreted
+def test_the_environment_asks_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STFLOW_BACKEND", "triton")
+    assert backend_for(Workload(CPU)).name == "triton"
+    with ops.use_backend("reference"):
+        assert backend_for(Workload(CPU, n_spots=10)).name == "reference"
+    assert backend_for(Workload(CPU)).name == "triton"
+
+
+def test_blocks_restore_what_was_chosen_before() -> None:
+    def chosen() -> str:
+        return backend._BACKEND()
+
+    def fail_inside() -> None:
+        with ops.use_backend("reference"):
+            assert chosen() == "reference"
+            raise ZeroDivisionError
+
+    assert chosen() == "auto"
+    with ops.use_backend("triton"):
+        with pytest.raises(ZeroDivisionError):
+            fail_inside()
+        assert chosen() == "triton"
+    assert chosen() == "auto"
+
+
+@pytest.mark.parametrize(
+    ("workload", "reason"),
+    [
+        (Workload(CPU, torch.float64), "its kernels do not compute in torch.float64"),
+        (Workload(CPU, k=65), "its kernels take up to 64 neighbours, not 65"),
+        (Workload(torch.device("meta")), "the device is meta"),
+    ],
+)
+@interpreted
+def test_what_triton_cannot_run_is_refused_with_the_reason(
+    workload: Workload, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if workload.device.type == "meta":
+        monkeypatch.delenv("TRITON_INTERPRET")
+    with ops.use_backend("triton"), pytest.raises(InputError, match=f"^STFLOW_BACKEND: is triton, but {reason}"):
+        backend_for(workload)
+    if workload.device.type == "cpu":
+        with ops.use_backend("auto"):
+            assert backend_for(workload._replace(n_spots=10)).name == "reference"
+
+
+@interpreted
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    model, (x, features, coords) = small().float(), inputs(8)
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(InputError, match="^STFLOW_BACKEND: is triton, but the device is cpu"),
+    ):
+        predict(model, x.float(), features.float(), coords)
+
+
+@interpreted
+def test_a_missing_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_triton_is_installed", lambda: False)
+    with ops.use_backend("triton"), pytest.raises(InputError, match="^STFLOW_BACKEND: .*triton is not installed"):
+        backend_for(Workload(CPU))
+    assert backend_for(Workload(CPU, n_spots=10)).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton"), ((10, 0), "triton")]
+)
+def test_a_gpu_runs_kernels_from_ampere_on(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert backend_for(Workload(gpu)).name == name
+    assert backend_for(Workload(gpu, torch.float64)).name == "reference"
+    assert backend_for(Workload(gpu, k=65)).name == "reference"
+    if name == "reference":
+        with ops.use_backend("triton"), pytest.raises(InputError, match="^STFLOW_BACKEND: .*older than Ampere"):
+            backend_for(Workload(gpu))
+
+
+@interpreted
+def test_a_model_in_float64_is_refused_and_one_with_many_neighbours() -> None:
+    x, features, coords = inputs(8)
+    with ops.use_backend("triton"), torch.no_grad():
+        with pytest.raises(InputError, match=r"^STFLOW_BACKEND: .*do not compute in torch\.float64"):
+            predict(small(), x, features, coords)
+        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 64 neighbours, not 65"):
+            predict(small(n_neighbors=65).float(), x.float(), features.float(), coords)
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", ""])
+def test_unknown_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaint = f"^STFLOW_BACKEND: must be auto, triton or reference, not '{name}'"
+    with pytest.raises(InputError, match=complaint), stflow_fast.use_backend(name):
+        pass
+    monkeypatch.setenv("STFLOW_BACKEND", name)
+    with pytest.raises(InputError, match=complaint):
+        backend_for(Workload(CPU))
+
+
+@interpreted
+def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    announce.cache_clear()
+    model, (x, features, coords) = small().float(), inputs(8)
+    with caplog.at_level(logging.INFO, logger="stflow_fast"), torch.no_grad():
+        for name in ("triton", "triton", "reference", "reference", "triton"):
+            with ops.use_backend(name):
+                predict(model, x.float(), features.float(), coords)
+    said = [record.getMessage() for record in caplog.records if "edge attention by" in record.getMessage()]
+    assert said == ["edge attention by triton: it was asked for", said[1]]
+    assert said[1].startswith("edge attention by reference: ")
+    assert {record.levelno for record in caplog.records if record.getMessage() in said} == {logging.INFO}
+
+
+def predict(model: Denoiser, x: Tensor, features: Tensor, coords: Tensor) -> Tensor:
+    return model.inference(x[None], features[None], coords[None], torch.tensor([0.4]))[0]
+
+
+def first_prediction(golden: Golden, model: Denoiser) -> Tensor:
+    x, features, coords = (golden[f"input/{name}"] for name in ("gene_exp", "features", "coords"))
+    with torch.no_grad():
+        return model.inference(x, features, coords, golden["input/t"][0].expand(len(x)))
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_predict_what_the_published_code_does(load: Load, name: str) -> None:
+    golden, model = load(name, torch.float32)
+    with ops.use_backend("triton"):
+        found = first_prediction(golden, model)
+    assert relative_error(found, golden["output/prediction"][0]) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["small_gelu", "small_swiglu", "non_negative", "batched_padding"])
+def test_kernels_learn_what_the_published_code_does(load: Load, name: str) -> None:
+    golden, model = load(name, torch.float32)
+    x, features, coords, labels, t = (
+        golden[f"input/{key}"] for key in ("gene_exp", "features", "coords", "labels", "t_train")
+    )
+    with ops.use_backend("triton"):
+        _, loss = model(exp=x, img_features=features, coords=coords, labels=labels, t_steps=t)
+        loss.backward()
+    assert relative_error(loss, golden["output/loss"]) < 1e-5
+    expected = golden.part("grad/")
+    for parameter, value in model.named_parameters():
+        if expected[parameter].abs().max() < 1e-12:  # a bias in front of a softmax: its gradient is rounding
+            assert value.grad.abs().max() < 1e-5, parameter
+        else:
+            assert relative_error(value.grad, expected[parameter]) < 1e-5, parameter
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_training_step_with_dropout_is_the_same(activation: str) -> None:
+    model = small(activation=activation, dropout=0.3, attn_dropout=0.2).float().train()
+    sizes = [1, 23, 4]
+    x, features, coords = (torch.cat(part) for part in zip(*map(inputs, sizes), strict=True))
+    results = []
+    for name in ("triton", "reference"):
+        model.zero_grad()
+        with ops.use_backend(name):
+            graph = model.build_graph(coords, torch.tensor([0, *np.cumsum(sizes)]))
+            image = model.image_transform(graph.to_rows(features).float())
+            prediction = model.denoise(
+                graph,
+                graph.to_rows(x).float(),
+                image,
+                torch.tensor([0.1, 0.4, 0.9]),
+                slide_seed=torch.tensor([5, 2**61, 7]),
+            )
+            loss = (graph.to_spots(prediction) - x).square().mean()
+            loss.backward()
+        results.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
+    (loss, gradients), (expected_loss, expected) = results
+    assert relative_error(loss, expected_loss) < 1e-5
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for key, gradient in expected.items():
+        assert (gradients[key] - gradient).abs().max() < 1e-4 * max(gradient.abs().max(), 1e-4 * largest), key
+
+
+@interpreted
+def test_a_slide_is_sampled_the_same() -> None:
+    model, (_, features, coords) = small().float(), inputs(23)
+    drawn = []
+    for name in ("triton", "reference"):
+        with ops.use_backend(name):
+            drawn.append(
+                stflow_fast.sample(model, (features.float(), coords), n_sample_steps=3, x_0=inputs(23, 1)[0].float())
+            )
+    found, expected = (part.expression for part in drawn)
+    assert relative_error(found, expected) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("n", [0, 1, 5, 6])
+def test_small_slides_have_finite_predictions_and_gradients(n: int) -> None:
+    model = small(n_layers=1).float()
+    x, features, coords = inputs(n)
+    with ops.use_backend("triton"):
+        prediction = predict(model, x.float(), features.float(), coords)
+        prediction.sum().backward()
+    with ops.use_backend("reference"):
+        expected = predict(model, x.float(), features.float(), coords)
+    assert prediction.shape == (n, 7)
+    torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@interpreted
+def test_rows_in_blocks_and_rows_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU without gradients, spots come in blocks, and dropout follows them."""
+    model = small(dropout=0.3).float().train()
+    x, features, coords = inputs(23)
+    drawn = []
+    for rows in (1024, 10):
+        monkeypatch.setattr(ops, "ROW_BLOCK", rows)
+        with ops.use_backend("triton"), torch.no_grad():
+            graph = model.build_graph(coords)
+            image = model.image_transform(graph.to_rows(features).float())
+            x_t, t, seed = graph.to_rows(x).float(), torch.tensor([0.4]), torch.tensor([3])
+            drawn.append(model.denoise(graph, x_t, image, t, slide_seed=seed))
+    assert relative_error(*drawn) < 1e-5

@@ -1,0 +1,326 @@
+"""The compiled kernels on a GPU: every precision, sizes of use, 64-bit offsets, CUDA graphs, golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import stflow_fast.ops as ops
+from stflow_fast.graph import MISSING
+from stflow_fast.ops import reference
+from stflow_fast.ops.reference import MLPWeights
+
+from .golden import CASES, relative_error
+from .kernel_cases import (
+    MLP,
+    MLP_INPUTS,
+    Attention,
+    AttentionInputs,
+    MLPTensors,
+    Result,
+    assert_same_bits,
+    attention_inputs,
+    attention_kernel,
+    attention_reference,
+    differentiate,
+    error,
+    kernel_arguments,
+    leaves,
+    mlp_inputs,
+    poisoned_memory,
+    spot_keys,
+)
+from .test_golden import Load, load
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+__all__ = ["load"]  # a fixture
+
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = {"ieee": 2e-6, "tf32": 2**-10, "bf16": 2**-8, "fp16": 2**-10}  # the gates by tanh.approx are 2^-11 off
+STREAM = 6
+MEMORY_WANTED = 30 * 2**30
+
+nothing_unwritten_is_read = pytest.fixture(autouse=True, scope="module")(poisoned_memory)
+
+Set = Callable[[str], torch.dtype]
+
+
+@pytest.fixture
+def multiply_in() -> Iterator[Set]:
+    """Sets how float32 multiplies, and gives the type of the tensors."""
+    before = torch.get_float32_matmul_precision()
+
+    def choose(precision: str) -> torch.dtype:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        return DTYPES.get(precision, torch.float32)
+
+    yield choose
+    torch.set_float32_matmul_precision(before)
+
+
+def assert_as_exact_as_torch(found: Result, plain: Result, exact: Result, rounding: float) -> None:
+    """At most twice the error of plain torch in the same precision, and an allowance for rounding."""
+    pairs = {"output": (found.output, plain.output, exact.output)}
+    pairs |= {name: (found.gradients[name], plain.gradients[name], exact.gradients[name]) for name in exact.gradients}
+    errors = {name: (error(ours, truth), error(theirs, truth)) for name, (ours, theirs, truth) in pairs.items()}
+    assert all(ours <= 2 * theirs + rounding for ours, theirs in errors.values()), errors
+
+
+DEFAULT = Attention(sizes=(1000,), k=8, heads=4, e=64, z=64, dh=32)  # the default model: P = 128, d = 128
+ATTENTIONS = {
+    "default": DEFAULT,
+    "default, gelu": replace(DEFAULT, activation="gelu", e=128, z=128),
+    "default, relu": replace(DEFAULT, activation="relu", e=128, z=128),
+    "default, dropout": replace(DEFAULT, p_mlp=0.2, p_attention=0.2),
+    "5 neighbours": replace(DEFAULT, k=5),
+    "64 neighbours": replace(DEFAULT, k=64, heads=2),
+    "odd widths": Attention(sizes=(1000,), k=8, heads=3, e=24, z=12, dh=5, p_mlp=0.2),
+    "packed behind a lone spot": replace(DEFAULT, sizes=(1, 7, 300, 0, 9, 1)),
+    "lattice": replace(DEFAULT, sizes=(900,), coords="lattice"),
+    "one spot": replace(DEFAULT, sizes=(1,)),
+    "K + 1 spots": replace(DEFAULT, sizes=(9,)),
+    "no spots": replace(DEFAULT, sizes=(0,)),
+}
+
+
+def attention_exactly(inputs: AttentionInputs, dtype: torch.dtype) -> Result:
+    if not len(inputs.terms):
+        gradients = {name: torch.zeros_like(tensor) for name, tensor in named_tensors(inputs).items()}
+        return Result(torch.zeros_like(inputs.grad_context), gradients)
+    return attention_reference(inputs, dtype)
+
+
+def named_tensors(inputs: AttentionInputs) -> dict[str, Tensor]:
+    return {"terms": inputs.terms, **inputs.weights._asdict()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_as_exact_as_plain_torch(name: str, precision: str, multiply_in: Set) -> None:
+    dtype = multiply_in(precision)
+    inputs = attention_inputs(ATTENTIONS[name], "cuda").round_to(dtype)
+    found, plain = attention_kernel(inputs, dtype), attention_exactly(inputs, dtype)
+    assert found.output.dtype == dtype
+    assert_as_exact_as_torch(found, plain, attention_exactly(inputs, torch.float64), ROUNDING[precision])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention_gives_the_same_bits_in_every_run(precision: str, multiply_in: Set) -> None:
+    dtype = multiply_in(precision)
+    inputs = attention_inputs(replace(DEFAULT, sizes=(20_000, 1, 500), p_mlp=0.2, p_attention=0.2), "cuda")
+    first = attention_kernel(inputs, dtype)
+    for _ in range(9):
+        assert_same_bits(attention_kernel(inputs, dtype), first)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kept_messages_change_little(precision: str, multiply_in: Set) -> None:
+    from stflow_fast.kernels.edge_attention import edge_attention, edge_messages
+
+    dtype = multiply_in(precision)
+    arguments = kernel_arguments(attention_inputs(DEFAULT, "cuda"), dtype)
+    settings, message_to_logit = arguments["settings"], arguments["message_to_logit"]
+    with torch.no_grad():
+        made = edge_attention(**arguments)
+        messages = edge_messages(arguments["edges"], arguments["edge"], message_to_logit, settings, dtype)
+        kept = arguments | {"edges": messages, "settings": settings._replace(edges_are_messages=True)}
+        assert error(edge_attention(**kept), made) < 4 * ROUNDING[precision]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_offsets_pass_32_bits(kept: bool, multiply_in: Set) -> None:
+    """The rows at the end of tensors of more than 2^31 numbers are those of a small problem with the same rows."""
+    from stflow_fast.kernels.edge_attention import edge_attention, edge_messages
+
+    if torch.cuda.get_device_properties(0).total_memory < MEMORY_WANTED:
+        pytest.skip("needs 30 GiB of GPU memory")
+    dtype = multiply_in("bf16")
+    small = kernel_arguments(attention_inputs(DEFAULT, "cuda"), dtype)
+    rows, width = small["terms"].shape
+    # Kept messages have K * E = 512 numbers a spot, terms 2 * H * P + d = 1152.
+    n = spots_beyond_32_bits(512 if kept else width, rows)
+    large = dict(small)
+    with torch.no_grad():
+        large["terms"] = at_the_end(small["terms"], n, 0)
+        large["neighbors"] = at_the_end(small["neighbors"] + n - rows, n, MISSING)
+        large["edges"] = at_the_end(small["edges"], n, 0)
+        if kept:
+            for arguments in (small, large):
+                settings = arguments["settings"]._replace(edges_are_messages=True)
+                weights = (arguments["edge"], arguments["message_to_logit"], arguments["settings"])
+                arguments["edges"] = edge_messages(arguments["edges"], *weights, dtype)
+                arguments["settings"] = settings
+        found, expected = edge_attention(**large), edge_attention(**small)
+        assert torch.equal(found[-rows:], expected)
+        assert not found[:-rows].any()
+
+
+def test_offsets_of_gradients_pass_32_bits(multiply_in: Set) -> None:
+    from stflow_fast.kernels.edge_attention import edge_attention
+
+    if torch.cuda.get_device_properties(0).total_memory < MEMORY_WANTED:
+        pytest.skip("needs 30 GiB of GPU memory")
+    dtype = multiply_in("bf16")
+    inputs = attention_inputs(DEFAULT, "cuda")
+    small = kernel_arguments(inputs, dtype)
+    rows, width = small["terms"].shape
+    n = spots_beyond_32_bits(width, rows)
+    large = dict(small)
+    with torch.no_grad():
+        large["terms"] = at_the_end(small["terms"], n, 0).requires_grad_()
+        large["neighbors"] = at_the_end(small["neighbors"] + n - rows, n, MISSING)
+        large["edges"] = at_the_end(small["edges"], n, 0)
+    expected = attention_kernel(inputs, dtype).gradients["terms"]
+    context = edge_attention(**large)
+    grad = at_the_end(inputs.grad_context.to(dtype), n, 0)
+    (found,) = torch.autograd.grad(context, large["terms"], grad)
+    assert torch.equal(found[-rows:], expected)
+    assert not found[:-rows].any()
+
+
+def spots_beyond_32_bits(width: int, rows: int) -> int:
+    """So many that the last ``rows`` lie beyond 2^31 numbers, and begin a tile, which keeps the order of sums."""
+    return rows + 128 * (2**31 // width // 128 + 1)
+
+
+def at_the_end(tensor: Tensor, n: int, fill: float) -> Tensor:
+    """Rows [n, ...] that are ``fill`` but for the last ones."""
+    large = torch.full((n, *tensor.shape[1:]), fill, dtype=tensor.dtype, device=tensor.device)
+    large[-len(tensor) :] = tensor.detach()
+    return large
+
+
+def test_a_cuda_graph_replays_the_operations(multiply_in: Set) -> None:
+    from stflow_fast.kernels.dropout import dropout
+    from stflow_fast.kernels.edge_attention import edge_attention
+    from stflow_fast.kernels.gated_mlp import gated_mlp
+
+    dtype = multiply_in("bf16")
+    inputs = attention_inputs(replace(DEFAULT, p_mlp=0.2), "cuda")
+    arguments = kernel_arguments(inputs, dtype)
+    columns = inputs.grad_context.shape[1]
+    weights = mlp_inputs(MLP(columns=columns, z=64, out=128), "cuda").weights
+    weights = tuple(weight.to(dtype) for weight in weights)
+    keys = inputs.keys.keys
+
+    @torch.no_grad()
+    def run(terms: Tensor) -> Tensor:
+        context = edge_attention(**arguments | {"terms": terms})
+        return dropout(gated_mlp(context, weights, "swiglu", 0.2, keys, STREAM), keys, 0.2, STREAM + 1)
+
+    static = arguments["terms"].detach().clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled before the capture
+        run(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        output = run(static)
+    for scale in (1.0, -0.5):
+        static.copy_(scale * arguments["terms"].detach())
+        captured.replay()
+        assert torch.equal(output, run(static))
+
+
+def mlp_result(inputs: MLPTensors, dtype: torch.dtype, backend: str) -> Result:
+    x, *weights = leaves((inputs.x, *inputs.weights), dtype)
+    case, weights = inputs.case, MLPWeights(*weights)
+    arguments = (x, weights, case.activation, case.p, inputs.keys, STREAM)
+    with ops.use_backend(backend):
+        output = reference.gated_mlp(*arguments) if backend == "reference" else ops.gated_mlp(*arguments)
+    return differentiate(output, inputs.grad, dict(zip(MLP_INPUTS, (x, *weights), strict=True)))
+
+
+MLPS = {
+    "default": MLP(n=1000, columns=128, z=256, out=128),
+    "gelu": MLP(n=1000, columns=128, z=512, out=128, activation="gelu"),
+    "relu, odd widths": MLP(n=333, columns=40, z=21, out=9, activation="relu"),
+    "dropout": MLP(n=1000, columns=128, z=256, out=128, p=0.2),
+    "one row": MLP(n=1, columns=128, z=64, out=128),
+    "no rows": MLP(n=0, columns=128, z=64, out=128),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", MLPS)
+def test_gated_mlp_is_as_exact_as_plain_torch(name: str, precision: str, multiply_in: Set) -> None:
+    dtype = multiply_in(precision)
+    inputs = mlp_inputs(MLPS[name], "cuda")
+    rounded = replace(
+        inputs,
+        x=inputs.x.to(dtype).double(),
+        weights=MLPWeights(*(weight.to(dtype).double() for weight in inputs.weights)),
+        grad=inputs.grad.to(dtype).double(),
+    )
+    found, plain = (mlp_result(rounded, dtype, backend) for backend in ("triton", "reference"))
+    exact = mlp_result(rounded, torch.float64, "reference")
+    assert_as_exact_as_torch(found, plain, exact, 2 * ROUNDING[precision])
+
+
+def test_gated_mlp_gives_the_same_bits_in_every_run(multiply_in: Set) -> None:
+    dtype = multiply_in("bf16")
+    inputs = mlp_inputs(MLP(n=20_000, columns=128, z=256, out=128, p=0.2), "cuda")
+    first = mlp_result(inputs, dtype, "triton")
+    for _ in range(9):
+        assert_same_bits(mlp_result(inputs, dtype, "triton"), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1000, 128), (333, 50)])
+def test_dropout_draws_the_masks_of_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, keys = torch.randn(shape, device="cuda").to(dtype), spot_keys(shape[0], "cuda")
+    found, expected = [], []
+    for backend, results in (("triton", found), ("reference", expected)):
+        leaf = x.clone().requires_grad_()
+        with ops.use_backend(backend):
+            dropped = ops.apply_dropout(leaf, 0.3, keys, 3)
+        results += [dropped.detach(), *torch.autograd.grad(dropped.sum(), leaf)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours == 0, theirs == 0)
+        assert error(ours, theirs) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_model_predicts_what_the_published_code_does(load: Load, name: str, multiply_in: Set) -> None:
+    multiply_in("ieee")
+    golden, model = load(name, torch.float32)
+    model = model.cuda()
+    x, features, coords = (golden[f"input/{key}"].cuda() for key in ("gene_exp", "features", "coords"))
+    with ops.use_backend("triton"), torch.no_grad():
+        steps = [model.inference(x, features, coords, t.expand(len(x))) for t in golden["input/t"].cuda()]
+    assert relative_error(torch.stack(steps).cpu(), golden["output/prediction"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["small_gelu", "small_swiglu", "non_negative", "batched_padding"])
+def test_the_model_learns_what_the_published_code_does(load: Load, name: str, multiply_in: Set) -> None:
+    multiply_in("ieee")
+    golden, model = load(name, torch.float32)
+    model = model.cuda()
+    x, features, coords, labels, t = (
+        golden[f"input/{key}"].cuda() for key in ("gene_exp", "features", "coords", "labels", "t_train")
+    )
+    with ops.use_backend("triton"):
+        _, loss = model(exp=x, img_features=features, coords=coords, labels=labels, t_steps=t)
+        loss.backward()
+    assert relative_error(loss.detach().cpu(), golden["output/loss"]) < 1e-5
+    expected = golden.part("grad/")
+    for parameter, value in model.named_parameters():
+        if expected[parameter].abs().max() < 1e-12:  # a bias in front of a softmax: its gradient is rounding
+            assert value.grad.abs().max() < 1e-5, parameter
+        else:
+            assert relative_error(value.grad.cpu(), expected[parameter]) < 1e-5, parameter
+
+
+def test_a_gpu_runs_the_kernels_by_itself() -> None:
+    found = ops.backend_for(ops.Workload(torch.device("cuda", 0)))
+    assert found.name == ("triton" if torch.cuda.get_device_capability(0) >= (8, 0) else "reference")
