@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench gpu clean
 
 setup: $(VENV)/.done
 
@@ -34,6 +34,14 @@ bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
 	$(BIN)/python -m benchmarks.summarize .benchmarks/cpu.json
+
+# On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results
+
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

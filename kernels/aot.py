@@ -115,7 +115,7 @@ def _edge_variant(name: str, arch: int, precision: str, gate: str, k: int, p: fl
         default=gate == "swiglu" and k == 8 and precision != "fp16" and not (precision == "ieee" and "bwd" in name),
         trips=_edge_trips(name, shape),
         rows=shape.spots * k if name != "edge_attention_bwd_key" else shape.rows,
-        work=_edge_work(name, shape, 2 if precision in POINTER else 4),
+        work=edge_work(name, shape, 2 if precision in POINTER else 4),
     )
 
 
@@ -129,7 +129,7 @@ def _edge_trips(name: str, shape: EdgeShape) -> tuple[int, ...]:
     }[name]
 
 
-def _edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
+def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
     """Counted per edge from the mathematics; of the key-owned backward per edge and head."""
     gates = {"message": 4 * shape.e, "logit": shape.n_heads * shape.z}
     matrix = 2 * shape.e * shape.hp
