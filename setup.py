@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["stflow_fast", "stflow_fast.*"]), "stflow_fast.kernels"],
     package_dir={"stflow_fast.kernels": "kernels"},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",
         "numpy>=1.24",
         "scipy>=1.10",

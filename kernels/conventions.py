@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 LAYERNORM_EPS = 1e-5
+
+MOST_NEIGHBORS = 64
+"""K that the kernels take."""
+
+MOST_COLUMNS = 128
+"""E and Z that the edge kernels take (hidden_dim 256 with SwiGLU): programs hold matrices of E x Z in shared memory."""
 
 CONTEXT_ALIGNMENT = 8
 """Columns of a context: tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
@@ -25,3 +33,11 @@ def context_padding(width: int) -> int:
 def dropout_threshold(p: float) -> int:
     """Mixed int32 numbers below it are dropped: a share of ``p``."""
     return int(p * 2**32) - 2**31
+
+
+def float32_is_tf32() -> bool:
+    """torch's setting, by the newer of its two interfaces where there is one: once it is used, the older one raises."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"

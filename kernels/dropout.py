@@ -20,7 +20,7 @@ from .launch import check_device, check_probability, check_tensors, device_scope
 from .tiles import combine, dropout_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stream"])
 def dropout_kernel(
     x, keys, out, n, stream, COLUMNS: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr
 ):

@@ -15,7 +15,7 @@ their tie rules, and are made once per slide by ``edge_geometry``, not in every 
 Backward, in two kernels and without atomics, so that every run gives the same bits:
 
 * query-owned: recomputes the forward of a tile, writes dA, the edge MLP's gradients, and for the second kernel the
-  messages and two numbers per edge and head, together as many bytes as A at K = 8, freed with it.
+  messages (as many bytes as A at K = 8) and two numbers per edge and head, freed with it.
 * key-owned: one program per head walks the edges that arrive at a block of keys (the transposed neighbour table),
   recomputes their pre-activations, and writes dB and dV; the gradient of message_to_logit_h stays in its registers, for
   which an accumulator of all heads would be too large.
@@ -36,7 +36,7 @@ from stflow_fast.errors import InputError
 from stflow_fast.graph import transpose_neighbors
 
 from . import conventions
-from .conventions import context_padding
+from .conventions import MOST_COLUMNS, MOST_NEIGHBORS, context_padding
 from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
 from .edge_tiles import (
     edge_factors,
@@ -56,12 +56,10 @@ from .edge_tiles import (
 from .launch import Launch, check_device, check_probability, check_tensors, device_scope, n_processors, on_device
 from .tiles import centre_backward, gate_backward, matmul
 
-MOST_NEIGHBORS = 64
-
 CONTEXT_ALIGNMENT = tl.constexpr(conventions.CONTEXT_ALIGNMENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def edge_attention_fwd_kernel(
     terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, context, n, S: tl.constexpr
 ):
@@ -109,7 +107,7 @@ def edge_attention_fwd_kernel(
     store_rows(row, i_pad, b_zero, m_q[:, None] & (i_pad < S.context)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"])
 def edge_messages_kernel(geometry, edge, messages, n_edges, S: tl.constexpr):
     """Messages [N * K, E] of a layer, to be kept; without dropout."""
     i_edge = tl.program_id(0).to(tl.int64) * S.rows + tl.arange(0, S.rows)
@@ -120,7 +118,7 @@ def edge_messages_kernel(geometry, edge, messages, n_edges, S: tl.constexpr):
     store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & (i_c < S.e)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def edge_attention_bwd_query_kernel(
     grad_context,
     terms,
@@ -236,7 +234,7 @@ def query_gradient(
     return matmul(tl.where(m_z[None, :], b_dpre, 0.0), b_w, b_dmessage, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def edge_attention_bwd_key_kernel(
     grad_context,
     terms,
@@ -398,15 +396,14 @@ def _check(
     message_to_logit: Tensor,
     logit: Tensor,
     dropout_keys: Tensor | None,
+    arriving: tuple[Tensor | None, Tensor | None],
     settings: Settings,
 ) -> None:
     """Refuse by name what the kernels would misread."""
     if neighbors.ndim != 2 or not 1 <= neighbors.shape[1] <= MOST_NEIGHBORS:
         raise InputError(f"neighbors: must have 1 to {MOST_NEIGHBORS} columns, not shape {list(neighbors.shape)}")
-    if message_to_logit.ndim != 2:
-        raise InputError(f"message_to_logit: must have shape [E, H * P], not {list(message_to_logit.shape)}")
     n, k = neighbors.shape
-    e, hp = message_to_logit.shape
+    e, hp = _check_width(message_to_logit)
     n_heads = settings.n_heads
     if (
         n_heads < 1
@@ -421,13 +418,16 @@ def _check(
         )
     edge_halves = _halves("edge_activation", settings.edge_activation)
     logit_halves = _halves("logit_activation", settings.logit_activation)
+    z = hp // n_heads // logit_halves
+    if z > MOST_COLUMNS:
+        raise InputError(f"message_to_logit: must have up to {MOST_COLUMNS} columns a head behind its gate, not {z}")
     expected = {
         "terms": (terms, (n, terms.shape[1])),
         "neighbors": (neighbors, (n, k)),
         "edges": (edges, (n, k, e if settings.edges_are_messages else 3)),
         "edge": (edge, (4, e * edge_halves)),
         "message_to_logit": (message_to_logit, (e, hp)),
-        "logit": (logit, (hp // n_heads // logit_halves + 1,)),
+        "logit": (logit, (z + 1,)),
     }
     check_probability("p_mlp", settings.p_mlp)
     check_probability("p_attention", settings.p_attention)
@@ -435,7 +435,21 @@ def _check(
         if dropout_keys is None:
             raise InputError("dropout_keys: are needed with dropout")
         expected["dropout_keys"] = (dropout_keys, (n,))
-    check_tensors(expected, neighbors=torch.int64, dropout_keys=torch.int32)
+    for name, given, size in zip(("arriving", "arriving_ptr"), arriving, (n * k, n + 1), strict=True):
+        if given is not None:
+            expected[name] = (given, (size,))
+    integers = dict.fromkeys(("neighbors", "arriving", "arriving_ptr"), torch.int64)
+    check_tensors(expected, **integers, dropout_keys=torch.int32)
+
+
+def _check_width(message_to_logit: Tensor) -> tuple[int, int]:
+    """E and H * P."""
+    if message_to_logit.ndim != 2 or message_to_logit.shape[0] > MOST_COLUMNS:
+        raise InputError(
+            f"message_to_logit: must have shape [E, H * P] with E up to {MOST_COLUMNS}, "
+            f"not {list(message_to_logit.shape)}"
+        )
+    return message_to_logit.shape
 
 
 def _halves(name: str, activation: str) -> int:
@@ -447,7 +461,9 @@ def _halves(name: str, activation: str) -> int:
 
 def _check_rows(neighbors: Tensor) -> None:
     """With STFLOW_DEBUG=1, which waits for the device: no neighbour may be out of range."""
-    if os.environ.get("STFLOW_DEBUG") == "1" and len(neighbors) and int(neighbors.max()) >= len(neighbors):
+    if os.environ.get("STFLOW_DEBUG") != "1" or (neighbors.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if len(neighbors) and int(neighbors.max()) >= len(neighbors):
         raise InputError(f"neighbors: {int(neighbors.max())} is no row of the {len(neighbors)} terms")
 
 
@@ -513,7 +529,7 @@ def _forward_fake(
     *flat: int | str | float,
 ) -> Tensor:
     settings = Settings(*flat)
-    _check(terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, settings)
+    _check(terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, (arriving, arriving_ptr), settings)
     sizes = _sizes(terms, neighbors, message_to_logit)
     used = sizes.d + settings.n_heads * (sizes.e + 1)
     return terms.new_empty(terms.shape[0], used + context_padding(used))  # len() would compile for one N alone
@@ -627,9 +643,11 @@ def _messages_fake(
     logit_activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    if geometry.ndim != 3 or geometry.shape[1] == 0:
-        raise InputError(f"geometry: must have shape [N, K, 3], not {list(geometry.shape)}")
-    (n, k, _), e = geometry.shape, message_to_logit.shape[0]
+    if geometry.ndim != 3 or not 1 <= geometry.shape[1] <= MOST_NEIGHBORS:
+        raise InputError(f"geometry: must have shape [N, 1 to {MOST_NEIGHBORS}, 3], not {list(geometry.shape)}")
+    (n, k, _), (e, hp) = geometry.shape, _check_width(message_to_logit)
+    if n_heads < 1 or hp % n_heads:
+        raise InputError(f"n_heads: must divide H * P = {hp}, not {n_heads}")
     halves = _halves("edge_activation", edge_activation)
     check_tensors({"geometry": (geometry, (n, k, 3)), "edge": (edge, (4, e * halves))})
     return geometry.new_empty(n, k, e, dtype=dtype)

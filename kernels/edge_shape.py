@@ -39,7 +39,7 @@ class EdgeShape:
 
     Attributes:
         rows: M, edges in a tile; ``spots`` whole spots fit into it, ``keys`` keys are taken at a time by the
-            key-owned backward, whose arriving edges then fill two tiles.
+            key-owned backward, at least 16 and else those whose arriving edges fill two tiles.
         parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each.
         k, n_heads, e, z, p, pe, hp, d, dh: as in ``stflow_fast/ops/reference.py``; dh = d / H.
         width, used, context: columns of the terms, of the context without and with its padding.
@@ -108,7 +108,7 @@ def edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: S
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
-    parts = 2 if arch == 80 and _padded(e) > 16 else 1
+    parts = 2 if 80 <= arch < 90 and _padded(e) > 16 else 1
     used = d + n_heads * (e + 1)
     shape = EdgeShape(
         rows=rows,

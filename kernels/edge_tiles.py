@@ -78,7 +78,7 @@ def edge_weights(edge, i_input, HALF: tl.constexpr, S: tl.constexpr):
     i_c = tl.arange(0, S.e_pad)
     i_kind, i_part = (i_input % 4)[:, None], (i_input // 4)[:, None]
     column = edge + i_kind * S.pe + HALF * S.e + i_c[None, :]
-    b_w = tl.load(column, mask=(i_c < S.e)[None, :] & (i_part < 4), other=0.0).to(tl.float32)
+    b_w = tl.load(column, mask=(i_c < S.e)[None, :], other=0.0).to(tl.float32)
     return split(b_w, i_part, 2) if S.split else tl.where(i_part == 0, b_w, 0.0)
 
 

@@ -84,7 +84,7 @@ def gate_tile(pre, keys, i_row, m_row, stream, S: tl.constexpr):
     return b_a, b_b, b_centred, b_rstd, b_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stream"])
 def gate_norm_fwd_kernel(pre, gain, bias, keys, hidden, n, stream, S: tl.constexpr):
     i_row = (tl.program_id(0) * S.rows + tl.arange(0, S.rows)).to(tl.int64)
     i_z = tl.arange(0, S.z_pad)
@@ -96,7 +96,7 @@ def gate_norm_fwd_kernel(pre, gain, bias, keys, hidden, n, stream, S: tl.constex
     tl.store(hidden + i_row[:, None] * S.z + i_z[None, :], b_hidden, mask=m_row[:, None] & (i_z < S.z)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stream"])
 def gate_norm_bwd_kernel(
     grad_hidden, pre, gain, bias, keys, grad_pre, hidden, grad_gain, grad_bias, n, stream, S: tl.constexpr
 ):

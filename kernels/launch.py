@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stflow_fast.errors import InputError
 
+from .conventions import float32_is_tf32
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors: decided when a kernel's file is loaded."""
 
@@ -42,12 +44,16 @@ class Row(NamedTuple):
 HALF, ANY = "bf16 fp16", "bf16 fp16 tf32 ieee"
 WIDEST = 2**30
 
-# Reasons are what the compiler said (`python -m stflow_fast.kernels.aot`, triton 3.7.1): "least" is the fewest
-# instructions per edge of the tiles of 16 to 128 rows and 4 or 8 warps that spill no register, with dropout or without.
-# None was timed on a GPU yet.
+# Reasons are what the compiler said of these tiles (`python -m stflow_fast.kernels.aot`, triton 3.7.1): "least" is the
+# fewest instructions per edge of the tiles of 16 to 128 rows and 4 or 8 warps that spill no register, with dropout or
+# without. None was timed on a GPU yet.
+#
+# No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
+# CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). 64 rows and 4 warps would be 11.9k
+# instructions per edge in the forward (14.8k with 32), and are for whoever has seen them right on a GPU. K above 32
+# needs tiles of 64 rows.
 TABLE = (
-    Row("edge_attention_fwd", 80, HALF, 64, Launch(64, 8, 1), "least; 4 warps spill 8 bytes with dropout"),
-    Row("edge_attention_fwd", 90, HALF, 64, Launch(64, 4, 2), "least: 13k instructions per edge, 8 warps 19k"),
+    Row("edge_attention_fwd", 80, HALF, 64, Launch(32, 4, 1), "least below 64 rows"),
     Row("edge_attention_fwd", 80, HALF, WIDEST, Launch(32, 8, 1), "least; 64 rows spill with dropout"),
     Row("edge_attention_fwd", 80, "tf32", 64, Launch(32, 8, 1), "least; 4 warps spill 8 bytes, 64 rows 32"),
     Row("edge_attention_fwd", 80, "tf32", WIDEST, Launch(16, 8, 1), "half of the rows for twice the columns"),
@@ -59,7 +65,7 @@ TABLE = (
     Row("edge_attention_bwd_query", 80, "ieee", WIDEST, Launch(16, 8, 1), "spills 64 bytes; everything else more"),
     Row("edge_attention_bwd_key", 80, HALF, WIDEST, Launch(32, 8, 1), "least; 4 warps spill 16 bytes, 64 rows 688"),
     Row("edge_attention_bwd_key", 80, "tf32 ieee", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 8 bytes"),
-    Row("edge_messages", 80, "bf16 fp16 tf32", 64, Launch(64, 4, 1), "as the forward on sm_90"),
+    Row("edge_messages", 80, "bf16 fp16 tf32", 64, Launch(32, 4, 1), "as the forward"),
     Row("edge_messages", 80, ANY, WIDEST, Launch(16, 8, 1), "as the forward"),
     Row("dropout", 80, ANY, 128, Launch(16, 4, 1), "16 numbers a thread"),
     Row("gate_norm", 80, ANY, 128, Launch(16, 4, 4), "a row is 128 numbers: 16 of them are 16 numbers a thread"),
@@ -84,7 +90,7 @@ def launch_of(kernel: str, arch: int, precision: str, columns: int) -> Launch:
 def precision_of(dtype: torch.dtype, name: str = "dtype") -> str:
     """``ieee``, ``tf32``, ``bf16`` or ``fp16``; how float32 multiplies is torch's setting; a refusal names ``name``."""
     if dtype == torch.float32:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if float32_is_tf32() else "ieee"
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16" if dtype == torch.bfloat16 else "fp16"
     raise InputError(f"{name}: the Triton kernels take float32, bfloat16 or float16, not {dtype}")
@@ -123,7 +129,7 @@ def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes:
 
     Args:
         expected: tensors and their shapes; the first names the device.
-        dtypes: of those that must have one.
+        dtypes: of those that are no floating-point numbers.
     """
     first = next(iter(expected))
     precision_of(expected[first][0].dtype, first)
@@ -134,8 +140,10 @@ def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes:
             raise InputError(f"{name}: is on {tensor.device}, but {first} is on {expected[first][0].device}")
         if not tensor.is_contiguous():
             raise InputError(f"{name}: must be contiguous; call .contiguous()")
-        if tensor.dtype != dtypes.get(name, tensor.dtype):
+        if name in dtypes and tensor.dtype != dtypes[name]:
             raise InputError(f"{name}: must be {dtypes[name]}, not {tensor.dtype}")
+        if name not in dtypes:
+            precision_of(tensor.dtype, name)
 
 
 def check_probability(name: str, p: float) -> None:

@@ -50,6 +50,8 @@ from stflow_fast.graph import (
     spot_grid,
 )
 
+from .launch import device_scope
+
 BLOCK = 16
 """Queries of a program: neighbours in space, whose windows mostly coincide. 32 of them need 255 registers and spill."""
 
@@ -323,7 +325,7 @@ def _launch(
     n = len(queries)
     found = torch.full((n, k), MISSING, dtype=torch.int32, device=queries.device)
     settled = torch.empty(n, dtype=torch.int32, device=queries.device)
-    with torch.cuda.device_of(queries):
+    with device_scope(queries):
         nearest_kernel[(triton.cdiv(n, BLOCK),)](
             queries, own, tied, *(window.border, window.first, window.stop), candidates.points, candidates.spot,
             found, settled, n, k, TIE_TOLERANCE, len(window.first), BLOCK, COLS, num_warps=NUM_WARPS,

@@ -121,7 +121,8 @@ class EdgeAttention(nn.Module):
         terms = F.linear(normed, folded.project, folded.project_bias)
         gene = x @ folded.gene.T
         by_head = terms[:, : terms.shape[1] - d].unflatten(1, (2, self.spec.n_heads, -1))
-        by_head.add_(torch.stack([-gene, gene], dim=1).unsqueeze(2))
+        by_head[:, 0].sub_(gene.unsqueeze(1))
+        by_head[:, 1].add_(gene.unsqueeze(1))
         return terms
 
     def output(self, context: Tensor, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
@@ -208,8 +209,13 @@ class SpatialTransformer(nn.Module):
         return prediction
 
     def layer_states(self) -> list[LayerState]:
-        """Folded weights of every layer; differentiable, and reusable while the parameters stay."""
-        return [LayerState(block.attn.fold()) for block in self.blks]
+        """Folded weights of every layer; differentiable, and reusable while the parameters stay.
+
+        In the parameters' precision, under autocast too: products of weights would be rounded twice.
+        """
+        device = self.blks[0].attn.layernorm_qkv[1].weight.device
+        with torch.autocast(device.type, enabled=False):
+            return [LayerState(block.attn.fold()) for block in self.blks]
 
     def keep_messages(self, states: list[LayerState], graph: SpotGraph, budget: int) -> list[LayerState]:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""

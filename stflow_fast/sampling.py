@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import InputError
 from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, time_grid
 from .graph import SpotGraph
@@ -75,8 +76,7 @@ class Sampler:
             prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
             memory_budget: bytes that each slide may spend on keeping edge messages from one flow step to the next, or
                 text such as "4GiB".
-            cuda_graph: on a GPU, capture one denoiser call of a slide and replay it, in the precision of its first
-                draw; False for debugging.
+            cuda_graph: on a GPU, capture one denoiser call of a slide and replay it; False for debugging.
 
         Raises:
             InputError: a setting out of range.
@@ -86,8 +86,12 @@ class Sampler:
         self.solver = EulerSolver(time_grid(self.n_sample_steps))
         self.memory_budget = parse_bytes(memory_budget)
         self.cuda_graph = cuda_graph
+        # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device has
+        # float64.
+        times = torch.tensor(self.solver.grid[:-1], dtype=torch.float64)
         with _evaluating(model):
             self.states = model.backbone.layer_states()
+            self.times = dict(zip(self.solver.grid[:-1], model.fourier_proj(times).split(1), strict=True))
 
     def prepare(self, slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> PreparedSlide:
         """Make what all draws of a slide share: neighbours, geometry, ``image_transform``, edge messages.
@@ -111,11 +115,14 @@ class PreparedSlide:
         self.sampler, self.slide_id = sampler, slide_id
         model = sampler.model
         with _evaluating(model):
-            self.graph = model.build_graph(coords)
-            self._image = _embed(model, self.graph, features)
-            self._states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
-        on_gpu = self._image.is_cuda and sampler.cuda_graph and self.graph.n_spots > 0
-        self._call = _Captured(self._denoise) if on_gpu else self._denoise
+            self.graph = graph = model.build_graph(coords)
+            image = _embed(model, graph, features)
+            states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
+
+        def call(x_t: Tensor, time: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
+            return model.denoise_at(graph, x_t, image, time, states)
+
+        self._call = _Captured(call) if image.is_cuda and sampler.cuda_graph and graph.n_spots else call
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
         """One sample (the published loop: ``n_sample_steps - 1`` calls).
@@ -135,25 +142,22 @@ class PreparedSlide:
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
         kept = []
+
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            return self._call(x_t, self.sampler.times[t])
+
         with _evaluating(model):
-            for rows in solver.solve(self._predict, graph.to_rows(x_0.to(self._image))):
+            for rows in solver.solve(predict, graph.to_rows(x_0.to(model.image_transform.weight))):
                 if trajectory:
                     kept.append(graph.to_spots(rows).cpu())
             expression = kept[-1] if kept else graph.to_spots(rows).cpu()
         return Sample(expression, solver.nfe, torch.stack(kept) if trajectory else None)
 
-    def _predict(self, x_t: Tensor, t: float) -> Tensor:
-        # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device
-        # has float64.
-        times = torch.full((self.graph.n_slides,), t, dtype=torch.float64)
-        return self._call(x_t, self.sampler.model.fourier_proj(times))
-
-    def _denoise(self, x_t: Tensor, time: Tensor) -> Tensor:
-        return self.sampler.model.denoise_at(self.graph, x_t, self._image, time, self._states)
-
 
 class _Captured:
     """A function of tensors as a CUDA graph: the first call runs it and captures it, later ones replay.
+
+    Called under another backend or precision, it captures anew.
 
     A call of the denoiser on 10,000 spots is some hundred launches of a few microseconds each; a replay is one.
     """
@@ -161,11 +165,14 @@ class _Captured:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._circumstances: tuple[object, ...] = ()
         self._inputs: tuple[Tensor, ...] = ()
         self._output: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self._graph is None:
+        circumstances = ops.circumstances(inputs[0].device)
+        if self._graph is None or circumstances != self._circumstances:
+            self._circumstances = circumstances
             with _without_autocast_cache():
                 return self._run_and_capture(inputs)
         for held, given in zip(self._inputs, inputs, strict=True):
@@ -180,8 +187,9 @@ class _Captured:
         with torch.cuda.stream(stream):
             output = self._function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        output.record_stream(torch.cuda.current_stream())
         self._inputs, graph = tuple(map(torch.clone, inputs)), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._output = self._function(*self._inputs)
         self._graph = graph
         return output
@@ -229,10 +237,12 @@ def _without_autocast_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(model: Denoiser) -> Iterator[None]:
-    was_training = model.training
+    """Without gradients, in evaluation mode, and with the model's GPU as the current one: streams, events and graphs
+    are made on that."""
+    was_training, weight = model.training, model.image_transform.weight
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
             yield
     finally:
         model.train(was_training)

@@ -56,6 +56,7 @@ def test_no_kernel_has_more_than_sixteen_arguments() -> None:
         ({"spill_bytes": 8, "default": False}, []),
         ({"shared_bytes": 116_000}, ["needs 116000 bytes of shared memory; two programs do not fit"]),
         ({"shared_bytes": 115_000}, []),
+        ({"shared_bytes": 233_000, "default": False}, ["needs 233000 bytes of shared memory; there is no room for it"]),
         ({"shared_bytes": 115_000, "arch": 80}, ["needs 115000 bytes of shared memory; two programs do not fit"]),
     ],
 )
@@ -81,6 +82,12 @@ def test_instructions_are_weighted_by_their_loops() -> None:
     assert once == {"BRA": 2, "LDG.128": 1, "FFMA": 1, "MUFU": 1, "STG.64": 1, "EXIT": 1}
     assert weighted == {"LDG.128": 1, "FFMA": 3, "MUFU": 12, "BRA": 15, "STG.64": 1, "EXIT": 1}
     assert aot.count_instructions(SASS, (3,))[1] is None
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    done = compiled("-m", "stflow_fast.kernels.aot", "--arch", "75")
+    assert done.returncode == 2
+    assert "--arch: must be of 80, 86, 89, 90, 100, not 75" in done.stderr
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:

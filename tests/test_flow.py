@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +193,18 @@ def test_a_prepared_slide_draws_as_sample_does() -> None:
     for seed in (0, 1):
         expected = sample(network, drawn, n_sample_steps=3, seed=seed).expression
         torch.testing.assert_close(prepared.draw(seed=seed).expression, expected, rtol=0, atol=0)
+
+
+def test_a_prepared_slide_gives_its_memory_back_at_once() -> None:
+    prepared = Sampler(model()).prepare(slide(30))
+    prepared.draw()
+    gone = weakref.ref(prepared)
+    gc.disable()
+    try:
+        del prepared
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -314,7 +314,7 @@ def test_the_operator_is_registered_as_torch_wants_it(p: float) -> None:
 def test_the_messages_operator_is_registered_as_torch_wants_it() -> None:
     arguments = (torch.rand(7, 5, 3), torch.rand(4, 24), torch.rand(12, 32), 2, "swiglu", "swiglu", torch.float32)
     torch.library.opcheck(torch.ops.stflow_fast.edge_messages, arguments)
-    with pytest.raises(InputError, match=r"^geometry: must have shape \[N, K, 3\]"):
+    with pytest.raises(InputError, match=r"^geometry: must have shape \[N, 1 to 64, 3\]"):
         torch.ops.stflow_fast.edge_messages(torch.rand(7, 3), *arguments[1:])
     with pytest.raises(InputError, match=r"^edge: must have shape \[4, 24\]"):
         torch.ops.stflow_fast.edge_messages(arguments[0], torch.rand(4, 12), *arguments[2:])
@@ -374,6 +374,23 @@ def gap_between_rows(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]]
 
 
+@pytest.mark.parametrize("name", ["odd widths", "packed", "gelu"])
+def test_inputs_of_the_edge_mlp_in_two_parts_are_float32_but_for_2_to_the_minus_16(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU computes them in bf16 and tf32; the interpreter would not by itself."""
+    shaped = shapes.edge_shape
+
+    def in_parts(*arguments: object) -> tuple[shapes.EdgeShape, launch.Launch]:
+        shape, launched = shaped(*arguments)
+        return replace(shape, split=True), launched
+
+    monkeypatch.setattr(kernels, "edge_shape", in_parts)
+    inputs = attention_inputs(CASES[name])
+    # Eight steps of it in gradients; without the low part they are 100 times as far off.
+    assert_results_agree(attention_kernel(inputs), attention_reference(inputs), 2**-13)
+
+
 def test_the_inputs_of_the_refusals_are_otherwise_taken() -> None:
     kernels.edge_attention(**refused({}))
 
@@ -381,6 +398,7 @@ def test_the_inputs_of_the_refusals_are_otherwise_taken() -> None:
 def refused(changes: dict[str, Callable]) -> dict[str, object]:
     arguments = kernel_arguments(attention_inputs(Attention(sizes=(9,), k=3, p_mlp=0.2)))
     with torch.no_grad():
+        arguments["arriving"] = transpose_neighbors(arguments["neighbors"])
         return {**arguments, **{name: change(arguments[name]) for name, change in changes.items()}}
 
 
@@ -423,6 +441,19 @@ REFUSALS = {
         "settings",
         lambda settings: settings._replace(logit_activation="silu"),
         "logit_activation: must be swiglu, gelu or relu, not 'silu'",
+    ),
+    "a short list of edges": ("arriving", lambda pair: (pair[0][1:], pair[1]), r"arriving: must have shape \[27\]"),
+    "edges in int32": ("arriving", lambda pair: (pair[0].int(), pair[1]), "arriving: must be torch.int64"),
+    "edges with gaps between": (
+        "arriving",
+        lambda pair: (pair[0].repeat_interleave(2)[::2], pair[1]),
+        "arriving: must be contiguous",
+    ),
+    "a short list of spots": ("arriving", lambda pair: (pair[0], pair[1][1:]), r"arriving_ptr: must have shape \[10\]"),
+    "weights of too many columns": (
+        "message_to_logit",
+        lambda weight: weight.repeat(20, 1),
+        r"message_to_logit: must have shape \[E, H \* P\] with E up to 128",
     ),
     "dropout of everything": ("settings", lambda settings: settings._replace(p_mlp=1.0), "p_mlp: .*not 1.0"),
     "less than no dropout": ("settings", lambda settings: settings._replace(p_attention=-0.1), "p_attention: .*-0.1"),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..graph import SpotGraph
 from ..kernels.conventions import context_padding
 from . import reference
-from .backend import Backend, Workload, announce, backend_for, cpp_compiler, use_backend, use_compile
+from .backend import Backend, Workload, announce, backend_for, circumstances, cpp_compiler, use_backend, use_compile
 from .dropout import DropoutKeys, dropout
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
@@ -28,6 +28,7 @@ __all__ = [
     "backend_for",
     "build_graph",
     "by_rows",
+    "circumstances",
     "cpp_compiler",
     "edge_attention",
     "gated_mlp",
@@ -135,7 +136,9 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
     """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
     n, k = geometry.shape[:2]
     dtype = weights.message_to_logit.dtype
-    if _on_triton(geometry, dtype, k):
+    if torch.is_autocast_enabled(geometry.device.type):
+        dtype = torch.get_autocast_dtype(geometry.device.type)
+    if _on_triton(geometry, dtype, k, weights):
         from ..kernels import edge_attention as kernels
 
         return kernels.edge_messages(geometry, weights.edge, weights.message_to_logit, kernels.Settings(*spec), dtype)
@@ -168,7 +171,7 @@ def edge_attention(
     n, k = graph.neighbors.shape
     training = torch.is_grad_enabled() and terms.requires_grad
     edges = graph.geometry if messages is None else messages
-    if _on_triton(terms, terms.dtype, k):
+    if _on_triton(terms, terms.dtype, k, weights):
         return _attention_kernel(terms, graph, edges, weights, spec, dropouts, messages is not None, training)
     function = attend_block if messages is None else attend
     function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function)
@@ -190,10 +193,13 @@ def edge_attention(
     return context
 
 
-def _on_triton(x: Tensor, dtype: torch.dtype | None = None, k: int = 1) -> bool:
+def _on_triton(x: Tensor, dtype: torch.dtype | None = None, k: int = 1, weights: EdgeWeights | None = None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    backend = backend_for(Workload(x.device, dtype or x.dtype, k))
+    columns = 1 if weights is None else max(weights.message_to_logit.shape[0], len(weights.logit) - 1)
+    backend = backend_for(Workload(x.device, dtype or x.dtype, k, columns=columns))
+    if weights is not None and backend.name == "triton":
+        announce(backend)
     return backend.name == "triton"
 
 
@@ -209,7 +215,6 @@ def _attention_kernel(
 ) -> Tensor:
     from ..kernels import edge_attention as kernels
 
-    announce(backend_for(Workload(terms.device, terms.dtype, graph.neighbors.shape[1])))
     keys = None if dropouts.keys is None else dropouts.keys.keys
     p = (0.0, 0.0) if keys is None else (dropouts.mlp, dropouts.attention)
     settings = kernels.Settings(*spec, *p, edges_are_messages)

@@ -15,13 +15,11 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InputError
+from ..kernels.conventions import MOST_COLUMNS, MOST_NEIGHBORS, float32_is_tf32
 
 COMPILE_FROM_SPOTS = 200_000
 """Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
 20 s. With two threads they save nothing (2.4 s both): inductor's loops take 0.47 s with one thread, 0.66 with two."""
-
-MOST_NEIGHBORS = 64
-"""Of the Triton kernels."""
 
 
 class Choice:
@@ -87,6 +85,7 @@ class Workload(NamedTuple):
     k: int = 1
     n_spots: int = COMPILE_FROM_SPOTS
     training: bool = False
+    columns: int = 1  # the wider of E and Z
 
 
 class Backend(NamedTuple):
@@ -113,6 +112,12 @@ def backend_for(workload: Workload) -> Backend:
     return _compiled_or_plain(workload, lacks)
 
 
+def circumstances(device: torch.device) -> tuple[object, ...]:
+    """What a captured computation depends on beside its inputs."""
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return _BACKEND(), autocast, float32_is_tf32()
+
+
 def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
     """What keeps the Triton kernels from a workload, or None; ``interpreted`` lets them run on the CPU."""
     device = workload.device
@@ -126,6 +131,10 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
         return f"its kernels do not compute in {workload.dtype}"
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
+    if workload.columns > MOST_COLUMNS:
+        return f"its edge kernels take up to {MOST_COLUMNS} columns behind a gate, not {workload.columns}"
+    if device.type == "cuda" and not c_compiler():
+        return "there is no C compiler (gcc or clang), by which it builds its launches"
     return None
 
 
@@ -160,6 +169,13 @@ def _compiled_or_plain(workload: Workload, lacks: str) -> Backend:
 def announce(backend: Backend) -> None:
     """Say once what runs."""
     logging.getLogger(__name__).info("edge attention by %s: %s", backend.name, backend.reason)
+
+
+@functools.cache
+def c_compiler() -> str | None:
+    """The C compiler that Triton would call, or None."""
+    candidates = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 @functools.cache
