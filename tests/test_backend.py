@@ -100,6 +100,7 @@ def test_blocks_restore_what_was_chosen_before() -> None:
     [
         (Workload(CPU, torch.float64), "its kernels do not compute in torch.float64"),
         (Workload(CPU, k=65), "its kernels take up to 64 neighbours, not 65"),
+        (Workload(CPU, columns=129), "its edge kernels take up to 128 columns behind a gate, not 129"),
         (Workload(torch.device("meta")), "the device is meta"),
     ],
 )
@@ -159,6 +160,9 @@ def test_a_model_in_float64_is_refused_and_one_with_many_neighbours() -> None:
             predict(small(), x, features, coords)
         with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 64 neighbours, not 65"):
             predict(small(n_neighbors=65).float(), x.float(), features.float(), coords)
+        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 128 columns behind a gate, not 129"):
+            wide = small(hidden_dim=16, pairwise_hidden_dim=258, n_heads=2).float()
+            predict(wide, x.float(), features.float(), coords)
 
 
 @pytest.mark.parametrize("name", ["cuda", "Triton", ""])
