@@ -160,8 +160,8 @@ def test_a_model_in_float64_is_refused_and_one_with_many_neighbours() -> None:
             predict(small(), x, features, coords)
         with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 64 neighbours, not 65"):
             predict(small(n_neighbors=65).float(), x.float(), features.float(), coords)
+        wide = small(hidden_dim=16, pairwise_hidden_dim=258, n_heads=2).float()
         with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 128 columns behind a gate, not 129"):
-            wide = small(hidden_dim=16, pairwise_hidden_dim=258, n_heads=2).float()
             predict(wide, x.float(), features.float(), coords)
 
 
