@@ -235,7 +235,7 @@ def small_slide(scale: Scale, precision: str) -> Iterator[Figure]:
     device, n, tolerance = scale.device, scale.slide_spots, NETWORK_TOLERANCE[precision]
     slide, (model, eager) = slide_inputs(scale, n), networks(scale)
     error_of, published = corner_check(scale, eager, slide), eager_draw(scale, eager, slide)
-    # One autocast around everything: leaving it frees the cast weights that a CUDA graph was captured with.
+    # One autocast around everything: under another one a graph would be captured anew.
     with matrix_products(precision), autocast(precision, device):
         replayed, launched = (Sampling(scale, model, slide, error_of, cuda_graph) for cuda_graph in (True, False))
         lacks = out_of_memory(published)

@@ -26,6 +26,7 @@ Row offsets are int64 throughout: N * K * E passes 2^31 at 4.2M spots. Rows them
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -383,27 +384,38 @@ def _compiled_for(kernel: str, typed: Tensor, sizes: Sizes, settings: Settings) 
     return edge_shape(kernel, *on_device(typed), sizes, settings)
 
 
-def _sizes(terms: Tensor, neighbors: Tensor, message_to_logit: Tensor) -> Sizes:
-    e, hp = message_to_logit.shape
-    return Sizes(neighbors.shape[1], e, hp, terms.shape[1] - 2 * hp)
+class _Inputs(NamedTuple):
+    """The tensors of the operators, in the order of their schema."""
+
+    terms: Tensor
+    neighbors: Tensor
+    edges: Tensor
+    edge: Tensor
+    message_to_logit: Tensor
+    logit: Tensor
+    dropout_keys: Tensor | None
+    arriving: Tensor | None
+    arriving_ptr: Tensor | None
+
+    @property
+    def sizes(self) -> Sizes:
+        e, hp = self.message_to_logit.shape
+        return Sizes(self.neighbors.shape[1], e, hp, self.terms.shape[1] - 2 * hp)
 
 
-def _check(
-    terms: Tensor,
-    neighbors: Tensor,
-    edges: Tensor,
-    edge: Tensor,
-    message_to_logit: Tensor,
-    logit: Tensor,
-    dropout_keys: Tensor | None,
-    arriving: tuple[Tensor | None, Tensor | None],
-    settings: Settings,
-) -> None:
+def _split(arguments: tuple) -> tuple[_Inputs, Settings]:
+    """An operator's flat arguments."""
+    count = len(_Inputs._fields)
+    return _Inputs(*arguments[:count]), Settings(*arguments[count:])
+
+
+def _check(inputs: _Inputs, settings: Settings) -> None:
     """Refuse by name what the kernels would misread."""
+    terms, neighbors = inputs.terms, inputs.neighbors
     if neighbors.ndim != 2 or not 1 <= neighbors.shape[1] <= MOST_NEIGHBORS:
         raise InputError(f"neighbors: must have 1 to {MOST_NEIGHBORS} columns, not shape {list(neighbors.shape)}")
     n, k = neighbors.shape
-    e, hp = _check_width(message_to_logit)
+    e, hp = _check_width(inputs.message_to_logit)
     n_heads = settings.n_heads
     if (
         n_heads < 1
@@ -421,25 +433,28 @@ def _check(
     z = hp // n_heads // logit_halves
     if z > MOST_COLUMNS:
         raise InputError(f"message_to_logit: must have up to {MOST_COLUMNS} columns a head behind its gate, not {z}")
-    expected = {
-        "terms": (terms, (n, terms.shape[1])),
-        "neighbors": (neighbors, (n, k)),
-        "edges": (edges, (n, k, e if settings.edges_are_messages else 3)),
-        "edge": (edge, (4, e * edge_halves)),
-        "message_to_logit": (message_to_logit, (e, hp)),
-        "logit": (logit, (z + 1,)),
+    n_edge = e if settings.edges_are_messages else 3
+    shapes = {
+        "terms": (n, terms.shape[1]),
+        "neighbors": (n, k),
+        "edges": (n, k, n_edge),
+        "edge": (4, e * edge_halves),
+        "message_to_logit": (e, hp),
+        "logit": (z + 1,),
+        "dropout_keys": (n,),
+        "arriving": (n * k,),
+        "arriving_ptr": (n + 1,),
     }
     check_probability("p_mlp", settings.p_mlp)
     check_probability("p_attention", settings.p_attention)
-    if settings.p_mlp > 0 or settings.p_attention > 0:
-        if dropout_keys is None:
-            raise InputError("dropout_keys: are needed with dropout")
-        expected["dropout_keys"] = (dropout_keys, (n,))
-    for name, given, size in zip(("arriving", "arriving_ptr"), arriving, (n * k, n + 1), strict=True):
-        if given is not None:
-            expected[name] = (given, (size,))
+    drops = settings.p_mlp > 0 or settings.p_attention > 0
+    if drops and inputs.dropout_keys is None:
+        raise InputError("dropout_keys: are needed with dropout")
+    given = {name: tensor for name, tensor in inputs._asdict().items() if tensor is not None}
     integers = dict.fromkeys(("neighbors", "arriving", "arriving_ptr"), torch.int64)
-    check_tensors(expected, **integers, dropout_keys=torch.int32)
+    check_tensors(
+        {name: (tensor, shapes[name]) for name, tensor in given.items()}, **integers, dropout_keys=torch.int32
+    )
 
 
 def _check_width(message_to_logit: Tensor) -> tuple[int, int]:
@@ -477,85 +492,39 @@ _LIBRARY.define(f"edge_attention({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"edge_attention_backward(Tensor grad_context, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-def _forward(
-    terms: Tensor,
-    neighbors: Tensor,
-    edges: Tensor,
-    edge: Tensor,
-    message_to_logit: Tensor,
-    logit: Tensor,
-    dropout_keys: Tensor | None,
-    arriving: Tensor | None,
-    arriving_ptr: Tensor | None,
-    *flat: int | str | float,
-) -> Tensor:
-    settings = Settings(*flat)
-    context = _forward_fake(
-        terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, arriving, arriving_ptr, *flat
-    )
+def _forward(*arguments: Any) -> Tensor:
+    context = _forward_fake(*arguments)
+    inputs, settings = _split(arguments)
+    terms = inputs.terms
     check_device("terms", terms)
-    _check_rows(neighbors)
+    _check_rows(inputs.neighbors)
     if len(terms):
-        sizes = _sizes(terms, neighbors, message_to_logit)
-        shape, launch = _compiled_for("edge_attention_fwd", terms, sizes, settings)
-        keys = dropout_keys if shape.dropout else None
+        shape, launch = _compiled_for("edge_attention_fwd", terms, inputs.sizes, settings)
+        keys = inputs.dropout_keys if shape.dropout else None
         with device_scope(terms):
             edge_attention_fwd_kernel[(triton.cdiv(len(terms), shape.spots),)](
-                terms,
-                neighbors,
-                edges,
-                edge,
-                message_to_logit,
-                logit,
-                keys,
-                context,
-                len(terms),
-                shape,
-                **launch.options,
+                *inputs[:6], keys, context, len(terms), shape, **launch.options
             )
     return context
 
 
-def _forward_fake(
-    terms: Tensor,
-    neighbors: Tensor,
-    edges: Tensor,
-    edge: Tensor,
-    message_to_logit: Tensor,
-    logit: Tensor,
-    dropout_keys: Tensor | None,
-    arriving: Tensor | None,
-    arriving_ptr: Tensor | None,
-    *flat: int | str | float,
-) -> Tensor:
-    settings = Settings(*flat)
-    _check(terms, neighbors, edges, edge, message_to_logit, logit, dropout_keys, (arriving, arriving_ptr), settings)
-    sizes = _sizes(terms, neighbors, message_to_logit)
-    used = sizes.d + settings.n_heads * (sizes.e + 1)
-    return terms.new_empty(terms.shape[0], used + context_padding(used))  # len() would compile for one N alone
+def _forward_fake(*arguments: Any) -> Tensor:
+    inputs, settings = _split(arguments)
+    _check(inputs, settings)
+    used = inputs.sizes.d + settings.n_heads * (inputs.sizes.e + 1)
+    return inputs.terms.new_empty(inputs.terms.shape[0], used + context_padding(used))  # len() would fix N
 
 
-def _backward(
-    grad_context: Tensor,
-    terms: Tensor,
-    neighbors: Tensor,
-    geometry: Tensor,
-    edge: Tensor,
-    message_to_logit: Tensor,
-    logit: Tensor,
-    dropout_keys: Tensor | None,
-    arriving: Tensor | None,
-    arriving_ptr: Tensor | None,
-    *flat: int | str | float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Settings(*flat)
-    n, sizes = len(terms), _sizes(terms, neighbors, message_to_logit)
+def _backward(grad_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, settings = _split(arguments)
+    terms, neighbors, _, edge, message_to_logit, logit, keys, arriving, arriving_ptr = inputs
+    n, sizes = len(terms), inputs.sizes
     if not n:
         return terms.new_empty(terms.shape), *(torch.zeros_like(weight) for weight in (edge, message_to_logit, logit))
     if arriving is None or arriving_ptr is None:
         arriving, arriving_ptr = transpose_neighbors(neighbors)
     grad_context = grad_context.to(terms.dtype).contiguous()
-    keys = dropout_keys if settings.p_mlp > 0 or settings.p_attention > 0 else None
+    keys = keys if settings.p_mlp > 0 or settings.p_attention > 0 else None
     grad_terms = torch.empty_like(terms)
     messages = terms.new_empty(n * sizes.k, sizes.e)
     shape, launch = _compiled_for("edge_attention_bwd_query", terms, sizes, settings)
@@ -565,12 +534,7 @@ def _backward(
     with device_scope(terms):
         edge_attention_bwd_query_kernel[(programs,)](
             grad_context,
-            terms,
-            neighbors,
-            geometry,
-            edge,
-            message_to_logit,
-            logit,
+            *inputs[:6],
             keys,
             grad_terms,
             messages,
@@ -654,12 +618,12 @@ def _messages_fake(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.settings = inputs[9:]
-    ctx.save_for_backward(*inputs[:9])
+    tensors, ctx.settings = _split(inputs)
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_context: Tensor) -> tuple[Tensor | None, ...]:
-    if Settings(*ctx.settings).edges_are_messages:
+    if ctx.settings.edges_are_messages:
         raise InputError("edges: kept messages are for inference; give geometry to differentiate")
     terms, edge, weight, logit = torch.ops.stflow_fast.edge_attention_backward(
         grad_context, *ctx.saved_tensors, *ctx.settings
