@@ -4,8 +4,9 @@
 
 writes one row for each kernel, variant and architecture: registers, spilled bytes, shared memory, instructions by kind
 (each once, and weighted by how often its loops run in a program), and the work that the mathematics asks for per edge.
-The exit code is 1 when a default variant spills, or uses so much shared memory that two programs do not fit onto one
-multiprocessor. ``--default`` compiles those alone.
+The exit code is 1 when a variant needs more shared memory than there is, or a default one spills, or needs so much that
+two programs do not fit onto one multiprocessor. ``--default`` compiles those alone. ``--tile 64x4`` (edges x warps)
+compiles the edge kernels with another tile than that of the launch table: so the table was made.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ EDGE_KERNELS = {
 }
 
 
-def edge_variants(arch: int) -> Iterator[Variant]:
+def edge_variants(arch: int, launch: Launch | None = None) -> Iterator[Variant]:
     """The edge kernels at the default width: precisions, gates, dropout, kept messages, numbers of neighbours."""
     for name in EDGE_KERNELS:
         for precision in PRECISIONS:
@@ -90,13 +91,15 @@ def edge_variants(arch: int) -> Iterator[Variant]:
             ):
                 if (kept and name != "edge_attention_fwd") or (name == "edge_messages" and (p or k != 8)):
                     continue
-                yield _edge_variant(name, arch, precision, gate, k, p, kept)
+                yield _edge_variant(name, arch, precision, gate, k, p, kept, launch)
 
 
-def _edge_variant(name: str, arch: int, precision: str, gate: str, k: int, p: float, kept: bool) -> Variant:
+def _edge_variant(
+    name: str, arch: int, precision: str, gate: str, k: int, p: float, kept: bool, launch: Launch | None
+) -> Variant:
     sizes = Sizes(k=k, e=64 if gate == "swiglu" else 128, hp=4 * 128, d=128)
     settings = Settings(4, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
-    shape, launch = edge_shape(name, arch, precision, sizes, settings)
+    shape, launch = edge_shape(name, arch, precision, sizes, settings, launch)
     kernel = EDGE_KERNELS[name]
     typed = POINTER.get(precision, "*fp32")
     types = {argument: EDGE_TYPES.get(argument, typed) for argument in kernel.arg_names}
@@ -299,6 +302,7 @@ def main() -> None:
     parser.add_argument("--arch", default="80,90", help="compute capabilities, such as 80,90")
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--default", action="store_true", help="the default variants alone")
+    parser.add_argument("--tile", type=_tile, help="of the edge kernels, such as 64x4 for 64 edges and 4 warps")
     parser.add_argument("--match", default="", help="variants whose name holds this text")
     arguments = parser.parse_args()
     if INTERPRETED:
@@ -308,7 +312,8 @@ def main() -> None:
     if not set(archs) <= set(SHARED_MEMORY):
         parser.error(f"--arch: must be of {', '.join(map(str, SHARED_MEMORY))}, not {arguments.arch}")
     for arch in archs:
-        for variant in (*edge_variants(arch), *gate_variants(arch), *other_variants(arch)):
+        others = () if arguments.tile else (*gate_variants(arch), *other_variants(arch))
+        for variant in (*edge_variants(arch, arguments.tile), *others):
             if arguments.match in variant.name and (variant.default or not arguments.default):
                 rows.append(compile_variant(variant, arch))
                 print(summary(rows[-1]), flush=True)
@@ -316,6 +321,13 @@ def main() -> None:
         arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if any(map(faults, rows)):
         sys.exit("a variant spills or needs too much shared memory")
+
+
+def _tile(text: str) -> Launch:
+    size = re.fullmatch(r"(16|32|64|128)x(1|2|4|8|16)", text)
+    if not size:
+        raise argparse.ArgumentTypeError(f"must be such as 64x4, powers of two from 16x1 to 128x16, not {text}")
+    return Launch(int(size[1]), int(size[2]), 1)
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -96,14 +96,16 @@ def _padded(size: int) -> int:
 
 
 @functools.cache
-def edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings) -> tuple[EdgeShape, Launch]:
-    """What a kernel is compiled for, and how it is launched on an architecture."""
+def edge_shape(
+    kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch | None = None
+) -> tuple[EdgeShape, Launch]:
+    """What a kernel is compiled for, and how it is launched on an architecture; by the table unless told."""
     k, e, hp, d = sizes
     n_heads, edge_gate, logit_gate, p_mlp, p_attention, kept = settings
     p = hp // n_heads
     edge_halves, logit_halves = (2 if gate == "swiglu" else 1 for gate in (edge_gate, logit_gate))
     z = p // logit_halves
-    launch = launch_of(kernel, arch, precision, _padded(max(e, z)))
+    launch = launch or launch_of(kernel, arch, precision, _padded(max(e, z)))
     rows = max(launch.rows, triton.next_power_of_2(k))
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
