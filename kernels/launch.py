@@ -44,9 +44,9 @@ class Row(NamedTuple):
 HALF, ANY = "bf16 fp16", "bf16 fp16 tf32 ieee"
 WIDEST = 2**30
 
-# Reasons are what the compiler said of tiles (`python -m stflow_fast.kernels.aot --tile 64x4`, triton 3.7.1): "least" is
-# the fewest instructions per edge of the tiles of 16 to 128 rows and 4 or 8 warps that spill no register, with dropout or
-# without. None was timed on a GPU yet.
+# Reasons are what the compiler said of tiles (`python -m stflow_fast.kernels.aot --tile 64x4`, triton 3.7.1): "least"
+# is the fewest instructions per edge of the tiles of 16 to 128 rows and 4 or 8 warps that spill no register, with
+# dropout or without. None was timed on a GPU yet.
 #
 # No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
 # CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). 64 rows and 4 warps would be 11.9k
