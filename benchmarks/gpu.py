@@ -35,7 +35,7 @@ from .gpu_measure import Figure, Scale, scale_of
 from .gpu_sections import Case, plan
 from .summarize import commit, table
 
-TESTS = ("tests/test_kernel_gpu.py", "tests/test_kernel_neighbors.py")
+TESTS = ("tests/test_kernel_gpu.py", "tests/test_kernel_neighbors.py", "tests/test_flow.py")
 TESTS_SECONDS, TIMINGS_SECONDS, ALL_SECONDS = 200, 270, 450
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu"
 

@@ -220,3 +220,22 @@ def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_gra
     for _ in range(3):
         found = prepared.draw(x_0).expression
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replay_under_a_new_autocast_reads_no_freed_weights() -> None:
+    """Each draw in an autocast of its own, another slide alive; then in float32, which is captured anew."""
+    sampler = Sampler(model().cuda())
+    other, prepared = (sampler.prepare(slide(n)) for n in (20, 30))
+    x_0 = torch.rand(30, sampler.model.config.n_genes, generator=torch.Generator().manual_seed(0))
+    draws = []
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            draws.append(prepared.draw(x_0).expression)
+            other.draw()
+        torch.cuda.empty_cache()
+    torch.testing.assert_close(draws[2], draws[1], rtol=0, atol=0)
+    torch.testing.assert_close(draws[1], draws[0], rtol=2**-6, atol=2**-6)  # its first step was no replay
+    exact = Sampler(sampler.model, cuda_graph=False).prepare(slide(30)).draw(x_0).expression
+    torch.testing.assert_close(prepared.draw(x_0).expression, exact, rtol=1e-5, atol=1e-6)
