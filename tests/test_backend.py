@@ -137,7 +137,8 @@ def test_a_missing_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "name"), [((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton"), ((10, 0), "triton")]
+    ("capability", "name"),
+    [((7, 5), "reference"), ((8, 0), "triton"), ((8, 6), "triton"), ((9, 0), "triton"), ((10, 0), "triton")],
 )
 def test_a_gpu_runs_kernels_from_ampere_on(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +148,8 @@ def test_a_gpu_runs_kernels_from_ampere_on(
     assert backend_for(Workload(gpu)).name == name
     assert backend_for(Workload(gpu, torch.float64)).name == "reference"
     assert backend_for(Workload(gpu, k=65)).name == "reference"
+    assert backend_for(Workload(gpu, torch.bfloat16, k=64, matrix=2**15)).name == name
+    assert backend_for(Workload(gpu, matrix=2**15)).name == ("triton" if capability >= (9, 0) else "reference")
     if name == "reference":
         with ops.use_backend("triton"), pytest.raises(InputError, match="^STFLOW_BACKEND: .*older than Ampere"):
             backend_for(Workload(gpu))

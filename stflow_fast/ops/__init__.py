@@ -196,8 +196,11 @@ def edge_attention(
 def _on_triton(x: Tensor, dtype: torch.dtype | None = None, k: int = 1, weights: EdgeWeights | None = None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    columns = 1 if weights is None else max(weights.message_to_logit.shape[0], len(weights.logit) - 1)
-    backend = backend_for(Workload(x.device, dtype or x.dtype, k, columns=columns))
+    workload = Workload(x.device, dtype or x.dtype, k)
+    if weights is not None:
+        e, z = weights.message_to_logit.shape[0], len(weights.logit) - 1
+        workload = workload._replace(columns=max(e, z), matrix=e * z * (2 if weights.edge.shape[1] > e else 1))
+    backend = backend_for(workload)
     if weights is not None and backend.name == "triton":
         announce(backend)
     return backend.name == "triton"

@@ -86,6 +86,7 @@ class Workload(NamedTuple):
     n_spots: int = COMPILE_FROM_SPOTS
     training: bool = False
     columns: int = 1  # the wider of E and Z
+    matrix: int = 1  # E * P
 
 
 class Backend(NamedTuple):
@@ -125,15 +126,26 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
         return f"the device is {device.type}"
     if not _triton_is_installed():
         return "triton is not installed"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere (compute capability 8.0)"
     if workload.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels do not compute in {workload.dtype}"
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
     if workload.columns > MOST_COLUMNS:
         return f"its edge kernels take up to {MOST_COLUMNS} columns behind a gate, not {workload.columns}"
-    if device.type == "cuda" and not c_compiler():
+    return _what_a_gpu_lacks(workload) if device.type == "cuda" else None
+
+
+def _what_a_gpu_lacks(workload: Workload) -> str | None:
+    capability, in_float32 = torch.cuda.get_device_capability(workload.device), workload.dtype == torch.float32
+    if capability < (8, 0):
+        return "the GPU is older than Ampere (compute capability 8.0)"
+    # By kernels/aot.py: hidden_dim 256 with SwiGLU takes 176 KiB, of 163 on an A100, and 64 neighbours 100 KiB, of 99
+    # on its smaller relatives.
+    if in_float32 and capability < (9, 0) and workload.matrix > 128 * 128:
+        return "its float32 kernels of this width need more shared memory than the GPU has"
+    if in_float32 and (8, 0) < capability < (9, 0) and workload.k > 32:
+        return "its float32 kernels need more shared memory than the GPU has for more than 32 neighbours"
+    if not c_compiler():
         return "there is no C compiler (gcc or clang), by which it builds its launches"
     return None
 
