@@ -54,7 +54,16 @@ from .edge_tiles import (
     store_rows,
     tile_edges,
 )
-from .launch import Launch, check_device, check_probability, check_tensors, device_scope, n_processors, on_device
+from .launch import (
+    Launch,
+    check_device,
+    check_probability,
+    check_tensors,
+    device_scope,
+    halves_of,
+    n_processors,
+    on_device,
+)
 from .tiles import centre_backward, gate_backward, matmul
 
 CONTEXT_ALIGNMENT = tl.constexpr(conventions.CONTEXT_ALIGNMENT)
@@ -428,8 +437,8 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
             f"terms: must have shape [N, 2 * H * P + d] with H * P = {hp} and d a multiple of H = {n_heads}, "
             f"not {list(terms.shape)}"
         )
-    edge_halves = _halves("edge_activation", settings.edge_activation)
-    logit_halves = _halves("logit_activation", settings.logit_activation)
+    edge_halves = halves_of("edge_activation", settings.edge_activation)
+    logit_halves = halves_of("logit_activation", settings.logit_activation)
     z = hp // n_heads // logit_halves
     if z > MOST_COLUMNS:
         raise InputError(f"message_to_logit: must have up to {MOST_COLUMNS} columns a head behind its gate, not {z}")
@@ -465,13 +474,6 @@ def _check_width(message_to_logit: Tensor) -> tuple[int, int]:
             f"not {list(message_to_logit.shape)}"
         )
     return message_to_logit.shape
-
-
-def _halves(name: str, activation: str) -> int:
-    """Of a pre-activation."""
-    if activation not in ("swiglu", "gelu", "relu"):
-        raise InputError(f"{name}: must be swiglu, gelu or relu, not {activation!r}")
-    return 2 if activation == "swiglu" else 1
 
 
 def _check_rows(neighbors: Tensor) -> None:
@@ -612,7 +614,7 @@ def _messages_fake(
     (n, k, _), (e, hp) = geometry.shape, _check_width(message_to_logit)
     if n_heads < 1 or hp % n_heads:
         raise InputError(f"n_heads: must divide H * P = {hp}, not {n_heads}")
-    halves = _halves("edge_activation", edge_activation)
+    halves = halves_of("edge_activation", edge_activation)
     check_tensors({"geometry": (geometry, (n, k, 3)), "edge": (edge, (4, e * halves))})
     return geometry.new_empty(n, k, e, dtype=dtype)
 

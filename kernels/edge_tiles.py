@@ -153,7 +153,8 @@ def logit_pre(
     """Pre-activation [M, Z] of one half of the attention MLP: A_ih + B_jh + (We W2_h) m_ij.
 
     The side that a tile owns (A of its spots, B of its keys) comes as a product of the members [M, Q] with rows [Q, Z],
-    which is exact and a third of the instructions of loading, converting and adding a row for every edge.
+    which is exact: 11.9k instructions an edge (M = 64, bf16, sm_90), where loading, converting and adding a row for
+    every edge took 13.3k.
     """
     i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
     i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from .launch import (
     check_probability,
     check_tensors,
     device_scope,
+    halves_of,
     launch_of,
     n_processors,
     on_device,
@@ -150,21 +152,10 @@ def gated_mlp(
     return torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, 0.0 if keys is None else p, stream)
 
 
-def _forward(
-    x: Tensor,
-    fc1: Tensor,
-    fc1_bias: Tensor,
-    gain: Tensor,
-    bias: Tensor,
-    fc2: Tensor,
-    fc2_bias: Tensor,
-    keys: Tensor | None,
-    activation: str,
-    p: float,
-    stream: int,
-) -> Tensor:
-    check_device("x", x)
-    _fake(x, fc1, fc1_bias, gain, bias, fc2, fc2_bias, keys, activation, p, stream)
+def _forward(*arguments: Any) -> Tensor:
+    check_device("x", arguments[0])
+    _fake(*arguments)
+    x, fc1, fc1_bias, gain, bias, fc2, fc2_bias, keys, activation, p, stream = arguments
     pre = F.linear(x, fc1, fc1_bias)
     hidden = pre.new_empty(len(pre), len(gain))
     if len(pre):
@@ -189,12 +180,11 @@ def _fake(
     p: float,
     stream: int,
 ) -> Tensor:
-    if activation not in ("swiglu", "gelu", "relu"):
-        raise InputError(f"activation: must be swiglu, gelu or relu, not {activation!r}")
+    halves = halves_of("activation", activation)
     if x.ndim != 2 or fc1.ndim != 2 or fc2.ndim != 2:
         raise InputError("x, fc1 and fc2: must be matrices")
     (n, _), (p_columns, columns), out = x.shape, fc1.shape, fc2.shape[0]  # len() would compile for one N alone
-    hidden = p_columns // 2 if activation == "swiglu" else p_columns
+    hidden = p_columns // halves
     expected = {
         "x": (x, (n, columns)),
         "fc1": (fc1, (p_columns, columns)),

@@ -62,7 +62,7 @@ TABLE = (
     Row("edge_attention_bwd_query", 90, HALF, 128, Launch(32, 8, 1), "least"),
     Row("edge_attention_bwd_query", 80, HALF, WIDEST, Launch(16, 8, 1), "32 rows spill 32 bytes on sm_80"),
     Row("edge_attention_bwd_query", 80, "tf32", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 16 bytes"),
-    Row("edge_attention_bwd_query", 80, "ieee", WIDEST, Launch(16, 8, 1), "spills 64 bytes; everything else more"),
+    Row("edge_attention_bwd_query", 80, "ieee", WIDEST, Launch(16, 8, 1), "spills 8 to 80 bytes; everything else more"),
     Row("edge_attention_bwd_key", 80, HALF, WIDEST, Launch(32, 8, 1), "least; 4 warps spill 16 bytes, 64 rows 688"),
     Row("edge_attention_bwd_key", 80, "tf32 ieee", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 8 bytes"),
     Row("edge_messages", 80, "bf16 fp16 tf32", 64, Launch(32, 4, 1), "as the forward"),
@@ -150,6 +150,13 @@ def check_probability(name: str, p: float) -> None:
     """Refuse what is no probability of dropout."""
     if not 0 <= p < 1:
         raise InputError(f"{name}: must be a probability in [0, 1), not {p}")
+
+
+def halves_of(name: str, activation: str) -> int:
+    """Halves of a pre-activation; an unknown gate is refused by the argument's name."""
+    if activation not in ("swiglu", "gelu", "relu"):
+        raise InputError(f"{name}: must be swiglu, gelu or relu, not {activation!r}")
+    return 2 if activation == "swiglu" else 1
 
 
 def device_scope(tensor: Tensor) -> contextlib.AbstractContextManager:
