@@ -38,9 +38,11 @@ class EdgeShape:
     """The constant. Fields, not properties: Triton's cache on disk tells two constants apart by their text.
 
     Attributes:
-        rows: M, edges in a tile; ``spots`` whole spots fit into it, ``keys`` keys are taken at a time by the
-            key-owned backward, at least 16 and else those whose arriving edges fill two tiles.
-        parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each.
+        rows: M, edges in a tile; ``spots`` whole spots fit into it where they must, ``keys`` keys are taken at a time
+            by the key-owned backward, at least 16 and else those whose arriving edges fill two tiles.
+        z_parts: parts of the attention MLP's hidden vector, of ``z_pad`` columns, taken one after another.
+        e_parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each;
+            ``key_programs`` is their number for a block of keys, by head, part of Z and part of E.
         k, n_heads, e, z, p, pe, hp, d, dh: as in ``stflow_fast/ops/reference.py``; dh = d / H.
         width, used, context: columns of the terms, of the context without and with its padding.
         e_pad, z_pad, dh_pad, spots_pad: sides of tiles, powers of two.
@@ -53,8 +55,10 @@ class EdgeShape:
     rows: int
     spots: int
     keys: int
-    parts: int
+    z_parts: int
+    e_parts: int
     e_part: int
+    key_programs: int
     k: int
     n_heads: int
     e: int
@@ -95,6 +99,28 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+WHOLE_SPOTS = ("edge_attention_fwd", "edge_attention_bwd_query")
+"""Kernels whose tiles hold all edges of a spot."""
+
+WEIGHT_BYTES = 32 * 1024
+"""Most that a product may hold in shared memory of a head's matrix E x Z."""
+
+
+def part_of_z(kernel: str, e_pad: int, z_pad: int, precision: str) -> int:
+    """Columns of the attention MLP's hidden vector that are taken at a time."""
+    size = 2 if precision in ("bf16", "fp16") else 4
+    most = 64 if kernel == "edge_attention_bwd_key" else 128  # its accumulators are E x Z
+    return max(16, min(z_pad, most, WEIGHT_BYTES // (size * e_pad)))
+
+
+def part_of_e(arch: int, e_pad: int, z_part: int) -> int:
+    """Columns of a message in a program of the key-owned backward, whose weight gradient stays in registers: 64 x 64 of
+    it, and half as much before Hopper, or 100 to 350 bytes a thread spill (bf16, hidden_dim 256)."""
+    if 80 <= arch < 90:
+        return max(16, min(e_pad // 2, 2048 // z_part))
+    return min(e_pad, 4096 // z_part)
+
+
 @functools.cache
 def edge_shape(
     kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch | None = None
@@ -106,18 +132,22 @@ def edge_shape(
     edge_halves, logit_halves = (2 if gate == "swiglu" else 1 for gate in (edge_gate, logit_gate))
     z = p // logit_halves
     launch = launch or launch_of(kernel, arch, precision, _padded(max(e, z)))
-    rows = max(launch.rows, triton.next_power_of_2(k))
+    rows = max(launch.rows, triton.next_power_of_2(k)) if kernel in WHOLE_SPOTS else launch.rows
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
-    parts = 2 if 80 <= arch < 90 and _padded(e) > 16 else 1
+    z_pad = part_of_z(kernel, _padded(e), _padded(z), precision)
+    e_part = part_of_e(arch, _padded(e), z_pad)
+    z_parts, e_parts = triton.cdiv(z, z_pad), _padded(e) // e_part
     used = d + n_heads * (e + 1)
     shape = EdgeShape(
         rows=rows,
         spots=rows // k,
-        keys=max(16, triton.next_power_of_2(2 * rows // k)),
-        parts=parts,
-        e_part=_padded(e) // parts,
+        keys=max(16, triton.next_power_of_2(max(1, 2 * rows // k))),
+        z_parts=z_parts,
+        e_parts=e_parts,
+        e_part=e_part,
+        key_programs=n_heads * z_parts * e_parts,
         k=k,
         n_heads=n_heads,
         e=e,
@@ -131,7 +161,7 @@ def edge_shape(
         used=used,
         context=used + context_padding(used),
         e_pad=_padded(e),
-        z_pad=_padded(z),
+        z_pad=z_pad,
         dh_pad=_padded(d // n_heads),
         spots_pad=_padded(rows // k),
         edge_gate=edge_gate,

@@ -138,6 +138,12 @@ def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
+def by_block(result: Result, case: Attention) -> Result:
+    """Gradients of the terms by their blocks too, whose scales differ."""
+    blocks = result.gradients["terms"].split((case.hp, case.hp, case.heads * case.dh), dim=1)
+    return Result(result.output, result.gradients | dict(zip(("A", "B", "V"), blocks, strict=True)))
+
+
 def differentiate(output: Tensor, grad: Tensor, named: dict[str, Tensor]) -> Result:
     gradients = torch.autograd.grad(output, tuple(named.values()), grad.to(output.dtype))
     return Result(output.detach(), dict(zip(named, gradients, strict=True)))
@@ -151,7 +157,8 @@ def attention_reference(inputs: AttentionInputs, dtype: torch.dtype = torch.floa
     geometry = graph.geometry.to(torch.promote_types(dtype, torch.float32))
     query = terms[:, : case.hp]
     context = attend_block(query, terms, graph.neighbors, geometry, EdgeWeights(*weights), case.spec, dropouts)
-    return differentiate(context, inputs.grad_context, dict(zip(GRADIENTS, (terms, *weights), strict=True)))
+    found = differentiate(context, inputs.grad_context, dict(zip(GRADIENTS, (terms, *weights), strict=True)))
+    return by_block(found, case)
 
 
 def kernel_arguments(inputs: AttentionInputs, dtype: torch.dtype = torch.float32) -> dict[str, object]:
@@ -176,7 +183,8 @@ def attention_kernel(inputs: AttentionInputs, dtype: torch.dtype = torch.float32
 
     arguments = kernel_arguments(inputs, dtype)
     context = edge_attention(**arguments)
-    return differentiate(context, inputs.grad_context, {name: arguments[name] for name in GRADIENTS})
+    found = differentiate(context, inputs.grad_context, {name: arguments[name] for name in GRADIENTS})
+    return by_block(found, inputs.case)
 
 
 @dataclass(frozen=True)

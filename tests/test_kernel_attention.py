@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +53,9 @@ CASES = {
     "64 neighbours": Attention(sizes=(65,), k=64, heads=1, e=12, z=12),
     **{f"{heads} heads": Attention(heads=heads, e=24, z=12, dh=8) for heads in (1, 3, 4)},
     "64 wide": Attention(e=64, z=64, dh=32),
+    "as hidden_dim 144": Attention(sizes=(11,), heads=1, e=72, z=72, dh=144, p_mlp=0.2),
+    "as hidden_dim 512": Attention(sizes=(5,), k=3, heads=1, e=256, z=256, dh=32),
+    "as hidden_dim 1024": Attention(sizes=(3,), k=2, heads=1, e=512, z=512, dh=256, p_attention=0.2),
     "odd widths": Attention(e=24, z=12, dh=5),
     "odd widths, other way round": Attention(e=12, z=24, dh=24),
     "5 wide": Attention(e=5, z=5, dh=12, heads=3),
@@ -224,18 +227,42 @@ def settings_of(inputs: AttentionInputs) -> object:
     return kernel_arguments(inputs)["settings"]
 
 
-def test_columns_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On sm_80 two programs share the columns of the weight's gradient."""
-    inputs = attention_inputs(Attention(e=24, z=12, dh=5, p_mlp=0.2))
-    plain = shapes.edge_shape
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes Z in parts of 16 columns, and the messages of the key-owned backward too."""
+    monkeypatch.setattr(shapes, "part_of_z", lambda *_: 16)
+    monkeypatch.setattr(shapes, "part_of_e", lambda *_: 16)
+    shapes.edge_shape.cache_clear()
+    yield
+    shapes.edge_shape.cache_clear()
 
-    def in_parts(*arguments: object) -> tuple[object, object]:
-        shape, launched = plain(*arguments)
-        return replace(shape, parts=2, e_part=shape.e_pad // 2), launched
 
-    whole = attention_kernel(inputs)
-    monkeypatch.setattr(kernels, "edge_shape", in_parts)
-    assert_same_bits(attention_kernel(inputs), whole)
+IN_PARTS = {
+    "three parts": Attention(e=24, z=40, dh=5, heads=3, p_mlp=0.2, p_attention=0.3),
+    "the last of one column": Attention(sizes=(1, 12), e=40, z=33),
+    "gelu": Attention(activation="gelu", e=16, z=48, p_mlp=0.3),
+    "relu": Attention(activation="relu", e=33, z=20, sizes=(9,), k=12),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_hidden_vectors_may_be_taken_in_parts(name: str, in_parts: None) -> None:
+    inputs = attention_inputs(IN_PARTS[name])
+    case = inputs.case
+    sizes = shapes.Sizes(case.k, case.e, case.hp, case.heads * case.dh)
+    shape, _ = shapes.edge_shape("edge_attention_bwd_key", 0, "ieee", sizes, settings_of(inputs))
+    assert (shape.z_parts, shape.e_parts) == (-(-case.z // 16), shape.e_pad // 16)
+    assert_results_agree(attention_kernel(inputs), attention_reference(inputs), TOLERANCE)
+
+
+def test_parts_do_not_cancel(in_parts: None) -> None:
+    """Hidden vectors far from zero, in the first part most of all."""
+    inputs = attention_inputs(Attention(activation="gelu", e=16, z=48))
+    terms = inputs.terms.clone()
+    terms[:, : inputs.case.hp] += 50
+    terms[:, :16] += 50
+    inputs = replace(inputs, terms=terms)
+    assert_results_agree(attention_kernel(inputs), attention_reference(inputs), 4 * TOLERANCE)
 
 
 def permuted(inputs: AttentionInputs, order: Tensor) -> AttentionInputs:
