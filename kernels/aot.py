@@ -6,7 +6,8 @@ writes one row for each kernel, variant and architecture: registers, spilled byt
 (each once, and weighted by how often its loops run in a program), and the work that the mathematics asks for per edge.
 The exit code is 1 when a variant needs more shared memory than there is, or a default one spills, or needs so much that
 two programs do not fit onto one multiprocessor. ``--default`` compiles those alone. ``--tile 64x4`` (edges x warps)
-compiles the edge kernels with another tile than that of the launch table: so the table was made.
+compiles the edge kernels with another tile than that of the launch table: so its first rows were made, and those that
+``autotune`` measures on a GPU can be looked into.
 """
 
 from __future__ import annotations
@@ -203,18 +204,18 @@ def gate_variants(arch: int) -> Iterator[Variant]:
 
 def other_variants(arch: int) -> Iterator[Variant]:
     """Dropout, and the neighbour search."""
-    launch = launch_of("dropout", arch, "bf16", 128)
+    launch = launch_of("dropout", arch, "bf16")
     numbers = {"COLUMNS": 128, "ROWS": launch.rows, "THRESHOLD": dropout_threshold(0.2), "SCALE": 1.25}
     types = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "n": "i32", "stream": "i32"}
     types |= dict.fromkeys(numbers, "constexpr")
     yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, {})
     search = neighbors.nearest_kernel
-    numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": neighbors.BLOCK, "COLS": neighbors.COLS}
+    launch = launch_of("nearest", arch, "float64")
+    numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}
     doubles, scalars = ("query_ptr", "tied_ptr", "border_ptr", "point_ptr"), ("n", "k")
     types = {name: "*fp64" if name in doubles else "i32" if name in scalars else "*i32" for name in search.arg_names}
     types |= dict.fromkeys(numbers, "constexpr")
-    launch = Launch(neighbors.BLOCK, neighbors.NUM_WARPS, 1)
-    yield Variant(search, "nearest", types, numbers, launch, True, None, neighbors.BLOCK, {})
+    yield Variant(search, "nearest", types, numbers, launch, True, None, launch.rows, {})
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
@@ -327,7 +328,7 @@ def _tile(text: str) -> Launch:
     size = re.fullmatch(r"(16|32|64|128)x(1|2|4|8|16)", text)
     if not size:
         raise argparse.ArgumentTypeError(f"must be such as 64x4, powers of two from 16x1 to 128x16, not {text}")
-    return Launch(int(size[1]), int(size[2]), 1)
+    return Launch(int(size[1]), int(size[2]))
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -95,24 +95,29 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@functools.cache
 def edge_shape(
     kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch | None = None
 ) -> tuple[EdgeShape, Launch]:
     """What a kernel is compiled for, and how it is launched on an architecture; by the table unless told."""
+    z = sizes.hp // settings.n_heads // (2 if settings.logit_activation == "swiglu" else 1)
+    launch = launch or launch_of(kernel, arch, precision, _padded(max(sizes.e, z)))
+    return _edge_shape(arch, precision, sizes, settings, launch), launch
+
+
+@functools.cache
+def _edge_shape(arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch) -> EdgeShape:
     k, e, hp, d = sizes
     n_heads, edge_gate, logit_gate, p_mlp, p_attention, kept = settings
     p = hp // n_heads
     edge_halves, logit_halves = (2 if gate == "swiglu" else 1 for gate in (edge_gate, logit_gate))
     z = p // logit_halves
-    launch = launch or launch_of(kernel, arch, precision, _padded(max(e, z)))
     rows = max(launch.rows, triton.next_power_of_2(k))
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
     parts = 2 if 80 <= arch < 90 and _padded(e) > 16 else 1
     used = d + n_heads * (e + 1)
-    shape = EdgeShape(
+    return EdgeShape(
         rows=rows,
         spots=rows // k,
         keys=max(16, triton.next_power_of_2(2 * rows // k)),
@@ -151,4 +156,3 @@ def edge_shape(
         attention_threshold=dropout_threshold(p_attention),
         attention_scale=1.0 / (1.0 - p_attention),
     )
-    return shape, launch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -42,20 +41,12 @@ def nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each tile, whatever its size."""
-    if torch.cuda.is_available():
-        yield
-        return
-    for module in (edge_shape, gated_mlp):
-        monkeypatch.setattr(module, "launch_of", lambda *_: Launch(512, 4, 1))
-    monkeypatch.setattr(neighbors, "BLOCK", 512)
-    monkeypatch.setattr(neighbors, "COLS", 64)
-    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
-        made.cache_clear()
-    yield
-    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
-        made.cache_clear()
+    if not torch.cuda.is_available():
+        for module in (edge_shape, gated_mlp, neighbors):
+            monkeypatch.setattr(module, "launch_of", lambda *_: Launch(512, 4, 1))
+        monkeypatch.setattr(neighbors, "COLS", 64)
 
 
 def test_a_cpu_runs_plain_torch_though_kernels_could_be_interpreted() -> None:
