@@ -20,7 +20,6 @@ import csv
 import importlib.metadata
 import itertools
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +67,7 @@ TILES: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "gate_norm": ((4, 8, 16), (4, 8), (2, 4, 8)),
     "nearest": ((8, 16, 32), (1, 2), (0,)),
 }
-"""Rows, warps and programs that are tried; edge kernels with 64 rows when named alone, see ``launch.TABLE``."""
+"""Rows, warps and programs that are tried. Edge kernels with 64 rows only when named: see launch.TABLE."""
 
 HEAD_START = 2_000_000
 """Cycles that the GPU waits before a run, so that what the host does for it is not timed."""
@@ -342,7 +341,7 @@ def main() -> int:
     arguments = parsed()
     if arguments.rehearse and not INTERPRETED:  # which is decided when a kernel's file is loaded
         command = [sys.executable, "-m", "stflow_fast.kernels.autotune", *sys.argv[1:]]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     try:
         machine = machine_of(arguments)
         results = list(tune_all(arguments, machine))

@@ -11,6 +11,7 @@ are partial sums of a fixed number of programs, so every run gives the same bits
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,16 @@ class GateShape:
 def gate_shape(arch: int, precision: str, p: int, activation: str, dropout: float) -> tuple[GateShape, Launch]:
     """What the kernels are compiled for, and how they are launched on an architecture."""
     z = p // 2 if activation == "swiglu" else p
-    z_pad = triton.next_power_of_2(z)
-    launch = launch_of("gate_norm", arch, precision, z_pad)
+    launch = launch_of("gate_norm", arch, precision, triton.next_power_of_2(z))
+    return _gate_shape(launch.rows, precision, p, activation, dropout), launch
+
+
+@functools.cache
+def _gate_shape(rows: int, precision: str, p: int, activation: str, dropout: float) -> GateShape:
+    z = p // 2 if activation == "swiglu" else p
     fast = precision != "ieee" and not INTERPRETED
     threshold, scale = dropout_threshold(dropout), 1.0 / (1.0 - dropout)
-    return GateShape(launch.rows, z, p, z_pad, activation, fast, dropout, threshold, scale), launch
+    return GateShape(rows, z, p, triton.next_power_of_2(z), activation, fast, dropout, threshold, scale)
 
 
 @triton.jit
