@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 LAYERNORM_EPS = 1e-5
@@ -23,6 +25,26 @@ GOLDEN = -0x61C88647
 
 STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
 """Streams of dropout inside the attention of one layer, whose keys are its own."""
+
+
+class Settings(NamedTuple):
+    """What is not a tensor of the operation: the spec of its reference, dropout, and what ``edges`` holds."""
+
+    n_heads: int
+    edge_activation: str
+    logit_activation: str
+    p_mlp: float = 0.0
+    p_attention: float = 0.0
+    edges_are_messages: bool = False
+
+
+class Sizes(NamedTuple):
+    """Of the tensors: K, E, H * P and d."""
+
+    k: int
+    e: int
+    hp: int
+    d: int
 
 
 def context_padding(width: int) -> int:

@@ -37,8 +37,8 @@ from stflow_fast.errors import InputError
 from stflow_fast.graph import transpose_neighbors
 
 from . import conventions
-from .conventions import MOST_COLUMNS, MOST_NEIGHBORS, context_padding
-from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
+from .conventions import MOST_COLUMNS, MOST_NEIGHBORS, Settings, Sizes, context_padding
+from .edge_shape import EdgeShape, edge_shape
 from .edge_tiles import (
     edge_factors,
     edge_frame,
@@ -500,8 +500,6 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
     edge_halves = halves_of("edge_activation", settings.edge_activation)
     logit_halves = halves_of("logit_activation", settings.logit_activation)
     z = hp // n_heads // logit_halves
-    if z > MOST_COLUMNS:
-        raise InputError(f"message_to_logit: must have up to {MOST_COLUMNS} columns a head behind its gate, not {z}")
     n_edge = e if settings.edges_are_messages else 3
     shapes = {
         "terms": (n, terms.shape[1]),

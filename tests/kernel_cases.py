@@ -157,8 +157,7 @@ def attention_reference(inputs: AttentionInputs, dtype: torch.dtype = torch.floa
     geometry = graph.geometry.to(torch.promote_types(dtype, torch.float32))
     query = terms[:, : case.hp]
     context = attend_block(query, terms, graph.neighbors, geometry, EdgeWeights(*weights), case.spec, dropouts)
-    found = differentiate(context, inputs.grad_context, dict(zip(GRADIENTS, (terms, *weights), strict=True)))
-    return by_block(found, case)
+    return differentiate(context, inputs.grad_context, dict(zip(GRADIENTS, (terms, *weights), strict=True)))
 
 
 def kernel_arguments(inputs: AttentionInputs, dtype: torch.dtype = torch.float32) -> dict[str, object]:
@@ -183,8 +182,7 @@ def attention_kernel(inputs: AttentionInputs, dtype: torch.dtype = torch.float32
 
     arguments = kernel_arguments(inputs, dtype)
     context = edge_attention(**arguments)
-    found = differentiate(context, inputs.grad_context, {name: arguments[name] for name in GRADIENTS})
-    return by_block(found, inputs.case)
+    return differentiate(context, inputs.grad_context, {name: arguments[name] for name in GRADIENTS})
 
 
 @dataclass(frozen=True)
