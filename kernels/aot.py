@@ -167,6 +167,7 @@ def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
     matrix = 2 * shape.e * shape.hp
     message = 0 if shape.kept else gates["message"]
     row = (shape.hp + shape.d) * size
+    numbers = 4 * edge_attention.EDGE_NUMBERS.value
     per_spot = (shape.hp + shape.context) * size / shape.k
     streamed = per_spot + 8 + (shape.e * size if shape.kept else 12)
     return {
@@ -180,13 +181,13 @@ def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
             "matrix_flops": 2 * matrix,
             "gates": 2 * message + gates["logit"],
             "bytes_gathered": row,
-            "bytes_streamed": streamed + per_spot + shape.e * size + 8 * shape.n_heads,
+            "bytes_streamed": streamed + per_spot + shape.e * size + numbers * shape.n_heads,
         },
         "edge_attention_bwd_key": {
             "matrix_flops": 2 * matrix / shape.n_heads,
             "gates": shape.z,
             "bytes_gathered": (shape.p + shape.dh + 2 * shape.e) * size,
-            "bytes_streamed": (shape.p + shape.dh) * size * 2 / shape.k + 16,
+            "bytes_streamed": (shape.p + shape.dh) * size * 2 / shape.k + 8 + numbers,
         },
         "edge_messages": {
             "matrix_flops": 0,

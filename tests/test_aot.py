@@ -58,10 +58,18 @@ def test_no_kernel_has_more_than_sixteen_arguments() -> None:
         ({"shared_bytes": 115_000}, []),
         ({"shared_bytes": 233_000, "default": False}, ["needs 233000 bytes of shared memory; there is no room for it"]),
         ({"shared_bytes": 115_000, "arch": 80}, ["needs 115000 bytes of shared memory; two programs do not fit"]),
+        ({"shared_bytes": 9000, "estimated_shared_bytes": 9000}, []),
+        (
+            {"shared_bytes": 9000, "estimated_shared_bytes": 8999},
+            ["needs 9000 bytes of shared memory; 8999 were estimated"],
+        ),
+        # What the estimate refuses may need more than there is.
+        ({"shared_bytes": 300_000, "estimated_shared_bytes": 300_000, "default": False}, []),
     ],
 )
 def test_faults_of_a_row(changed: dict[str, object], fault: list[str]) -> None:
-    assert aot.faults({"spill_bytes": 0, "shared_bytes": 0, "arch": 90, "default": True, **changed}) == fault
+    row = {"spill_bytes": 0, "shared_bytes": 0, "estimated_shared_bytes": None, "arch": 90, "default": True, **changed}
+    assert aot.faults(row) == fault
 
 
 SASS = """
