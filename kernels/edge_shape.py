@@ -181,4 +181,4 @@ def most_shared_bytes(arch: int, precision: str, sizes: Sizes, settings: Setting
     if precision == "ieee":  # without tensor cores, both sides of every product are read from there
         of_query += query.rows * max(query.z_pad, query.e_pad // 2)
     of_key = 3 * key.e_pad * key.z_pad + key.rows * (key.e_pad + key.dh_pad) // 2
-    return size * max(of_query, of_key) + 8192
+    return size * (max(of_query, of_key) + 4096)
