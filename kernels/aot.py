@@ -32,11 +32,8 @@ from stflow_fast.graph import TIE_TOLERANCE
 
 from . import dropout, edge_attention, gated_mlp, neighbors
 from .conventions import Settings, Sizes, dropout_threshold
-from .edge_shape import WHOLE_SPOTS, EdgeShape, edge_shape, most_shared_bytes
-from .launch import INTERPRETED, Launch, launch_of
-
-SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-"""Bytes of a multiprocessor by compute capability; a program reserves 1 KiB beside its own."""
+from .edge_shape import WHOLE_SPOTS, EdgeShape, edge_shape, shared_bytes
+from .launch import INTERPRETED, SHARED_MEMORY, Launch, element_size, halves_of, launch_of
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -87,9 +84,11 @@ class EdgeCase(NamedTuple):
     kept: bool = False
     hidden_dim: int = 128
     n_heads: int = 4
+    pairwise_hidden_dim: int | None = None
 
     def __str__(self) -> str:
         width = f" hidden_dim={self.hidden_dim}" if self.hidden_dim != 128 else ""
+        width += f" pairwise={self.pairwise_hidden_dim}" if self.pairwise_hidden_dim else ""
         rest = (f" dropout={self.p}" if self.p else "") + (" kept" if self.kept else "")
         return f"{self.gate} K={self.k}{width}{rest}"
 
@@ -103,11 +102,15 @@ EDGE_CASES = (
     EdgeCase(k=5),
     EdgeCase(k=24),
     EdgeCase(k=64),
+    EdgeCase(k=1, p=0.2),
+    EdgeCase(pairwise_hidden_dim=64),
     EdgeCase(hidden_dim=48, n_heads=3, p=0.2),
     EdgeCase(hidden_dim=144, n_heads=1),
     EdgeCase(hidden_dim=256),
+    EdgeCase("gelu", hidden_dim=256),
     EdgeCase(hidden_dim=512),
     EdgeCase(hidden_dim=1024),
+    EdgeCase(k=64, hidden_dim=1024),
 )
 
 
@@ -124,8 +127,9 @@ def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
 
 
 def _edge_variant(name: str, arch: int, precision: str, case: EdgeCase, tile: Launch | None) -> Variant:
-    gate, k, p, kept, width, n_heads = case
-    sizes = Sizes(k=k, e=width // 2 if gate == "swiglu" else width, hp=n_heads * width, d=width)
+    gate, k, p, kept, width, n_heads, pairwise = case
+    e = (pairwise or width) // halves_of("gate", gate)
+    sizes = Sizes(k=k, e=e, hp=n_heads * width, d=width)
     settings = Settings(n_heads, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
     shape, launch = edge_shape(name, arch, precision, sizes, settings, tile)
     kernel = EDGE_KERNELS[name]
@@ -146,8 +150,8 @@ def _edge_variant(name: str, arch: int, precision: str, case: EdgeCase, tile: La
         default=case in EDGE_CASES[:3] and precision != "fp16" and not (precision == "ieee" and "bwd" in name),
         trips=_edge_trips(name, shape),
         rows=shape.spots * k if name in WHOLE_SPOTS else shape.rows,
-        work=edge_work(name, shape, 2 if precision in POINTER else 4),
-        estimate=None if tile else most_shared_bytes(arch, precision, sizes, settings),
+        work=edge_work(name, shape, element_size(precision)),
+        estimate=None if tile else shared_bytes(name, arch, precision, sizes, settings),
     )
 
 
@@ -210,6 +214,8 @@ def gate_variants(arch: int) -> Iterator[Variant]:
                 ("swiglu", 0.2, 512),
                 ("swiglu", 0.2, 128),
                 ("gelu", 0.2, 512),
+                ("relu", 0.0, 192),
+                ("swiglu", 0.2, 4096),
             ):
                 shape, launch = gated_mlp.gate_shape(arch, precision, columns, gate, p)
                 typed = POINTER.get(precision, "*fp32")
@@ -224,7 +230,7 @@ def gate_variants(arch: int) -> Iterator[Variant]:
                     {**types, "S": "constexpr"},
                     constants,
                     launch,
-                    default=gate == "swiglu" and precision != "fp16",
+                    default=gate == "swiglu" and columns <= 512 and precision != "fp16",
                     trips=() if kernel is gated_mlp.gate_norm_fwd_kernel else (1,),
                     rows=shape.rows,
                     work={"gates": shape.z},
@@ -326,7 +332,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"needs {shared} bytes of shared memory; {estimate} were estimated")
     if row["default"] and 2 * (shared + 1024) > most:
         found.append(f"needs {shared} bytes of shared memory; two programs do not fit")
-    elif estimate is None and shared + 1024 > most:
+    elif shared + 1024 > most and (estimate is None or estimate + 1024 <= most):
         found.append(f"needs {shared} bytes of shared memory; there is no room for it")
     return found
 

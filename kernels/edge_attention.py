@@ -16,9 +16,12 @@ Backward, in two kernels and without atomics, so that every run gives the same b
 
 * query-owned: recomputes the forward of a tile, writes dA, the edge MLP's gradients, and for the second kernel the
   messages (as many bytes as A at K = 8) and five numbers per edge and head, freed with it.
-* key-owned: one program per head walks the edges that arrive at a block of keys (the transposed neighbour table),
-  recomputes their pre-activations, and writes dB and dV; the gradient of message_to_logit_h stays in its registers, for
-  which an accumulator of all heads would be too large.
+* key-owned: a program of one head walks the edges that arrive at a block of keys (the transposed neighbour table),
+  recomputes their pre-activations, and writes dB and dV; its part of the gradient of message_to_logit_h stays in its
+  registers, for which an accumulator of all heads would be too large.
+
+The attention MLP's hidden vector [M, Z] of a head may be taken in parts of z_pad columns (``edge_shape.py``), for
+models wider than the default.
 
 Row offsets are int64 throughout: N * K * E passes 2^31 at 4.2M spots. Rows themselves are int32.
 """
@@ -57,6 +60,7 @@ from .edge_tiles import (
     segment_softmax,
     store_rows,
     tile_edges,
+    tile_spots,
 )
 from .launch import (
     Launch,
@@ -95,13 +99,7 @@ def edge_attention_fwd_kernel(
     b_w = part_weights(logit, 0, S)
     b_bias = tl.load(logit + S.z).to(tl.float32)
 
-    i_q = tl.arange(0, S.spots_pad)
-    i_row = (i_tile * S.spots + i_q).to(tl.int64)
-    m_q = (i_q < S.spots) & (i_row < n)
-    m_segment = (tl.arange(0, S.rows) // S.k)[None, :] == i_q[:, None]
-    m_segment = m_segment & m_e[None, :]  # [Q, M]
-    m_members = i_q[None, :] == (tl.arange(0, S.rows) // S.k)[:, None]  # [M, Q]
-    i_own = tl.minimum(i_row, n - 1)
+    i_row, m_q, i_own, m_segment, m_members = tile_spots(i_tile, m_e, n, S)
     row = context + i_row * S.context
     for i_head in range(S.n_heads):
         _, _, b_z, _ = logit_part(
@@ -155,11 +153,11 @@ def edge_attention_bwd_query_kernel(
     n,
     S: tl.constexpr,
 ):
-    """dA, the messages, attention behind its dropout and dlogit [N * K, H, 2], partial gradients of the edge MLP.
+    """dA, the messages, the numbers of :func:`store_edge` [N * K, H, 5], partial gradients of the edge MLP.
 
     A fixed number of programs walks over the tiles, each with a partial sum of its own.
     """
-    i_c, i_q, i_r = tl.arange(0, S.e_pad), tl.arange(0, S.spots_pad), tl.arange(0, 16)
+    i_c, i_r = tl.arange(0, S.e_pad), tl.arange(0, 16)
     m_c = i_c < S.e
     b_w, b_mean_w = part_weights(logit, 0, S), mean_weight(logit, S)
     b_bias = tl.load(logit + S.z).to(tl.float32)
@@ -173,12 +171,7 @@ def edge_attention_bwd_query_kernel(
         b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
         b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S).to(S.operand)
         store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & m_c[None, :])
-        i_row = (i_tile * S.spots + i_q).to(tl.int64)
-        m_q = (i_q < S.spots) & (i_row < n)
-        m_segment = (tl.arange(0, S.rows) // S.k)[None, :] == i_q[:, None]
-        m_segment = m_segment & m_e[None, :]  # [Q, M]
-        m_members = i_q[None, :] == (tl.arange(0, S.rows) // S.k)[:, None]  # [M, Q]
-        i_own = tl.minimum(i_row, n - 1)
+        i_row, m_q, i_own, m_segment, m_members = tile_spots(i_tile, m_e, n, S)
         b_dmessage = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
         for i_head in range(S.n_heads):
             b_a, b_b, b_z, b_factor = logit_part(
@@ -244,6 +237,7 @@ def attention_gradient(grad_context, terms, b_dcontext, b_message, i_row, m_q, i
     i_column, m_d = i_head * S.dh + i_d, i_d < S.dh
     b_dweight = tl.load(grad_context + i_row * S.context + S.d + S.n_heads * S.e + i_head, mask=m_q, other=0.0)
     b_dattention = tl.full([S.spots_pad, S.rows], 0.0, tl.float32) + b_dweight.to(tl.float32)[:, None]
+    # A transposed tile, but on the right of 16 or 32 rows: never wgmma, where Triton up to 3.7 goes wrong (fla #984).
     b_dattention = matmul(b_dcontext, tl.trans(b_message), b_dattention, S)
     b_dvalues = load_spots(grad_context, i_row, m_q, i_column, m_d, S)  # [Q, d / H]
     value = terms + 2 * S.hp + i_near[None, :] * S.width + i_column[:, None]
@@ -327,8 +321,8 @@ def edge_attention_bwd_key_kernel(
     Triton 3.7 spread the warps over the rows of every product in the kernel, where short products repeat in every warp,
     and 700 bytes of registers spill.
     """
-    i_split, i_head = tl.program_id(0), tl.program_id(1) // (S.e_parts * S.z_parts)
-    i_part, i_e_part = tl.program_id(1) // S.e_parts % S.z_parts, tl.program_id(1) % S.e_parts
+    i_split, i_head = tl.program_id(0), tl.program_id(1)
+    i_part, i_e_part = tl.program_id(2) // S.e_parts, tl.program_id(2) % S.e_parts
     i_c, i_z, i_d = tl.arange(0, S.e_pad), part_columns(i_part, S), tl.arange(0, S.dh_pad)
     i_q, i_e = tl.arange(0, S.keys), i_e_part * S.e_part + tl.arange(0, S.e_part)
     m_c, m_z, m_d = i_c < S.e, i_z < S.z, i_d < S.dh
@@ -446,7 +440,8 @@ def edge_messages(
 
     Without gradients or dropout. Other arguments and errors as :func:`edge_attention`.
     """
-    return torch.ops.stflow_fast.edge_messages(geometry, edge, message_to_logit, *settings[:3], dtype)
+    with torch.no_grad():
+        return torch.ops.stflow_fast.edge_messages(geometry, edge, message_to_logit, *settings[:3], dtype)
 
 
 def _compiled_for(kernel: str, typed: Tensor, sizes: Sizes, settings: Settings) -> tuple[EdgeShape, Launch]:
@@ -499,7 +494,13 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
         )
     edge_halves = halves_of("edge_activation", settings.edge_activation)
     logit_halves = halves_of("logit_activation", settings.logit_activation)
-    z = hp // n_heads // logit_halves
+    z, remainder = divmod(hp // n_heads, logit_halves)
+    if remainder:
+        raise InputError(
+            f"message_to_logit: must have an even number of columns a head for swiglu, not {hp // n_heads}"
+        )
+    if settings.edges_are_messages and settings.p_mlp > 0:
+        raise InputError("edges: kept messages are without dropout; give geometry, or p_mlp 0")
     n_edge = e if settings.edges_are_messages else 3
     shapes = {
         "terms": (n, terms.shape[1]),
@@ -526,9 +527,9 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
 
 def _check_width(message_to_logit: Tensor) -> tuple[int, int]:
     """E and H * P."""
-    if message_to_logit.ndim != 2 or message_to_logit.shape[0] > MOST_COLUMNS:
+    if message_to_logit.ndim != 2 or not 1 <= message_to_logit.shape[0] <= MOST_COLUMNS:
         raise InputError(
-            f"message_to_logit: must have shape [E, H * P] with E up to {MOST_COLUMNS}, "
+            f"message_to_logit: must have shape [E, H * P] with E from 1 to {MOST_COLUMNS}, "
             f"not {list(message_to_logit.shape)}"
         )
     return message_to_logit.shape
@@ -605,11 +606,12 @@ def _backward(grad_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
             **launch.options,
         )
         shape, launch = _compiled_for("edge_attention_bwd_key", terms, sizes, settings)
-        per_head = triton.cdiv(launch.programs * n_processors(terms.device), shape.key_programs)
-        splits = min(triton.cdiv(n, shape.keys), per_head)
+        grid = (settings.n_heads, shape.z_parts * shape.e_parts)
+        splits = triton.cdiv(launch.programs * n_processors(terms.device), grid[0] * grid[1])
+        splits = min(triton.cdiv(n, shape.keys), splits)
         grad_weight = terms.new_empty(splits, *message_to_logit.shape, dtype=torch.float32)
         grad_logit = terms.new_empty(splits * settings.n_heads, len(logit), dtype=torch.float32)
-        edge_attention_bwd_key_kernel[(splits, shape.key_programs)](
+        edge_attention_bwd_key_kernel[(splits, *grid)](
             grad_context,
             terms,
             neighbors,

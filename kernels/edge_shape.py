@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from .conventions import LAYERNORM_EPS, Settings, Sizes, context_padding, dropout_threshold
-from .launch import INTERPRETED, Launch, launch_of
+from .launch import (
+    INTERPRETED,
+    MOST_SHARED_MEMORY,
+    SHARED_MEMORY,
+    Launch,
+    element_size,
+    halves_of,
+    launch_of,
+)
 
 
 @dataclass(frozen=True)
@@ -20,13 +28,13 @@ class EdgeShape:
         rows: M, edges in a tile; ``spots`` whole spots fit into it where they must, ``keys`` keys are taken at a time
             by the key-owned backward, at least 16 and else those whose arriving edges fill two tiles.
         z_parts: parts of the attention MLP's hidden vector, of ``z_pad`` columns, taken one after another.
-        e_parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each;
-            ``key_programs`` is their number for a block of keys, by head, part of Z and part of E.
+        e_parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each.
         k, n_heads, e, z, p, pe, hp, d, dh: as in ``stflow_fast/ops/reference.py``; dh = d / H.
         width, used, context: columns of the terms, of the context without and with its padding.
         e_pad, z_pad, dh_pad, spots_pad: sides of tiles, powers of two.
         operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
-            the other must come through as it is; ``edge_operand`` those of the edge MLP, ``split`` in parts.
+            the other must come through as it is (in tf32 but for 2^-22); ``edge_operand`` those of the edge MLP,
+            ``split`` in parts.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -37,7 +45,6 @@ class EdgeShape:
     z_parts: int
     e_parts: int
     e_part: int
-    key_programs: int
     k: int
     n_heads: int
     e: int
@@ -81,14 +88,11 @@ def _padded(size: int) -> int:
 WHOLE_SPOTS = ("edge_attention_fwd", "edge_attention_bwd_query")
 """Kernels whose tiles hold all edges of a spot."""
 
-LITTLE_SHARED_MEMORY = (86, 89, 120, 121)
-"""Architectures with 99 KiB for a program; others have 163 or more."""
-
 
 def part_of_z(kernel: str, arch: int, e_pad: int, z_pad: int, size: int) -> int:
     """Columns of the attention MLP's hidden vector that are taken at a time: a product holds so many of a head's matrix
     E x Z in shared memory, and the key-owned backward has accumulators of that size besides."""
-    most_bytes = (16 if arch in LITTLE_SHARED_MEMORY else 32) * 1024
+    most_bytes = (32 if SHARED_MEMORY.get(arch, MOST_SHARED_MEMORY) > 128 * 1024 else 16) * 1024
     most = 64 if kernel == "edge_attention_bwd_key" else 128
     return max(16, min(z_pad, most, most_bytes // (size * e_pad)))
 
@@ -105,7 +109,7 @@ def edge_shape(
     kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch | None = None
 ) -> tuple[EdgeShape, Launch]:
     """What a kernel is compiled for, and how it is launched on an architecture; by the table unless told."""
-    z = sizes.hp // settings.n_heads // (2 if settings.logit_activation == "swiglu" else 1)
+    z = sizes.hp // settings.n_heads // halves_of("logit_activation", settings.logit_activation)
     launch = launch or launch_of(kernel, arch, precision, _padded(max(sizes.e, z)))
     return _edge_shape(kernel, arch, precision, sizes, settings, launch), launch
 
@@ -115,16 +119,14 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
     k, e, hp, d = sizes
     n_heads, edge_gate, logit_gate, p_mlp, p_attention, kept = settings
     p = hp // n_heads
-    edge_halves, logit_halves = (2 if gate == "swiglu" else 1 for gate in (edge_gate, logit_gate))
-    z = p // logit_halves
+    z = p // halves_of("logit_activation", logit_gate)
     rows = max(launch.rows, triton.next_power_of_2(k)) if kernel in WHOLE_SPOTS else launch.rows
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
-    size = 2 if precision in ("bf16", "fp16") else 4
-    z_pad = part_of_z(kernel, arch, _padded(e), _padded(z), size)
+    z_pad = part_of_z(kernel, arch, _padded(e), _padded(z), element_size(precision))
     e_part = part_of_e(arch, _padded(e), z_pad)
-    z_parts, e_parts = triton.cdiv(z, z_pad), _padded(e) // e_part
+    z_parts, e_parts = triton.cdiv(z, z_pad), triton.cdiv(e, e_part)
     used = d + n_heads * (e + 1)
     return EdgeShape(
         rows=rows,
@@ -133,13 +135,12 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         z_parts=z_parts,
         e_parts=e_parts,
         e_part=e_part,
-        key_programs=n_heads * z_parts * e_parts,
         k=k,
         n_heads=n_heads,
         e=e,
         z=z,
         p=p,
-        pe=e * edge_halves,
+        pe=e * halves_of("edge_activation", edge_gate),
         hp=hp,
         d=d,
         dh=d // n_heads,
@@ -169,16 +170,17 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
     )
 
 
-def most_shared_bytes(arch: int, precision: str, sizes: Sizes, settings: Settings) -> int:
-    """Shared memory of a program of any edge kernel, at most: an estimate from the tiles that its products read, which
-    ``aot`` holds against what the compiler says."""
-    query, key = (
-        edge_shape(kernel, arch, precision, sizes, settings)[0]
-        for kernel in ("edge_attention_bwd_query", "edge_attention_bwd_key")
-    )
-    size = 2 if precision in ("bf16", "fp16") else 4
-    of_query = (query.rows + query.spots_pad) * (query.e_pad + query.dh_pad) + query.e_pad * query.z_pad
-    if precision == "ieee":  # without tensor cores, both sides of every product are read from there
-        of_query += query.rows * max(query.z_pad, query.e_pad // 2)
-    of_key = 3 * key.e_pad * key.z_pad + key.rows * (key.e_pad + key.dh_pad) // 2
-    return size * (max(of_query, of_key) + 4096)
+def shared_bytes(kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings) -> int:
+    """Shared memory of a program, at most: an estimate from the tiles that its products read, which ``aot`` holds
+    against what the compiler says."""
+    shape, _ = edge_shape(kernel, arch, precision, sizes, settings)
+    m, q, keys = shape.rows, shape.spots_pad, shape.keys
+    e, z, dh = shape.e_pad, shape.z_pad, shape.dh_pad
+    exact = m * max(z, e // 2) if precision == "ieee" else 0  # without tensor cores both sides are read from there
+    numbers = {
+        "edge_attention_fwd": m * (e + z + dh) + e * z,
+        "edge_attention_bwd_query": (m + q) * (e + dh) + e * z + exact,
+        "edge_attention_bwd_key": 3 * e * z + m * (e + dh) // 2 + keys * (z + dh),
+        "edge_messages": 16 * (2 * e + m),
+    }
+    return element_size(precision) * (numbers[kernel] + 4096)

@@ -34,6 +34,12 @@ PRECISIONS = ("bf16", "fp16", "tf32", "ieee", "float64")
 WIDEST = 2**30
 
 
+SHARED_MEMORY = {arch: kib << 10 for arch, kib in ((80, 164), (86, 100), (89, 100), (90, 228), (100, 228), (120, 100))}
+"""Bytes of a multiprocessor by compute capability; a program reserves 1 KiB beside its own."""
+
+MOST_SHARED_MEMORY = max(SHARED_MEMORY.values())
+
+
 class Launch(NamedTuple):
     """How a kernel is launched."""
 
@@ -186,6 +192,11 @@ def precision_of(dtype: torch.dtype, name: str = "dtype") -> str:
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16" if dtype == torch.bfloat16 else "fp16"
     raise InputError(f"{name}: the Triton kernels take float32, bfloat16 or float16, not {dtype}")
+
+
+def element_size(precision: str) -> int:
+    """Bytes of a number."""
+    return 2 if precision in ("bf16", "fp16") else 4
 
 
 @functools.cache

@@ -159,7 +159,10 @@ class _Captured:
 
     Called under another backend or precision, it captures anew.
 
-    A call of the denoiser on 10,000 spots is some hundred launches of a few microseconds each; a replay is one.
+    A call of the denoiser on 10,000 spots is some hundred launches of a few microseconds each; a replay is one. One
+    call is captured, not the loop of the solver: so three of four calls of a slide's only draw are replays, one graph
+    serves every number of steps and their trajectory, and one prediction [N, G] is held, not one of every step. What
+    stays outside are the few launches of an Euler step.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -172,9 +175,11 @@ class _Captured:
     def __call__(self, *inputs: Tensor) -> Tensor:
         circumstances = ops.circumstances(inputs[0].device)
         if self._graph is None or circumstances != self._circumstances:
-            self._circumstances = circumstances
+            self._graph = None  # if this capture fails, nobody may replay the last
             with _without_autocast_cache():
-                return self._run_and_capture(inputs)
+                output = self._run_and_capture(inputs)
+            self._circumstances = circumstances
+            return output
         for held, given in zip(self._inputs, inputs, strict=True):
             held.copy_(given)
         self._graph.replay()

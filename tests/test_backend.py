@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ import stflow_fast.ops as ops
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.ops import backend
-from stflow_fast.ops.backend import Workload, announce, backend_for
+from stflow_fast.ops.backend import EdgeWork, Workload, announce, backend_for
 
 from .golden import CASES, Golden, relative_error
 from .test_golden import Load, load
@@ -36,10 +37,11 @@ CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 
 
-def wide(hidden_dim: int, n_heads: int = 4, k: int = 8) -> tuple[Sizes, Settings]:
+def wide(hidden_dim: int, n_heads: int = 4, k: int = 8, training: bool = True) -> EdgeWork:
     """The attention of a network of this width."""
     sizes = Sizes(k, hidden_dim // 2, n_heads * hidden_dim, hidden_dim)
-    return sizes, Settings(n_heads, "swiglu", "swiglu", 0.2, 0.2)
+    kernels = ops.TRAINED_BY if training else ops.TRAINED_BY[:1]
+    return EdgeWork(kernels, sizes, Settings(n_heads, "swiglu", "swiglu"))
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +101,7 @@ def test_blocks_restore_what_was_chosen_before() -> None:
     [
         (Workload(CPU, torch.float64), "its kernels do not compute in torch.float64"),
         (Workload(CPU, k=65), "its kernels take up to 64 neighbours, not 65"),
-        (Workload(CPU, attention=wide(1026)), "its edge kernels take messages of up to 512 columns, not 513"),
+        (Workload(CPU, edges=wide(1026)), "its edge kernels take messages of up to 512 columns, not 513"),
         (Workload(torch.device("meta")), "the device is meta"),
     ],
 )
@@ -153,36 +155,58 @@ def test_a_gpu_runs_kernels_from_ampere_on(
 
 
 @pytest.mark.parametrize(
-    ("capability", "shared_kib", "dtype", "attention", "needed"),
+    ("capability", "shared_kib", "dtype", "attention", "refused"),
     [
-        ((8, 0), 163, torch.bfloat16, (1024, 4, 8), None),
-        ((8, 0), 163, torch.float32, (512, 4, 8), None),
-        ((8, 0), 163, torch.float32, (1024, 1, 8), 248),
-        ((8, 6), 99, torch.float32, (128, 4, 64), None),
-        ((8, 6), 99, torch.float32, (256, 4, 8), None),
-        ((8, 9), 99, torch.bfloat16, (1024, 4, 64), 144),
-        ((9, 0), 227, torch.float32, (1024, 4, 8), None),
-        ((9, 0), 227, torch.float32, (1024, 4, 64), 344),
+        ((8, 0), 163, torch.bfloat16, (1024, 4, 8), False),
+        ((8, 0), 163, torch.float32, (512, 4, 8), False),
+        ((8, 0), 163, torch.float32, (1024, 1, 8), True),
+        ((8, 0), 163, torch.float32, (1024, 1, 8, False), False),
+        ((8, 6), 99, torch.float32, (128, 4, 64), False),
+        ((8, 6), 99, torch.float32, (256, 4, 8), False),
+        ((8, 9), 99, torch.bfloat16, (1024, 4, 64), True),
+        ((9, 0), 227, torch.float32, (1024, 4, 8), False),
+        ((9, 0), 227, torch.float32, (1024, 4, 32), False),
+        ((9, 0), 227, torch.float32, (1024, 2, 32), True),
     ],
 )
 def test_a_gpu_with_too_little_shared_memory_is_refused(
     capability: tuple[int, int],
     shared_kib: int,
     dtype: torch.dtype,
-    attention: tuple[int, int, int],
-    needed: int | None,
+    attention: tuple[int, ...],
+    refused: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether it is estimated well, `aot` tells: it fails where a kernel needs more."""
+    """How well it is estimated, `aot` tells: it fails where a kernel needs more."""
     monkeypatch.setattr(launch, "architecture", lambda device: 10 * capability[0] + capability[1])
     monkeypatch.setattr(edge_shape, "launch_of", launch.launch_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = backend_for(Workload(torch.device("cuda", 0), dtype, attention=wide(*attention)))
-    assert found.name == ("reference" if needed else "triton"), found
-    if needed:
-        assert f"need some {needed} KiB of shared memory, and the GPU has {shared_kib}" in found.reason
+    found = backend_for(Workload(torch.device("cuda", 0), dtype, k=attention[2], edges=wide(*attention)))
+    assert found.name == ("reference" if refused else "triton"), found
+    if refused:
+        assert re.search(
+            rf"for {attention[2]} neighbours .* need some \d+ KiB .* the GPU has {shared_kib}", found.reason
+        )
+
+
+@pytest.mark.parametrize(
+    ("capability", "k", "name"), [((9, 0), 33, "reference"), ((9, 0), 32, "triton"), ((8, 0), 64, "triton")]
+)
+def test_what_was_not_seen_right_runs_when_asked_for_alone(
+    capability: tuple[int, int], k: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    workload = Workload(torch.device("cuda", 0), k=k)
+    assert backend_for(workload).name == name
+    with ops.use_backend("triton"):
+        assert backend_for(workload).name == "triton"
+
+
+def test_a_gpu_that_is_not_nvidias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert backend_for(Workload(torch.device("cuda", 0))) == ("reference", "plain torch; the GPU is not NVIDIA's")
 
 
 @interpreted

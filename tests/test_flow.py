@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stflow_fast import sampling
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
@@ -205,6 +206,34 @@ def test_a_prepared_slide_gives_its_memory_back_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_failed_capture_lets_nobody_replay_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA: the second capture, under another precision, runs out of memory."""
+    runs: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            runs.append("replay")
+
+    def run_and_capture(self: sampling._Captured, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        runs.append("capture")
+        if len(runs) == 3:
+            raise torch.OutOfMemoryError
+        self._inputs, self._output, self._graph = inputs, inputs[0], Graph()
+        return inputs[0]
+
+    precision = iter(["bf16", "bf16", "ieee", "ieee", "ieee"])
+    monkeypatch.setattr(sampling._Captured, "_run_and_capture", run_and_capture)
+    monkeypatch.setattr(sampling.ops, "circumstances", lambda device: (next(precision),))
+    captured, x = sampling._Captured(torch.square), torch.ones(2)
+    captured(x)
+    captured(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(x)
+    captured(x)
+    captured(x)
+    assert runs == ["capture", "replay", "capture", "capture", "replay"]
 
 
 @pytest.mark.gpu

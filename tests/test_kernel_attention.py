@@ -173,6 +173,29 @@ def test_spots_without_neighbours_take_nothing_and_give_nothing(p: float) -> Non
     assert not any(lone.gradients[name].any() for name in GRADIENTS)
 
 
+@pytest.mark.parametrize("broken", [0, 10, 28])
+def test_not_a_number_stays_with_the_spots_of_its_tile_and_its_neighbours(
+    broken: int, launched: Callable[..., None]
+) -> None:
+    """Lanes without an edge read something, times zero. The first slide has lone spots, whose lanes they are, the last
+    tile lanes of nobody."""
+    launched(16, 2)
+    inputs = attention_inputs(Attention(sizes=(1, 1, 13, 1, 13), k=8))
+    terms = inputs.terms.clone()
+    terms[broken] = torch.nan
+    found = attention_kernel(replace(inputs, terms=terms)).output.isnan().any(dim=1)
+    near = (inputs.graph.neighbors == broken).any(dim=1)
+    reached = near.view(-1).nonzero().flatten().tolist() + [broken]
+    tiles = {row // 2 for row in reached}  # 16 edges are two spots
+    assert all(row // 2 in tiles for row in found.nonzero().flatten().tolist())
+    assert found[near].all()
+    assert found[broken]
+
+
+def test_kept_messages_are_without_gradients() -> None:
+    assert not keep_messages(kernel_arguments(attention_inputs(Attention())))["edges"].requires_grad
+
+
 def test_padding_of_the_context_is_zero() -> None:
     case = Attention(e=24, z=12, dh=5, heads=3)
     context = attention_kernel(attention_inputs(case)).output
@@ -253,7 +276,7 @@ def test_hidden_vectors_may_be_taken_in_parts(name: str, in_parts: None) -> None
     case = inputs.case
     sizes = shapes.Sizes(case.k, case.e, case.hp, case.heads * case.dh)
     shape, _ = shapes.edge_shape("edge_attention_bwd_key", 0, "ieee", sizes, settings_of(inputs))
-    assert (shape.z_parts, shape.e_parts) == (-(-case.z // 16), shape.e_pad // 16)
+    assert (shape.z_parts, shape.e_parts) == (-(-case.z // 16), -(-case.e // 16))
     assert_equals_reference(inputs)
 
 
@@ -481,13 +504,24 @@ REFUSALS = {
     "weights of too many columns": (
         "message_to_logit",
         lambda weight: weight.repeat(33, 1),
-        r"message_to_logit: must have shape \[E, H \* P\] with E up to 512",
+        r"message_to_logit: must have shape \[E, H \* P\] with E from 1 to 512",
+    ),
+    "no columns": ("message_to_logit", lambda weight: weight[:0], r"message_to_logit: .* with E from 1 to 512"),
+    "kept messages with dropout": (
+        "settings",
+        lambda settings: settings._replace(edges_are_messages=True, p_mlp=0.1),
+        "edges: kept messages are without dropout",
+    ),
+    "half a gate": (
+        "message_to_logit",
+        lambda weight: weight[:, : 2 * 15].contiguous(),
+        "message_to_logit: must have an even number of columns a head for swiglu, not 15",
     ),
     "dropout of everything": ("settings", lambda settings: settings._replace(p_mlp=1.0), "p_mlp: .*not 1.0"),
     "less than no dropout": ("settings", lambda settings: settings._replace(p_attention=-0.1), "p_attention: .*-0.1"),
     "geometry for messages": (
         "settings",
-        lambda settings: settings._replace(edges_are_messages=True),
+        lambda settings: settings._replace(edges_are_messages=True, p_mlp=0.0),
         r"edges: must have shape \[9, 3, 16\]",
     ),
 }

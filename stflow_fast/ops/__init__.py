@@ -17,7 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from ..graph import SpotGraph
 from ..kernels.conventions import Settings, Sizes, context_padding
 from . import reference
-from .backend import Backend, Workload, announce, backend_for, circumstances, cpp_compiler, use_backend, use_compile
+from .backend import (
+    Backend,
+    EdgeWork,
+    Workload,
+    announce,
+    backend_for,
+    circumstances,
+    cpp_compiler,
+    use_backend,
+    use_compile,
+)
 from .dropout import DropoutKeys, dropout
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
@@ -56,6 +66,10 @@ COMPILED_BLOCK = 512
 
 Microseconds per spot as above: 350 at 128 spots, 359 at 256, 381 at 512, 372 at 1024, 636 at 2048, on a machine whose
 load moves them by a tenth."""
+
+
+TRAINED_BY = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_bwd_key")
+"""The kernels of an attention; without gradients it is the first alone."""
 
 
 @functools.cache
@@ -139,7 +153,8 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
     if torch.is_autocast_enabled(geometry.device.type):
         dtype = torch.get_autocast_dtype(geometry.device.type)
     settings = Settings(*spec)
-    if _on_triton(geometry, dtype, (_sizes(k, settings.n_heads, weights), settings)):
+    work = EdgeWork(("edge_messages",), Sizes(k, *weights.message_to_logit.shape, settings.n_heads), settings)
+    if _on_triton(geometry, dtype, work):
         from ..kernels.edge_attention import edge_messages as kernel
 
         return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
@@ -173,8 +188,9 @@ def edge_attention(
     keys = None if dropouts.keys is None else dropouts.keys.keys
     p = (0.0, 0.0) if keys is None else (dropouts.mlp, dropouts.attention)
     settings = Settings(*spec, *p, messages is not None)
-    sizes = _sizes(graph.neighbors.shape[1], terms.shape[1] - 2 * weights.message_to_logit.shape[1], weights)
-    if _on_triton(terms, terms.dtype, (sizes, settings)):
+    e, hp = weights.message_to_logit.shape
+    sizes = Sizes(graph.neighbors.shape[1], e, hp, terms.shape[1] - 2 * hp)
+    if _on_triton(terms, terms.dtype, EdgeWork(TRAINED_BY if training else TRAINED_BY[:1], sizes, settings)):
         from ..kernels.edge_attention import edge_attention as kernel
 
         edges = graph.geometry if messages is None else messages
@@ -215,16 +231,11 @@ def _attention_in_blocks(
     return context
 
 
-def _sizes(k: int, d: int, weights: EdgeWeights) -> Sizes:
-    return Sizes(k, *weights.message_to_logit.shape, d)
-
-
-def _on_triton(x: Tensor, dtype: torch.dtype | None = None, attention: tuple[Sizes, Settings] | None = None) -> bool:
+def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    k = attention[0].k if attention else 1
-    backend = backend_for(Workload(x.device, dtype or x.dtype, k, attention=attention))
-    if attention and backend.name == "triton":
+    backend = backend_for(Workload(x.device, dtype or x.dtype, edges.sizes.k if edges else 1, edges=edges))
+    if edges and backend.name == "triton":
         announce(backend)
     return backend.name == "triton"
 

@@ -77,6 +77,14 @@ def use_compile(mode: str) -> contextlib.AbstractContextManager[None]:
     return _COMPILE.use(mode)
 
 
+class EdgeWork(NamedTuple):
+    """Edge kernels, and what they are compiled for."""
+
+    kernels: tuple[str, ...]
+    sizes: Sizes
+    settings: Settings
+
+
 class Workload(NamedTuple):
     """What the choice depends on."""
 
@@ -85,7 +93,7 @@ class Workload(NamedTuple):
     k: int = 1
     n_spots: int = COMPILE_FROM_SPOTS
     training: bool = False
-    attention: tuple[Sizes, Settings] | None = None  # of the edge kernels
+    edges: EdgeWork | None = None  # what edge kernels are to do
 
 
 class Backend(NamedTuple):
@@ -101,6 +109,8 @@ def backend_for(workload: Workload) -> Backend:
     """
     asked = _BACKEND()
     lacks = "it was asked for" if asked == "reference" else why_not_triton(workload, interpreted=asked == "triton")
+    if lacks is None and asked == "auto":
+        lacks = _what_awaits_a_check(workload)
     if lacks is None:
         return Backend(
             "triton", "it was asked for" if asked == "triton" else "the device is a GPU that it compiles for"
@@ -129,15 +139,17 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
         return f"its kernels do not compute in {workload.dtype}"
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
-    if workload.attention and workload.attention[0].e > MOST_COLUMNS:
-        return f"its edge kernels take messages of up to {MOST_COLUMNS} columns, not {workload.attention[0].e}"
+    if workload.edges and workload.edges.sizes.e > MOST_COLUMNS:
+        return f"its edge kernels take messages of up to {MOST_COLUMNS} columns, not {workload.edges.sizes.e}"
     return _what_a_gpu_lacks(workload) if device.type == "cuda" else None
 
 
 def _what_a_gpu_lacks(workload: Workload) -> str | None:
+    if torch.version.hip:
+        return "the GPU is not NVIDIA's"
     if torch.cuda.get_device_capability(workload.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    if workload.attention and (lacks := _what_shared_memory_lacks(workload)):
+    if workload.edges and (lacks := _what_shared_memory_lacks(workload)):
         return lacks
     if not c_compiler():
         return "there is no C compiler (gcc or clang), by which it builds its launches"
@@ -145,17 +157,30 @@ def _what_a_gpu_lacks(workload: Workload) -> str | None:
 
 
 def _what_shared_memory_lacks(workload: Workload) -> str | None:
-    from ..kernels.edge_shape import most_shared_bytes
+    from ..kernels.edge_shape import shared_bytes
     from ..kernels.launch import architecture, precision_of
 
     arch, precision = architecture(workload.device), precision_of(workload.dtype)
-    needed = most_shared_bytes(arch, precision, *workload.attention)
+    kernels, *case = workload.edges
+    needed = max(shared_bytes(kernel, arch, precision, *case) for kernel in kernels)
     there = torch.cuda.get_device_properties(workload.device).shared_memory_per_block_optin
     if needed <= there:
         return None
     return (
-        f"its edge kernels of this width need some {needed >> 10} KiB of shared memory, and the GPU has {there >> 10}"
+        f"its edge kernels for {workload.k} neighbours of this width need some {needed >> 10} KiB of shared memory, "
+        f"and the GPU has {there >> 10}"
     )
+
+
+def _what_awaits_a_check(workload: Workload) -> str | None:
+    """More than 32 neighbours take tiles of 64 rows, whose products Hopper's wgmma may read from registers: see
+    ``kernels/launch.py``."""
+    on_hopper = workload.device.type == "cuda" and torch.cuda.get_device_capability(workload.device)[0] == 9
+    if on_hopper and workload.k > 32:
+        return (
+            "its tiles for more than 32 neighbours were not seen right on Hopper yet; STFLOW_BACKEND=triton runs them"
+        )
+    return None
 
 
 @functools.cache
