@@ -38,10 +38,13 @@ bench: setup
 # On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit.
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
+# --rehearse runs the same path on the CPU, tiny and interpreted.
+GPU_FLAGS ?=
 
+# Eight minutes at most, whatever hangs; what was measured until then is in the files.
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+	timeout --signal=INT 465 $(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

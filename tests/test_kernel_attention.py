@@ -185,7 +185,7 @@ def test_not_a_number_stays_with_the_spots_of_its_tile_and_its_neighbours(
     terms[broken] = torch.nan
     found = attention_kernel(replace(inputs, terms=terms)).output.isnan().any(dim=1)
     near = (inputs.graph.neighbors == broken).any(dim=1)
-    reached = near.view(-1).nonzero().flatten().tolist() + [broken]
+    reached = [*near.nonzero().flatten().tolist(), broken]
     tiles = {row // 2 for row in reached}  # 16 edges are two spots
     assert all(row // 2 in tiles for row in found.nonzero().flatten().tolist())
     assert found[near].all()
