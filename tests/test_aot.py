@@ -95,7 +95,7 @@ def test_instructions_are_weighted_by_their_loops() -> None:
 def test_an_unknown_architecture_is_refused() -> None:
     done = compiled("-m", "stflow_fast.kernels.aot", "--arch", "75")
     assert done.returncode == 2
-    assert "--arch: must be of 80, 86, 89, 90, 100, not 75" in done.stderr
+    assert "--arch: must be of 80, 86, 89, 90, 100, 120, not 75" in done.stderr
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:
