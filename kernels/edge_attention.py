@@ -494,8 +494,8 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
         )
     edge_halves = halves_of("edge_activation", settings.edge_activation)
     logit_halves = halves_of("logit_activation", settings.logit_activation)
-    z, remainder = divmod(hp // n_heads, logit_halves)
-    if remainder:
+    z = hp // n_heads // logit_halves
+    if hp // n_heads % logit_halves:
         raise InputError(
             f"message_to_logit: must have an even number of columns a head for swiglu, not {hp // n_heads}"
         )

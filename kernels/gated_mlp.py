@@ -195,8 +195,8 @@ def _fake(
     if x.ndim != 2 or fc1.ndim != 2 or fc2.ndim != 2:
         raise InputError("x, fc1 and fc2: must be matrices")
     (n, _), (p_columns, columns), out = x.shape, fc1.shape, fc2.shape[0]  # len() would compile for one N alone
-    hidden, remainder = divmod(p_columns, halves)
-    if remainder:
+    hidden = p_columns // halves
+    if p_columns % halves:
         raise InputError(f"fc1: must have an even number of rows for swiglu, not {p_columns}")
     expected = {
         "x": (x, (n, columns)),

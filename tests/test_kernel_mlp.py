@@ -230,7 +230,7 @@ def test_the_inputs_of_the_refusals_are_otherwise_taken() -> None:
     [
         ("x", lambda x: x[:, :-1], r"x: must have shape \[5, 6\]"),
         ("x", lambda x: x[0], "x, fc1 and fc2: must be matrices"),
-        ("fc1", lambda fc1: fc1[:-1], "fc1: must have an even number of rows for swiglu"),
+        ("fc1_weight", lambda weight: weight[:-1], "fc1: must have an even number of rows for swiglu"),
         ("x", lambda x: x.double(), "x: .*float64"),
         ("x", lambda x: torch.cat([x, x], dim=1)[:, :6], "x: must be contiguous"),
         ("fc1_weight", lambda weight: weight.double(), "fc1: must be torch.float32"),
