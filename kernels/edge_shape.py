@@ -176,10 +176,13 @@ def shared_bytes(kernel: str, arch: int, precision: str, sizes: Sizes, settings:
     shape, _ = edge_shape(kernel, arch, precision, sizes, settings)
     m, q, keys = shape.rows, shape.spots_pad, shape.keys
     e, z, dh = shape.e_pad, shape.z_pad, shape.dh_pad
-    exact = m * max(z, e // 2) if precision == "ieee" else 0  # without tensor cores both sides are read from there
+    # Without tensor cores both sides of a product are read from there, and of wgmma in tf32 some are copied.
+    wgmma = precision == "tf32" and arch >= 90
+    of_query = m * max(z, e // 2) if precision == "ieee" or wgmma else 0
+    of_forward = m * (e + dh) // 2 if wgmma else 0
     numbers = {
-        "edge_attention_fwd": m * (e + z + dh) + e * z,
-        "edge_attention_bwd_query": (m + q) * (e + dh) + e * z + exact,
+        "edge_attention_fwd": m * (e + z + dh) + e * z + of_forward,
+        "edge_attention_bwd_query": (m + q) * (e + dh) + e * z + of_query,
         "edge_attention_bwd_key": 3 * e * z + m * (e + dh) // 2 + keys * (z + dh),
         "edge_messages": 16 * (2 * e + m),
     }
