@@ -120,7 +120,7 @@ def main() -> None:
         if row["arch"] == 90
         and row["kernel"] in MINIMUM
         and " swiglu K=8" in row["variant"]
-        and "hidden_dim" not in row["variant"]
+        and not any(width in row["variant"] for width in ("hidden_dim", "pairwise"))
         and "fp16" not in row["variant"]
     ]
     page = RESULTS / "roofline.md"
