@@ -17,9 +17,17 @@ SAMPLE_STEPS = 5
 """Times of the published grid: 4 denoiser calls."""
 
 
+def parse_sizes(text: str) -> list[int]:
+    """Whole numbers from text such as ``"1e3,1e4,605471"``; raises ValueError for one that is not whole or below 1."""
+    numbers = [float(size) for size in text.split(",")]
+    if not all(number.is_integer() and number >= 1 for number in numbers):
+        raise ValueError(f"sizes: must be whole numbers of at least 1, not {text!r}")
+    return [int(number) for number in numbers]
+
+
 def sizes(variable: str, default: str) -> list[int]:
-    """Whole numbers from the environment, comma-separated, for a quick rehearsal with small slides."""
-    return [int(size) for size in os.environ.get(variable, default).split(",")]
+    """:func:`parse_sizes` of the environment, for a quick rehearsal with small slides."""
+    return parse_sizes(os.environ.get(variable, default))
 
 
 RACE_SPOTS = sizes("STFLOW_BENCH_RACE", "10000")[0]
