@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,9 @@ from stflow_fast import DenoiserConfig
 from stflow_fast.graph import MISSING, SpotGraph
 
 from .eager_stflow import EagerGeneUpdate, EagerMLP, EagerTimeEmbedding
+
+SLIDE_SIZES = 64
+"""Numbers of spots that FlexAttention is compiled for in one process; torch's own limit is 8."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,8 +55,12 @@ def neighbor_attention(graph: SpotGraph) -> Attend:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Without compiling, FlexAttention materialises [N, N]; ``fullgraph`` makes every way back there an error."""
-    return torch.compile(flex_attention, fullgraph=True)
+    """Without compiling, FlexAttention materialises [N, N]; ``fullgraph`` makes every way back there an error.
+
+    Compiled once for each number of spots: for a number that varies, torch 2.13 writes C++ that does not compile.
+    """
+    torch._dynamo.config.recompile_limit = max(SLIDE_SIZES, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def neighbor_block_mask(graph: SpotGraph) -> BlockMask:
