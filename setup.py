@@ -19,6 +19,7 @@ setup(
     # A top-level import package called "kernels" would collide with a well-known one.
     packages=[*find_packages(include=["stflow_fast", "stflow_fast.*"]), "stflow_fast.kernels"],
     package_dir={"stflow_fast.kernels": "kernels"},
+    package_data={"stflow_fast.kernels": ["launch_table.csv"]},
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",

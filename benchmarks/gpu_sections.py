@@ -61,7 +61,8 @@ class Case(NamedTuple):
 def floor_ms(n: int, config: DenoiserConfig, precision: str, backward: bool) -> float:
     """What the units of an H100 need for the counted work of the edge kernels, see ``benchmarks.roofline``."""
     from stflow_fast.kernels.aot import edge_work
-    from stflow_fast.kernels.edge_shape import Settings, Sizes, edge_shape
+    from stflow_fast.kernels.conventions import Settings, Sizes
+    from stflow_fast.kernels.edge_shape import edge_shape
 
     d, heads, e = config.hidden_dim, config.n_heads, config.pairwise_hidden_dim // 2
     sizes = Sizes(config.n_neighbors, e, heads * d, d)
@@ -118,7 +119,8 @@ class EdgeCase:
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
 
     def forward(self) -> Tensor:
-        from stflow_fast.kernels.edge_attention import Settings, edge_attention
+        from stflow_fast.kernels.conventions import Settings
+        from stflow_fast.kernels.edge_attention import edge_attention
 
         terms, *weights = self.leaves
         graph, settings = self.graph, Settings(*self.spec)

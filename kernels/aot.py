@@ -4,9 +4,11 @@
 
 writes one row for each kernel, variant and architecture: registers, spilled bytes, shared memory, instructions by kind
 (each once, and weighted by how often its loops run in a program), and the work that the mathematics asks for per edge.
-The exit code is 1 when a variant needs more shared memory than there is, or a default one spills, or needs so much that
-two programs do not fit onto one multiprocessor. ``--default`` compiles those alone. ``--tile 64x4`` (edges x warps)
-compiles the edge kernels with another tile than that of the launch table: so the table was made.
+The exit code is 1 when a variant needs more shared memory than there is (an edge kernel: than was estimated, by which a
+GPU with less is refused), or a default one spills, or needs so much that two programs do not fit onto one
+multiprocessor. ``--default`` compiles those alone. ``--tile 64x4`` (edges x warps) compiles the edge kernels with
+another tile than that of the launch table: so its first rows were made, and those that ``autotune`` measures on a GPU
+can be looked into.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from triton.compiler import ASTSource
 from stflow_fast.graph import TIE_TOLERANCE
 
 from . import dropout, edge_attention, gated_mlp, neighbors
-from .conventions import dropout_threshold
-from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
+from .conventions import Settings, Sizes, dropout_threshold
+from .edge_shape import WHOLE_SPOTS, EdgeShape, edge_shape, most_shared_bytes
 from .launch import INTERPRETED, Launch, launch_of
 
 SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -55,6 +57,7 @@ class Variant(NamedTuple):
     trips: tuple[int, ...] | None  # how often its loops run in a program, in the order of their heads, if that is known
     rows: int  # edges (of a gate: spots) that a program, or one turn of its outermost loop, treats
     work: dict[str, float]  # per row
+    estimate: int | None = None  # of its shared memory, by which a GPU with less is refused; none for another tile
 
 
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
@@ -75,31 +78,56 @@ EDGE_KERNELS = {
 }
 
 
-def edge_variants(arch: int, launch: Launch | None = None) -> Iterator[Variant]:
-    """The edge kernels at the default width: precisions, gates, dropout, kept messages, numbers of neighbours."""
+class EdgeCase(NamedTuple):
+    """What an edge kernel is compiled for; the model's default but for what is named."""
+
+    gate: str = "swiglu"
+    k: int = 8
+    p: float = 0.0
+    kept: bool = False
+    hidden_dim: int = 128
+    n_heads: int = 4
+
+    def __str__(self) -> str:
+        width = f" hidden_dim={self.hidden_dim}" if self.hidden_dim != 128 else ""
+        rest = (f" dropout={self.p}" if self.p else "") + (" kept" if self.kept else "")
+        return f"{self.gate} K={self.k}{width}{rest}"
+
+
+EDGE_CASES = (
+    EdgeCase(),
+    EdgeCase(p=0.2),
+    EdgeCase(kept=True),
+    EdgeCase("gelu"),
+    EdgeCase("relu", p=0.2),
+    EdgeCase(k=5),
+    EdgeCase(k=24),
+    EdgeCase(k=64),
+    EdgeCase(hidden_dim=48, n_heads=3, p=0.2),
+    EdgeCase(hidden_dim=144, n_heads=1),
+    EdgeCase(hidden_dim=256),
+    EdgeCase(hidden_dim=512),
+    EdgeCase(hidden_dim=1024),
+)
+
+
+def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
+    """The edge kernels: precisions, gates, dropout, kept messages, numbers of neighbours, widths."""
     for name in EDGE_KERNELS:
         for precision in PRECISIONS:
-            for gate, k, p, kept in (
-                ("swiglu", 8, 0.0, False),
-                ("swiglu", 8, 0.2, False),
-                ("swiglu", 8, 0.0, True),
-                ("gelu", 8, 0.0, False),
-                ("relu", 8, 0.2, False),
-                ("swiglu", 5, 0.0, False),
-                ("swiglu", 24, 0.0, False),
-                ("swiglu", 64, 0.0, False),
-            ):
-                if (kept and name != "edge_attention_fwd") or (name == "edge_messages" and (p or k != 8)):
+            for case in EDGE_CASES:
+                if (case.kept and name != "edge_attention_fwd") or (
+                    name == "edge_messages" and (case.p or case.k != 8)
+                ):
                     continue
-                yield _edge_variant(name, arch, precision, gate, k, p, kept, launch)
+                yield _edge_variant(name, arch, precision, case, tile)
 
 
-def _edge_variant(
-    name: str, arch: int, precision: str, gate: str, k: int, p: float, kept: bool, launch: Launch | None
-) -> Variant:
-    sizes = Sizes(k=k, e=64 if gate == "swiglu" else 128, hp=4 * 128, d=128)
-    settings = Settings(4, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
-    shape, launch = edge_shape(name, arch, precision, sizes, settings, launch)
+def _edge_variant(name: str, arch: int, precision: str, case: EdgeCase, tile: Launch | None) -> Variant:
+    gate, k, p, kept, width, n_heads = case
+    sizes = Sizes(k=k, e=width // 2 if gate == "swiglu" else width, hp=n_heads * width, d=width)
+    settings = Settings(n_heads, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
+    shape, launch = edge_shape(name, arch, precision, sizes, settings, tile)
     kernel = EDGE_KERNELS[name]
     typed = POINTER.get(precision, "*fp32")
     types = {argument: EDGE_TYPES.get(argument, typed) for argument in kernel.arg_names}
@@ -110,15 +138,16 @@ def _edge_variant(
         types["dropout_keys"], constants["dropout_keys"] = "constexpr", None
     return Variant(
         kernel,
-        f"{name} {precision} {gate} K={k}" + (f" dropout={p}" if p else "") + (" kept" if kept else ""),
+        f"{name} {precision} {case}",
         {**types, "S": "constexpr"},
         constants,
         launch,
         # The exact backward spills some bytes, see the launch table; fp16 compiles to what bf16 does.
-        default=gate == "swiglu" and k == 8 and precision != "fp16" and not (precision == "ieee" and "bwd" in name),
+        default=case in EDGE_CASES[:3] and precision != "fp16" and not (precision == "ieee" and "bwd" in name),
         trips=_edge_trips(name, shape),
-        rows=shape.spots * k if name != "edge_attention_bwd_key" else shape.rows,
+        rows=shape.spots * k if name in WHOLE_SPOTS else shape.rows,
         work=edge_work(name, shape, 2 if precision in POINTER else 4),
+        estimate=None if tile else most_shared_bytes(arch, precision, sizes, settings),
     )
 
 
@@ -203,18 +232,18 @@ def gate_variants(arch: int) -> Iterator[Variant]:
 
 def other_variants(arch: int) -> Iterator[Variant]:
     """Dropout, and the neighbour search."""
-    launch = launch_of("dropout", arch, "bf16", 128)
+    launch = launch_of("dropout", arch, "bf16")
     numbers = {"COLUMNS": 128, "ROWS": launch.rows, "THRESHOLD": dropout_threshold(0.2), "SCALE": 1.25}
     types = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "n": "i32", "stream": "i32"}
     types |= dict.fromkeys(numbers, "constexpr")
     yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, {})
     search = neighbors.nearest_kernel
-    numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": neighbors.BLOCK, "COLS": neighbors.COLS}
+    launch = launch_of("nearest", arch, "float64")
+    numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}
     doubles, scalars = ("query_ptr", "tied_ptr", "border_ptr", "point_ptr"), ("n", "k")
     types = {name: "*fp64" if name in doubles else "i32" if name in scalars else "*i32" for name in search.arg_names}
     types |= dict.fromkeys(numbers, "constexpr")
-    launch = Launch(neighbors.BLOCK, neighbors.NUM_WARPS, 1)
-    yield Variant(search, "nearest", types, numbers, launch, True, None, neighbors.BLOCK, {})
+    yield Variant(search, "nearest", types, numbers, launch, True, None, launch.rows, {})
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
@@ -239,6 +268,7 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),  # no kernel has arrays of its own on the stack
         "shared_bytes": compiled.metadata.shared,
+        "estimated_shared_bytes": variant.estimate,
         "instructions": once,
         "weighted_instructions": weighted,
         "rows": variant.rows,
@@ -286,14 +316,17 @@ def count_instructions(sass: str, trips: tuple[int, ...] | None) -> tuple[dict[s
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What no variant may have: more shared memory than there is; and no default one: spills, or so much shared memory
-    that two programs do not fit."""
-    needed, found = row["shared_bytes"] + 1024, []
+    """What no variant may have: more shared memory than there is, or than the estimate by which it is refused; and no
+    default one: spills, or so much shared memory that two programs do not fit."""
+    shared, estimate, most, found = row["shared_bytes"], row["estimated_shared_bytes"], SHARED_MEMORY[row["arch"]], []
     if row["default"] and row["spill_bytes"]:
         found.append(f"spills {row['spill_bytes']} bytes")
-    if (2 if row["default"] else 1) * needed > SHARED_MEMORY[row["arch"]]:
-        what = "two programs do not fit" if row["default"] else "there is no room for it"
-        found.append(f"needs {row['shared_bytes']} bytes of shared memory; {what}")
+    if estimate is not None and estimate < shared:
+        found.append(f"needs {shared} bytes of shared memory; {estimate} were estimated")
+    if row["default"] and 2 * (shared + 1024) > most:
+        found.append(f"needs {shared} bytes of shared memory; two programs do not fit")
+    elif estimate is None and shared + 1024 > most:
+        found.append(f"needs {shared} bytes of shared memory; there is no room for it")
     return found
 
 
@@ -327,7 +360,7 @@ def _tile(text: str) -> Launch:
     size = re.fullmatch(r"(16|32|64|128)x(1|2|4|8|16)", text)
     if not size:
         raise argparse.ArgumentTypeError(f"must be such as 64x4, powers of two from 16x1 to 128x16, not {text}")
-    return Launch(int(size[1]), int(size[2]), 1)
+    return Launch(int(size[1]), int(size[2]))
 
 
 def summary(row: dict[str, Any]) -> str:

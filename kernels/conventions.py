@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 LAYERNORM_EPS = 1e-5
@@ -9,8 +11,8 @@ LAYERNORM_EPS = 1e-5
 MOST_NEIGHBORS = 64
 """K that the kernels take."""
 
-MOST_COLUMNS = 128
-"""E and Z that the edge kernels take (hidden_dim 256 with SwiGLU): programs hold matrices of E x Z in shared memory."""
+MOST_COLUMNS = 512
+"""E that the edge kernels take (hidden_dim 1024 with SwiGLU): a program holds whole messages."""
 
 CONTEXT_ALIGNMENT = 8
 """Columns of a context: tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
@@ -23,6 +25,26 @@ GOLDEN = -0x61C88647
 
 STREAM_EDGE_HIDDEN, STREAM_EDGE_OUT, STREAM_LOGIT_HIDDEN, STREAM_LOGIT, STREAM_ATTENTION = range(5)
 """Streams of dropout inside the attention of one layer, whose keys are its own."""
+
+
+class Settings(NamedTuple):
+    """What is not a tensor of the operation: the spec of its reference, dropout, and what ``edges`` holds."""
+
+    n_heads: int
+    edge_activation: str
+    logit_activation: str
+    p_mlp: float = 0.0
+    p_attention: float = 0.0
+    edges_are_messages: bool = False
+
+
+class Sizes(NamedTuple):
+    """Of the tensors: K, E, H * P and d."""
+
+    k: int
+    e: int
+    hp: int
+    d: int
 
 
 def context_padding(width: int) -> int:

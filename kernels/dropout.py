@@ -49,7 +49,7 @@ def _forward(x: Tensor, keys: Tensor, p: float, stream: int) -> Tensor:
     out = _fake(x, keys, p, stream)
     if x.numel():
         n, columns = x.shape
-        launch = launch_of("dropout", *on_device(x), 128)
+        launch = launch_of("dropout", *on_device(x))
         grid = (triton.cdiv(n, launch.rows), triton.cdiv(columns, 128))
         with device_scope(x):
             dropout_kernel[grid](

@@ -15,7 +15,7 @@ their tie rules, and are made once per slide by ``edge_geometry``, not in every 
 Backward, in two kernels and without atomics, so that every run gives the same bits:
 
 * query-owned: recomputes the forward of a tile, writes dA, the edge MLP's gradients, and for the second kernel the
-  messages (as many bytes as A at K = 8) and two numbers per edge and head, freed with it.
+  messages (as many bytes as A at K = 8) and five numbers per edge and head, freed with it.
 * key-owned: one program per head walks the edges that arrive at a block of keys (the transposed neighbour table),
   recomputes their pre-activations, and writes dB and dV; the gradient of message_to_logit_h stays in its registers, for
   which an accumulator of all heads would be too large.
@@ -37,8 +37,8 @@ from stflow_fast.errors import InputError
 from stflow_fast.graph import transpose_neighbors
 
 from . import conventions
-from .conventions import MOST_COLUMNS, MOST_NEIGHBORS, context_padding
-from .edge_shape import EdgeShape, Settings, Sizes, edge_shape
+from .conventions import MOST_COLUMNS, MOST_NEIGHBORS, Settings, Sizes, context_padding
+from .edge_shape import EdgeShape, edge_shape
 from .edge_tiles import (
     edge_factors,
     edge_frame,
@@ -48,8 +48,12 @@ from .edge_tiles import (
     load_rows,
     load_spots,
     logit_backward,
-    logit_forward,
+    logit_part,
+    logit_statistics,
     make_message,
+    mean_weight,
+    part_columns,
+    part_weights,
     segment_softmax,
     store_rows,
     tile_edges,
@@ -68,6 +72,9 @@ from .tiles import centre_backward, gate_backward, matmul
 
 CONTEXT_ALIGNMENT = tl.constexpr(conventions.CONTEXT_ALIGNMENT)
 
+EDGE_NUMBERS = tl.constexpr(5)
+"""Of an edge and head, from one kernel of the backward to the other."""
+
 
 @triton.jit(do_not_specialize=["n"])
 def edge_attention_fwd_kernel(
@@ -75,7 +82,7 @@ def edge_attention_fwd_kernel(
 ):
     i_tile = tl.program_id(0)
     i_spot, i_edge, i_slot, i_near, m_e = tile_edges(neighbors, i_tile, n, S)
-    i_c, i_z, i_d = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad), tl.arange(0, S.dh_pad)
+    i_c, i_d = tl.arange(0, S.e_pad), tl.arange(0, S.dh_pad)
     i_key = i_slot
     if S.dropout:
         i_key = tl.load(dropout_keys + i_spot)
@@ -85,7 +92,7 @@ def edge_attention_fwd_kernel(
         b_inputs, b_wa, b_wb = edge_mlp(edges, edge, i_edge, m_e, S)
         b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S)
     b_message = b_message.to(S.operand)  # [M, E]
-    b_w = tl.load(logit + i_z, mask=i_z < S.z, other=0.0).to(tl.float32)
+    b_w = part_weights(logit, 0, S)
     b_bias = tl.load(logit + S.z).to(tl.float32)
 
     i_q = tl.arange(0, S.spots_pad)
@@ -97,12 +104,15 @@ def edge_attention_fwd_kernel(
     i_own = tl.minimum(i_row, n - 1)
     row = context + i_row * S.context
     for i_head in range(S.n_heads):
-        _, _, b_centred, b_rstd, _ = logit_forward(
-            terms, terms + S.hp, message_to_logit, b_message, i_own, m_members, i_near, i_key, i_slot, i_head, S
+        _, _, b_z, _ = logit_part(
+            terms, terms + S.hp, message_to_logit, b_message, i_own, m_members, i_near, i_key, i_slot, i_head, 0, S
         )
-        b_logit = tl.sum(b_centred * b_w[None, :], 1) * b_rstd + b_bias
+        _, _, b_along = logit_statistics(
+            terms, terms + S.hp, message_to_logit, logit, b_message, b_z, b_w,
+            i_own, m_members, i_near, i_key, i_slot, i_head, S,
+        )  # fmt: skip
         b_logit_factor, b_attention_factor = edge_factors(i_key, i_slot, i_head, S)
-        b_attention = segment_softmax(b_logit * b_logit_factor, m_segment)
+        b_attention = segment_softmax((b_along + b_bias) * b_logit_factor, m_segment)
         b_attention = b_attention * b_attention_factor[None, :]
         b_values = load_rows(
             terms + 2 * S.hp, i_near, tl.constexpr(S.width), i_head * S.dh + i_d, i_d < S.dh
@@ -149,10 +159,9 @@ def edge_attention_bwd_query_kernel(
 
     A fixed number of programs walks over the tiles, each with a partial sum of its own.
     """
-    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
-    i_q, i_r = tl.arange(0, S.spots_pad), tl.arange(0, 16)
-    m_c, m_z = i_c < S.e, i_z < S.z
-    b_w = tl.load(logit + i_z, mask=m_z, other=0.0).to(tl.float32)
+    i_c, i_q, i_r = tl.arange(0, S.e_pad), tl.arange(0, S.spots_pad), tl.arange(0, 16)
+    m_c = i_c < S.e
+    b_w, b_mean_w = part_weights(logit, 0, S), mean_weight(logit, S)
     b_bias = tl.load(logit + S.z).to(tl.float32)
     b_dedge_a = tl.full([16, S.e_pad], 0.0, tl.float32)
     b_dedge_b = tl.full([16, S.e_pad], 0.0, tl.float32)
@@ -172,29 +181,40 @@ def edge_attention_bwd_query_kernel(
         i_own = tl.minimum(i_row, n - 1)
         b_dmessage = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
         for i_head in range(S.n_heads):
-            b_a, b_b, b_centred, b_rstd, b_factor = logit_forward(
-                terms, terms + S.hp, message_to_logit, b_message, i_own, m_members, i_near, i_key, i_slot, i_head, S
+            b_a, b_b, b_z, b_factor = logit_part(
+                terms, terms + S.hp, message_to_logit, b_message, i_own, m_members, i_near, i_key, i_slot, i_head, 0, S
             )
+            b_mean, b_rstd, b_along = logit_statistics(
+                terms, terms + S.hp, message_to_logit, logit, b_message, b_z, b_w,
+                i_own, m_members, i_near, i_key, i_slot, i_head, S,
+            )  # fmt: skip
             b_logit_factor, b_attention_factor = edge_factors(i_key, i_slot, i_head, S)
-            b_logit = (tl.sum(b_centred * b_w[None, :], 1) * b_rstd + b_bias) * b_logit_factor
-            b_softmax = segment_softmax(b_logit, m_segment)
+            b_softmax = segment_softmax((b_along + b_bias) * b_logit_factor, m_segment)
             b_dcontext = load_spots(grad_context + S.d + i_head * S.e, i_row, m_q, i_c, m_c, S)  # [Q, E]
             b_dattention = attention_gradient(grad_context, terms, b_dcontext, b_message, i_row, m_q, i_near, i_head, S)
             b_dattention = b_dattention * b_attention_factor[None, :]
-            b_mean = tl.sum(b_softmax * b_dattention, 1)
-            b_dlogit = tl.sum(b_softmax * (b_dattention - b_mean[:, None]), 0) * b_logit_factor  # [M]
+            b_mean_d = tl.sum(b_softmax * b_dattention, 1)
+            b_dlogit = tl.sum(b_softmax * (b_dattention - b_mean_d[:, None]), 0) * b_logit_factor  # [M]
             b_attention = tl.sum(b_softmax, 0) * b_attention_factor
-            gradient = edge_gradients + (i_edge * S.n_heads + i_head) * 2
-            tl.store(gradient, b_attention, mask=m_e)
-            tl.store(gradient + 1, b_dlogit, mask=m_e)
-            b_da, b_db = logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S)
+            store_edge(edge_gradients, i_edge, i_head, b_attention, b_dlogit, b_mean, b_rstd, b_along, m_e, S)
             b_dmessage = matmul(tl.where(m_members, b_attention[:, None], 0.0), b_dcontext, b_dmessage, S)
-            b_dmessage = query_gradient(
-                grad_terms, message_to_logit, b_da, b_dmessage, m_segment, i_row, m_q, i_head, 0, S
+            b_da, b_db, _ = logit_backward(
+                b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_w, b_mean_w, 0, S
             )
-            if S.logit_gate == "swiglu":
+            b_dmessage = query_gradient(
+                grad_terms, message_to_logit, b_da, b_db, b_dmessage, m_segment, i_row, m_q, i_head, 0, S
+            )
+            for i_part in range(1, S.z_parts):
+                b_a, b_b, b_z, b_factor = logit_part(
+                    terms, terms + S.hp, message_to_logit, b_message,
+                    i_own, m_members, i_near, i_key, i_slot, i_head, i_part, S,
+                )  # fmt: skip
+                b_next_w = part_weights(logit, i_part, S)
+                b_da, b_db, _ = logit_backward(
+                    b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_next_w, b_mean_w, i_part, S
+                )
                 b_dmessage = query_gradient(
-                    grad_terms, message_to_logit, b_db, b_dmessage, m_segment, i_row, m_q, i_head, 1, S
+                    grad_terms, message_to_logit, b_da, b_db, b_dmessage, m_segment, i_row, m_q, i_head, i_part, S
                 )
         b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)  # read again, not held over all heads
         b_columns = edge_inputs(geometry, i_edge[None, :], i_r[:, None], m_e[None, :], S)  # [16, M]
@@ -232,16 +252,53 @@ def attention_gradient(grad_context, terms, b_dcontext, b_message, i_row, m_q, i
 
 @triton.jit
 def query_gradient(
-    grad_terms, message_to_logit, b_dpre, b_dmessage, m_segment, i_row, m_q, i_head, HALF: tl.constexpr, S: tl.constexpr
+    grad_terms, message_to_logit, b_da, b_db, b_dmessage, m_segment, i_row, m_q, i_head, i_part, S: tl.constexpr
 ):
-    """Store one half of dA, summed over the edges of a spot; add its part to the gradient of the messages."""
-    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
+    """Store a part of dA, summed over the edges of a spot; add what it gives to the gradient of the messages."""
+    b_dmessage = query_half(grad_terms, message_to_logit, b_da, b_dmessage, m_segment, i_row, m_q, i_head, i_part, 0, S)
+    if S.logit_gate == "swiglu":
+        b_dmessage = query_half(
+            grad_terms, message_to_logit, b_db, b_dmessage, m_segment, i_row, m_q, i_head, i_part, 1, S
+        )
+    return b_dmessage
+
+
+@triton.jit
+def query_half(
+    grad_terms, message_to_logit, b_dpre, b_dmessage, m_segment, i_row, m_q, i_head, i_part,
+    HALF: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """:func:`query_gradient` of one half of the pre-activation."""
+    i_c, i_z = tl.arange(0, S.e_pad), part_columns(i_part, S)
     i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z
     b_sum = matmul(m_segment.to(tl.float32), b_dpre, tl.full([S.spots_pad, S.z_pad], 0.0, tl.float32), S)
     store_rows(grad_terms + i_row * S.width, i_column, b_sum, m_q[:, None] & m_z[None, :])
     m_w = m_z[:, None] & (i_c < S.e)[None, :]
-    b_w = tl.load(message_to_logit + i_c[None, :] * S.hp + i_column[:, None], mask=m_w, other=0.0)  # [Z, E]
+    b_w = tl.load(message_to_logit + i_c[None, :] * S.hp + i_column[:, None], mask=m_w, other=0.0)  # [z_pad, E]
     return matmul(tl.where(m_z[None, :], b_dpre, 0.0), b_w, b_dmessage, S)
+
+
+@triton.jit
+def store_edge(edge_gradients, i_edge, i_head, b_attention, b_dlogit, b_mean, b_rstd, b_along, m_e, S: tl.constexpr):
+    """What the key-owned backward needs of an edge and head, and would have to take over all of Z again."""
+    number = edge_gradients + (i_edge * S.n_heads + i_head) * EDGE_NUMBERS
+    tl.store(number, b_attention, mask=m_e)
+    tl.store(number + 1, b_dlogit, mask=m_e)
+    tl.store(number + 2, b_mean, mask=m_e)
+    tl.store(number + 3, b_rstd, mask=m_e)
+    tl.store(number + 4, b_along, mask=m_e)
+
+
+@triton.jit
+def load_edge(edge_gradients, i_edge, i_head, m_e, S: tl.constexpr):
+    """What :func:`store_edge` stored."""
+    number = edge_gradients + (i_edge * S.n_heads + i_head) * EDGE_NUMBERS
+    b_attention = tl.load(number, mask=m_e, other=0.0)
+    b_dlogit = tl.load(number + 1, mask=m_e, other=0.0)
+    b_mean = tl.load(number + 2, mask=m_e, other=0.0)
+    b_rstd = tl.load(number + 3, mask=m_e, other=0.0)
+    b_along = tl.load(number + 4, mask=m_e, other=0.0)
+    return b_attention, b_dlogit, b_mean, b_rstd, b_along
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -265,16 +322,18 @@ def edge_attention_bwd_key_kernel(
     """dB and dV of the keys, partial gradients of message_to_logit [., E, H * P] and of logit [., H, Z + 1].
 
     ``arriving`` [edges] lists the edges by their neighbour, ``arriving_ptr`` [N + 1] where each neighbour's begin. A
-    program takes one head and one of S.parts parts of the message's columns. On sm_80 there are two, and both recompute
-    everything else: a square gradient of the weight makes Triton 3.7 spread the warps over the rows of every product in
-    the kernel, where short products repeat in every warp, and 700 bytes of registers spill.
+    program takes one head, one of S.z_parts parts of the hidden vector and one of S.e_parts of the message's columns;
+    of the latter, each recomputes the pre-activation. On sm_80 there are two: a square gradient of the weight makes
+    Triton 3.7 spread the warps over the rows of every product in the kernel, where short products repeat in every warp,
+    and 700 bytes of registers spill.
     """
-    i_split, i_head, i_part = tl.program_id(0), tl.program_id(1) // S.parts, tl.program_id(1) % S.parts
-    i_c, i_z, i_d = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad), tl.arange(0, S.dh_pad)
-    i_q, m_first = tl.arange(0, S.keys), i_part == 0
-    i_e = i_part * S.e_part + tl.arange(0, S.e_part)
+    i_split, i_head = tl.program_id(0), tl.program_id(1) // (S.e_parts * S.z_parts)
+    i_part, i_e_part = tl.program_id(1) // S.e_parts % S.z_parts, tl.program_id(1) % S.e_parts
+    i_c, i_z, i_d = tl.arange(0, S.e_pad), part_columns(i_part, S), tl.arange(0, S.dh_pad)
+    i_q, i_e = tl.arange(0, S.keys), i_e_part * S.e_part + tl.arange(0, S.e_part)
     m_c, m_z, m_d = i_c < S.e, i_z < S.z, i_d < S.dh
-    b_w = tl.load(logit + i_z, mask=m_z, other=0.0).to(tl.float32)
+    m_once, m_first = i_e_part == 0, (i_e_part == 0) & (i_part == 0)
+    b_w, b_mean_w = part_weights(logit, i_part, S), mean_weight(logit, S)
     b_dweight_a = tl.full([S.e_part, S.z_pad], 0.0, tl.float32)
     b_dweight_b = tl.full([S.e_part, S.z_pad], 0.0, tl.float32)
     b_dw = tl.full([S.z_pad], 0.0, tl.float32)
@@ -301,30 +360,31 @@ def edge_attention_bwd_key_kernel(
             m_segment = (i_near[None, :] == i_row[:, None]) & m_e[None, :]  # [keys, M]
             m_members = i_near[:, None] == i_row[None, :]  # [M, keys]
             b_message = load_rows(messages, i_edge, tl.constexpr(S.e), i_c, m_c)
-            b_a, b_b, b_centred, b_rstd, b_factor = logit_forward(
-                terms + S.hp, terms, message_to_logit, b_message, i_own, m_members, i_spot, i_key, i_slot, i_head, S
-            )
-            gradient = edge_gradients + (i_edge * S.n_heads + i_head) * 2
-            b_attention = tl.load(gradient, mask=m_e, other=0.0)
-            b_dlogit = tl.load(gradient + 1, mask=m_e, other=0.0)
+            b_a, b_b, b_z, b_factor = logit_part(
+                terms + S.hp, terms, message_to_logit, b_message,
+                i_own, m_members, i_spot, i_key, i_slot, i_head, i_part, S,
+            )  # fmt: skip
+            b_attention, b_dlogit, b_mean, b_rstd, b_along = load_edge(edge_gradients, i_edge, i_head, m_e, S)
             b_dvalues = load_rows(grad_context, i_spot, tl.constexpr(S.context), i_head * S.dh + i_d, m_d)
             b_dvalues_sum = matmul(tl.where(m_segment, b_attention[None, :], 0.0), b_dvalues, b_dvalues_sum, S)
-            b_dw += tl.sum(b_centred * (b_dlogit * b_rstd)[:, None], 0)
+            b_da, b_db, b_dweights = logit_backward(
+                b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_w, b_mean_w, i_part, S
+            )
+            b_dw += b_dweights
             b_dbias += b_dlogit
-            b_da, b_db = logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S)
             b_arrived = m_segment.to(tl.float32)
             # Loaded once more, for Triton up to 3.7 miscompiles products of transposed tiles on Hopper (fla #984).
             i_column = i_edge[None, :] * S.e + i_e[:, None]
-            b_columns = tl.load(messages + i_column, mask=(i_e < S.e)[:, None], other=0.0)  # [E / parts, M]
+            b_columns = tl.load(messages + i_column, mask=(i_e < S.e)[:, None], other=0.0)  # [e_part, M]
             b_da_sum = matmul(b_arrived, b_da, b_da_sum, S)
             b_dweight_a = matmul(b_columns, b_da, b_dweight_a, S)
             if S.logit_gate == "swiglu":
                 b_db_sum = matmul(b_arrived, b_db, b_db_sum, S)
                 b_dweight_b = matmul(b_columns, b_db, b_dweight_b, S)
         row = grad_terms + i_row * S.width
-        store_rows(row + S.hp + i_head * S.p, i_z, b_da_sum, m_first & m_q[:, None] & m_z[None, :])
+        store_rows(row + S.hp + i_head * S.p, i_z, b_da_sum, m_once & m_q[:, None] & m_z[None, :])
         if S.logit_gate == "swiglu":
-            store_rows(row + S.hp + i_head * S.p + S.z, i_z, b_db_sum, m_first & m_q[:, None] & m_z[None, :])
+            store_rows(row + S.hp + i_head * S.p + S.z, i_z, b_db_sum, m_once & m_q[:, None] & m_z[None, :])
         store_rows(row + 2 * S.hp + i_head * S.dh, i_d, b_dvalues_sum, m_first & m_q[:, None] & m_d[None, :])
     m_weight = (i_e < S.e)[:, None] & m_z[None, :]
     row = grad_weight + (i_split * S.e + i_e) * S.hp + i_head * S.p
@@ -332,7 +392,7 @@ def edge_attention_bwd_key_kernel(
     if S.logit_gate == "swiglu":
         store_rows(row + S.z, i_z, b_dweight_b, m_weight)
     partial = grad_logit + (i_split * S.n_heads + i_head) * (S.z + 1)
-    tl.store(partial + i_z, b_dw, mask=m_z & m_first)
+    tl.store(partial + i_z, b_dw, mask=m_z & m_once)
     tl.store(partial + S.z, tl.sum(b_dbias, 0), mask=m_first)
 
 
@@ -440,8 +500,6 @@ def _check(inputs: _Inputs, settings: Settings) -> None:
     edge_halves = halves_of("edge_activation", settings.edge_activation)
     logit_halves = halves_of("logit_activation", settings.logit_activation)
     z = hp // n_heads // logit_halves
-    if z > MOST_COLUMNS:
-        raise InputError(f"message_to_logit: must have up to {MOST_COLUMNS} columns a head behind its gate, not {z}")
     n_edge = e if settings.edges_are_messages else 3
     shapes = {
         "terms": (n, terms.shape[1]),
@@ -531,7 +589,7 @@ def _backward(grad_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
     messages = terms.new_empty(n * sizes.k, sizes.e)
     shape, launch = _compiled_for("edge_attention_bwd_query", terms, sizes, settings)
     programs = min(triton.cdiv(n, shape.spots), launch.programs * n_processors(terms.device))
-    edge_gradients = terms.new_empty(n * sizes.k, settings.n_heads, 2, dtype=torch.float32)
+    edge_gradients = terms.new_empty(n * sizes.k, settings.n_heads, EDGE_NUMBERS.value, dtype=torch.float32)
     grad_edge = terms.new_empty(programs, 2, *edge.shape, dtype=torch.float32)
     with device_scope(terms):
         edge_attention_bwd_query_kernel[(programs,)](
@@ -547,11 +605,11 @@ def _backward(grad_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
             **launch.options,
         )
         shape, launch = _compiled_for("edge_attention_bwd_key", terms, sizes, settings)
-        per_head = triton.cdiv(launch.programs * n_processors(terms.device), settings.n_heads * shape.parts)
+        per_head = triton.cdiv(launch.programs * n_processors(terms.device), shape.key_programs)
         splits = min(triton.cdiv(n, shape.keys), per_head)
         grad_weight = terms.new_empty(splits, *message_to_logit.shape, dtype=torch.float32)
         grad_logit = terms.new_empty(splits * settings.n_heads, len(logit), dtype=torch.float32)
-        edge_attention_bwd_key_kernel[(splits, settings.n_heads * shape.parts)](
+        edge_attention_bwd_key_kernel[(splits, shape.key_programs)](
             grad_context,
             terms,
             neighbors,

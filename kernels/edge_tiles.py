@@ -147,16 +147,48 @@ def make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S: tl.constexpr):
 
 
 @triton.jit
+def part_columns(i_part, S: tl.constexpr):
+    """Columns of a part of the attention MLP's hidden vector; those from Z on do not exist."""
+    return i_part * S.z_pad + tl.arange(0, S.z_pad)
+
+
+@triton.jit
+def part_weights(logit, i_part, S: tl.constexpr):
+    """A part of the logit's weights [z_pad]."""
+    i_z = part_columns(i_part, S)
+    return tl.load(logit + i_z, mask=i_z < S.z, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def mean_weight(logit, S: tl.constexpr):
+    """Mean of the logit's weights, which the LayerNorm before them does not let through."""
+    b_sum = 0.0
+    for i_part in range(S.z_parts):
+        b_sum += tl.sum(part_weights(logit, i_part, S), 0)
+    return b_sum / S.z
+
+
+@triton.jit
 def logit_pre(
-    own, other, message_to_logit, b_message, i_row, m_members, i_other, i_head, HALF: tl.constexpr, S: tl.constexpr
+    own,
+    other,
+    message_to_logit,
+    b_message,
+    i_row,
+    m_members,
+    i_other,
+    i_head,
+    i_part,
+    HALF: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """Pre-activation [M, Z] of one half of the attention MLP: A_ih + B_jh + (We W2_h) m_ij.
+    """A part [M, z_pad] of one half of the attention MLP's pre-activation: A_ih + B_jh + (We W2_h) m_ij.
 
     The side that a tile owns (A of its spots, B of its keys) comes as a product of the members [M, Q] with rows [Q, Z],
     which is exact: 11.9k instructions an edge (M = 64, bf16, sm_90), where loading, converting and adding a row for
     every edge took 13.3k.
     """
-    i_c, i_z = tl.arange(0, S.e_pad), tl.arange(0, S.z_pad)
+    i_c, i_z = tl.arange(0, S.e_pad), part_columns(i_part, S)
     i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z
     b_own = load_rows(own, i_row, tl.constexpr(S.width), i_column, m_z)
     b_other = load_rows(other, i_other, tl.constexpr(S.width), i_column, m_z).to(tl.float32)
@@ -168,39 +200,80 @@ def logit_pre(
 
 
 @triton.jit
-def logit_forward(
-    own, other, message_to_logit, b_message, i_row, m_members, i_other, i_key, i_slot, i_head, S: tl.constexpr
+def logit_part(
+    own, other, message_to_logit, b_message, i_row, m_members, i_other, i_key, i_slot, i_head, i_part, S: tl.constexpr
 ):
-    """Both halves of the pre-activation, the centred hidden vector, its reciprocal deviation, the dropout factor."""
-    b_a = logit_pre(own, other, message_to_logit, b_message, i_row, m_members, i_other, i_head, 0, S)
+    """A part of both halves of the pre-activation, of the hidden vector behind the gate, and its dropout factor."""
+    b_a = logit_pre(own, other, message_to_logit, b_message, i_row, m_members, i_other, i_head, i_part, 0, S)
     b_b = b_a
     if S.logit_gate == "swiglu":
-        b_b = logit_pre(own, other, message_to_logit, b_message, i_row, m_members, i_other, i_head, 1, S)
+        b_b = logit_pre(own, other, message_to_logit, b_message, i_row, m_members, i_other, i_head, i_part, 1, S)
     b_z = gate(b_a, b_b, tl.constexpr(S.logit_gate), tl.constexpr(S.fast))
-    i_z = tl.arange(0, S.z_pad)
     b_factor = 1.0
     if S.p_mlp > 0:
-        i_row = combine(combine(i_key, LOGIT_HIDDEN), i_slot * S.n_heads + i_head)
+        i_hidden = combine(combine(i_key, LOGIT_HIDDEN), i_slot * S.n_heads + i_head)
+        i_z = part_columns(i_part, S)
         b_factor = dropout_factor(
-            i_row[:, None], i_z[None, :], tl.constexpr(S.mlp_threshold), tl.constexpr(S.mlp_scale)
+            i_hidden[:, None], i_z[None, :], tl.constexpr(S.mlp_threshold), tl.constexpr(S.mlp_scale)
         )
         b_z = b_z * b_factor
-    b_centred, b_rstd = centre(b_z, i_z < S.z, tl.constexpr(S.z), tl.constexpr(S.eps))
-    return b_a, b_b, b_centred, b_rstd, b_factor
+    return b_a, b_b, b_z, b_factor
 
 
 @triton.jit
-def logit_backward(b_a, b_b, b_centred, b_rstd, b_factor, b_w, b_dlogit, S: tl.constexpr):
-    """Gradient of both halves of the pre-activation from that of the logit [M].
+def logit_statistics(
+    own, other, message_to_logit, logit, b_message, b_z, b_w, i_row, m_members, i_other, i_key, i_slot, i_head,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Of the hidden vector: mean, 1 / deviation, and its normalised form along the weights, each [M].
+
+    The first part is given, with its weights. Others are made and join by Chan's form of the sum of squares, which does
+    not cancel.
+    """
+    b_mean, b_square, b_along = part_statistics(b_z, b_w, 0, S)
+    if S.z_parts > 1:
+        b_weight = tl.sum(b_w, 0)
+        b_along += b_mean * b_weight
+        for i_part in range(1, S.z_parts):
+            _, _, b_next, _ = logit_part(
+                own, other, message_to_logit, b_message, i_row, m_members, i_other, i_key, i_slot, i_head, i_part, S
+            )
+            b_next_w = part_weights(logit, i_part, S)
+            b_next_mean, b_next_square, b_next_along = part_statistics(b_next, b_next_w, i_part, S)
+            before = i_part * S.z_pad
+            count = tl.minimum(S.z_pad, S.z - before)
+            b_apart = b_next_mean - b_mean
+            b_square += b_next_square + b_apart * b_apart * (before * count / (before + count))
+            b_mean += b_apart * (count / (before + count))
+            b_along += b_next_along + b_next_mean * tl.sum(b_next_w, 0)
+            b_weight += tl.sum(b_next_w, 0)
+        b_along -= b_mean * b_weight
+    b_rstd = tl.rsqrt(b_square / S.z + S.eps)
+    return b_mean, b_rstd, b_along * b_rstd
+
+
+@triton.jit
+def part_statistics(b_z, b_w, i_part, S: tl.constexpr):
+    """Of a part [M, z_pad] of the hidden vector: its mean, and of what is apart from it the sum of squares and that
+    along the weights."""
+    i_z = part_columns(i_part, S)
+    b_mean = tl.sum(b_z, 1) / tl.minimum(S.z_pad, S.z - i_part * S.z_pad)
+    b_centred = tl.where((i_z < S.z)[None, :], b_z - b_mean[:, None], 0.0)
+    return b_mean, tl.sum(b_centred * b_centred, 1), tl.sum(b_centred * b_w[None, :], 1)
+
+
+@triton.jit
+def logit_backward(b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_w, b_mean_w, i_part, S: tl.constexpr):
+    """Gradients of both halves of a part of the pre-activation, and of its weights [z_pad], from that of the logit [M].
 
     The gradient of the normalised vector is dlogit * w, so the two means of the LayerNorm's backward are known: that of
     w, and of w * normalised, which is the logit before its bias.
     """
-    b_raw = tl.sum(b_centred * b_w[None, :], 1) * b_rstd
-    b_w = b_w - tl.where(tl.arange(0, S.z_pad) < S.z, tl.sum(b_w, 0) / S.z, 0.0)
-    b_along = b_dlogit * b_rstd * b_rstd * b_raw / S.z
-    b_dz = (b_dlogit * b_rstd)[:, None] * b_w[None, :] - b_centred * b_along[:, None]
-    return gate_backward(b_a, b_b, b_dz * b_factor, tl.constexpr(S.logit_gate), tl.constexpr(S.fast))
+    b_centred = tl.where((part_columns(i_part, S) < S.z)[None, :], b_z - b_mean[:, None], 0.0)
+    b_scaled = b_dlogit * b_rstd
+    b_dz = b_scaled[:, None] * (b_w - b_mean_w)[None, :] - b_centred * (b_scaled * b_rstd * b_along / S.z)[:, None]
+    b_da, b_db = gate_backward(b_a, b_b, b_dz * b_factor, tl.constexpr(S.logit_gate), tl.constexpr(S.fast))
+    return b_da, b_db, tl.sum(b_centred * b_scaled[:, None], 0)
 
 
 @triton.jit

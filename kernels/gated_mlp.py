@@ -55,15 +55,19 @@ class GateShape:
     eps: float = LAYERNORM_EPS
 
 
-@functools.cache
 def gate_shape(arch: int, precision: str, p: int, activation: str, dropout: float) -> tuple[GateShape, Launch]:
     """What the kernels are compiled for, and how they are launched on an architecture."""
     z = p // 2 if activation == "swiglu" else p
-    z_pad = triton.next_power_of_2(z)
-    launch = launch_of("gate_norm", arch, precision, z_pad)
+    launch = launch_of("gate_norm", arch, precision, triton.next_power_of_2(z))
+    return _gate_shape(launch.rows, precision, p, activation, dropout), launch
+
+
+@functools.cache
+def _gate_shape(rows: int, precision: str, p: int, activation: str, dropout: float) -> GateShape:
+    z = p // 2 if activation == "swiglu" else p
     fast = precision != "ieee" and not INTERPRETED
     threshold, scale = dropout_threshold(dropout), 1.0 / (1.0 - dropout)
-    return GateShape(launch.rows, z, p, z_pad, activation, fast, dropout, threshold, scale), launch
+    return GateShape(rows, z, p, triton.next_power_of_2(z), activation, fast, dropout, threshold, scale)
 
 
 @triton.jit
@@ -156,15 +160,22 @@ def _forward(*arguments: Any) -> Tensor:
     check_device("x", arguments[0])
     _fake(*arguments)
     x, fc1, fc1_bias, gain, bias, fc2, fc2_bias, keys, activation, p, stream = arguments
-    pre = F.linear(x, fc1, fc1_bias)
-    hidden = pre.new_empty(len(pre), len(gain))
+    hidden = gate_norm(F.linear(x, fc1, fc1_bias), (gain, bias), keys, activation, p, stream)
+    return F.linear(hidden, fc2, fc2_bias)
+
+
+def gate_norm(
+    pre: Tensor, affine: tuple[Tensor, Tensor], keys: Tensor | None, activation: str, p: float, stream: int
+) -> Tensor:
+    """hidden [N, Z] of pre [N, P], as ``gated_mlp`` has it between its two products; nothing is checked."""
+    hidden = pre.new_empty(len(pre), len(affine[0]))
     if len(pre):
         shape, launch = gate_shape(*on_device(pre), pre.shape[1], activation, p)
-        with device_scope(x):
+        with device_scope(pre):
             gate_norm_fwd_kernel[(triton.cdiv(len(pre), shape.rows),)](
-                pre, gain, bias, keys, hidden, len(pre), stream, shape, **launch.options
+                pre, *affine, keys, hidden, len(pre), stream, shape, **launch.options
             )
-    return F.linear(hidden, fc2, fc2_bias)
+    return hidden
 
 
 def _fake(
@@ -219,17 +230,33 @@ def _backward(
     """Gradients of x and the six weights."""
     grad = grad.to(x.dtype).contiguous()
     pre, grad_hidden = F.linear(x, fc1, fc1_bias), grad @ fc2
+    grad_pre, hidden, grad_gain, grad_bias = gate_norm_backward(
+        grad_hidden, pre, (gain, bias), keys, activation, p, stream
+    )
+    return grad_pre @ fc1, grad_pre.T @ x, grad_pre.sum(0), grad_gain, grad_bias, grad.T @ hidden, grad.sum(0)
+
+
+def gate_norm_backward(
+    grad_hidden: Tensor,
+    pre: Tensor,
+    affine: tuple[Tensor, Tensor],
+    keys: Tensor | None,
+    activation: str,
+    p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of pre, hidden made again, gradients of gain and bias."""
     grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
+    gain = affine[0]
     shape, launch = gate_shape(*on_device(pre), pre.shape[1], activation, p)
-    programs = min(triton.cdiv(len(pre), shape.rows), launch.programs * n_processors(x.device))
+    programs = min(triton.cdiv(len(pre), shape.rows), launch.programs * n_processors(pre.device))
     partial = gain.new_empty(2, programs, len(gain), dtype=torch.float32)
     if len(pre):
-        with device_scope(x):
+        with device_scope(pre):
             gate_norm_bwd_kernel[(programs,)](
                 grad_hidden,
                 pre,
-                gain,
-                bias,
+                *affine,
                 keys,
                 grad_pre,
                 hidden,
@@ -241,7 +268,7 @@ def _backward(
                 **launch.options,
             )
     grad_gain, grad_bias = partial.sum(1).to(gain.dtype).unbind()
-    return grad_pre @ fc1, grad_pre.T @ x, grad_pre.sum(0), grad_gain, grad_bias.clone(), grad.T @ hidden, grad.sum(0)
+    return grad_pre, hidden, grad_gain, grad_bias.clone()
 
 
 def _backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,10 +1,14 @@
-"""How kernels are launched: the table of tile sizes and warps, and what of the machine they depend on."""
+"""How kernels are launched: the table of tile sizes and warps (``launch_table.csv``), and what of the machine they
+depend on."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +22,31 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors: decided when a kernel's file is loaded."""
 
 
+OLDEST = 80
+"""Ampere: bf16 on tensor cores."""
+
+EDGE_KERNELS = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_bwd_key", "edge_messages")
+KERNELS = (*EDGE_KERNELS, "dropout", "gate_norm", "nearest")
+WALKING = ("edge_attention_bwd_query", "edge_attention_bwd_key", "gate_norm")
+"""Those of a fixed number of programs, in their backward at least; of the others a program treats one tile."""
+
+PRECISIONS = ("bf16", "fp16", "tf32", "ieee", "float64")
+WIDEST = 2**30
+
+
 class Launch(NamedTuple):
     """How a kernel is launched."""
 
     rows: int  # edges or spots in a tile
     warps: int
-    programs: int  # on one multiprocessor, where a fixed number of programs walks over the tiles
+    programs: int = 0  # on one multiprocessor, where a fixed number of programs walks over the tiles
 
     @property
     def options(self) -> dict[str, Any]:
         return {} if INTERPRETED else {"num_warps": self.warps, "num_stages": 1}
+
+    def __str__(self) -> str:
+        return "x".join(str(number) for number in self if number)
 
 
 class Row(NamedTuple):
@@ -36,55 +55,128 @@ class Row(NamedTuple):
     kernel: str
     arch: int
     precisions: str
-    columns: int  # of the widest tile: padded E or Z of an edge kernel, padded Z of a gate
+    columns: int  # of the widest tile: padded E or Z of an edge kernel, padded Z of a gate; WIDEST where any will do
     launch: Launch
     reason: str
 
 
-HALF, ANY = "bf16 fp16", "bf16 fp16 tf32 ieee"
-WIDEST = 2**30
+HEADER = ("kernel", "arch", "precisions", "columns", *Launch._fields, "reason")
+
+
+def read_table(path: Path) -> tuple[Row, ...]:
+    """The rows of a table; its first line is HEADER, no ``columns`` means any number.
+
+    Raises:
+        InputError: with the file and the line that is no such row, or that says again what an earlier one says.
+    """
+    rows: list[Row] = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.reader(file, strict=True)
+            try:
+                if next(lines, None) != list(HEADER):
+                    raise ValueError(f"must be {','.join(HEADER)}")
+                for fields in lines:
+                    rows.append(_parsed(fields))
+                    if any(overlap(rows[-1], earlier) for earlier in rows[:-1]):
+                        raise ValueError("an earlier row is of the same kernel, arch, columns and precision")
+            except (csv.Error, ValueError) as error:
+                raise InputError(f"{path}, line {max(lines.line_num, 1)}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return tuple(rows)
+
+
+def _parsed(fields: list[str]) -> Row:
+    if len(fields) != len(HEADER):
+        raise ValueError(f"must have {len(HEADER)} fields, not {len(fields)}")
+    field = dict(zip(HEADER, fields, strict=True))
+    kernel, precisions = field["kernel"], field["precisions"].split()
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: must be of {', '.join(KERNELS)}, not {kernel!r}")
+    if not precisions or not set(precisions) <= set(PRECISIONS):
+        raise ValueError(f"precisions: must be of {', '.join(PRECISIONS)}, not {field['precisions']!r}")
+    if (field["programs"] != "") != (kernel in WALKING):
+        raise ValueError(f"programs: {'are needed by' if kernel in WALKING else 'must be empty for'} {kernel}")
+    if not field["reason"]:
+        raise ValueError("reason: is missing")
+    columns = _whole("columns", field["columns"]) if field["columns"] else WIDEST
+    programs = _whole("programs", field["programs"]) if field["programs"] else 0
+    launch = Launch(*(_power(name, field[name]) for name in ("rows", "warps")), programs)
+    return Row(kernel, _whole("arch", field["arch"]), " ".join(precisions), columns, launch, field["reason"])
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{name}: must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _power(name: str, text: str) -> int:
+    if _whole(name, text).bit_count() != 1:
+        raise ValueError(f"{name}: must be a power of two, not {text}")
+    return int(text)
+
+
+def overlap(one: Row, other: Row) -> bool:
+    """Whether both say how the same thing is launched."""
+    same = (one.kernel, one.arch, one.columns) == (other.kernel, other.arch, other.columns)
+    return same and not set(one.precisions.split()).isdisjoint(other.precisions.split())
+
 
 # Reasons are what the compiler said of tiles (`python -m stflow_fast.kernels.aot --tile 64x4`, triton 3.7.1): "least"
 # is the fewest instructions per edge of the tiles of 16 to 128 rows and 4 or 8 warps that spill no register, with
-# dropout or without. None was timed on a GPU yet.
+# dropout or without. "measured on" and "confirmed on" are what `python -m stflow_fast.kernels.autotune` wrote.
 #
 # No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
 # CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). 64 rows and 4 warps would be 11.9k
 # instructions per edge in the forward (14.8k with 32), and are for whoever has seen them right on a GPU. K above 32
 # needs tiles of 64 rows.
-TABLE = (
-    Row("edge_attention_fwd", 80, HALF, 64, Launch(32, 4, 1), "least below 64 rows"),
-    Row("edge_attention_fwd", 80, HALF, WIDEST, Launch(32, 8, 1), "least; 64 rows spill with dropout"),
-    Row("edge_attention_fwd", 80, "tf32", 64, Launch(32, 8, 1), "least; 4 warps spill 8 bytes, 64 rows 32"),
-    Row("edge_attention_fwd", 80, "tf32", WIDEST, Launch(16, 8, 1), "half of the rows for twice the columns"),
-    Row("edge_attention_fwd", 80, "ieee", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 536 bytes"),
-    Row("edge_attention_bwd_query", 80, HALF, 64, Launch(32, 8, 1), "least; 4 warps spill 56 bytes, 64 rows 992"),
-    Row("edge_attention_bwd_query", 90, HALF, 128, Launch(32, 8, 1), "least"),
-    Row("edge_attention_bwd_query", 80, HALF, WIDEST, Launch(16, 8, 1), "32 rows spill 32 bytes on sm_80"),
-    Row("edge_attention_bwd_query", 80, "tf32", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 16 bytes"),
-    Row("edge_attention_bwd_query", 80, "ieee", WIDEST, Launch(16, 8, 1), "spills 8 to 80 bytes; everything else more"),
-    Row("edge_attention_bwd_key", 80, HALF, WIDEST, Launch(32, 8, 1), "least; 4 warps spill 16 bytes, 64 rows 688"),
-    Row("edge_attention_bwd_key", 80, "tf32 ieee", WIDEST, Launch(16, 8, 1), "alone; 32 rows spill 8 bytes"),
-    Row("edge_messages", 80, "bf16 fp16 tf32", 64, Launch(32, 4, 1), "as the forward"),
-    Row("edge_messages", 80, ANY, WIDEST, Launch(16, 8, 1), "as the forward"),
-    Row("dropout", 80, ANY, 128, Launch(16, 4, 1), "16 numbers a thread"),
-    Row("gate_norm", 80, ANY, 128, Launch(16, 4, 4), "a row is 128 numbers: 16 of them are 16 numbers a thread"),
-    Row("gate_norm", 80, ANY, WIDEST, Launch(4, 4, 4), "as many numbers a thread with 512 columns"),
-)
+TABLE_PATH = Path(__file__).with_name("launch_table.csv")
+TABLE = read_table(TABLE_PATH)
+
+_TRIED: dict[str, Launch] = {}  # of the process, not of a thread: autograd launches from threads of its own
 
 
-def launch_of(kernel: str, arch: int, precision: str, columns: int) -> Launch:
-    """The row of the newest architecture up to ``arch``, with the fewest columns that suffice."""
+@contextlib.contextmanager
+def use_launch(kernel: str, launch: Launch) -> Iterator[None]:
+    """Inside the block a kernel is launched so, whatever the table says: by this, launches are timed."""
+    before = _TRIED.get(kernel)
+    _TRIED[kernel] = launch
+    try:
+        yield
+    finally:
+        del _TRIED[kernel]
+        if before:
+            _TRIED[kernel] = before
+
+
+def launch_of(kernel: str, arch: int, precision: str, columns: int = 0) -> Launch:
+    """How a kernel is launched; ``columns`` where its tile has as many as its tensors."""
+    if kernel in _TRIED:
+        return _TRIED[kernel]
     if arch == 0:  # the interpreter: a program costs the same, whatever its size
         return Launch(128, 4, 1)
+    return _listed(kernel, arch, precision, columns).launch
+
+
+@functools.cache
+def _listed(kernel: str, arch: int, precision: str, columns: int) -> Row:
+    return find_row(TABLE, kernel, arch, precision, columns)
+
+
+def find_row(table: Sequence[Row], kernel: str, arch: int, precision: str, columns: int = 0) -> Row:
+    """The row of the newest architecture up to ``arch``, with the fewest columns that suffice."""
+    if arch < OLDEST:
+        raise InputError(f"device: the Triton kernels need compute capability 8.0 (Ampere) or later, not {arch / 10}")
     rows = [
         row
-        for row in TABLE
+        for row in table
         if row.kernel == kernel and row.arch <= arch and precision in row.precisions.split() and columns <= row.columns
     ]
     if not rows:
-        raise InputError(f"device: the Triton kernels need compute capability 8.0 (Ampere) or later, not {arch / 10}")
-    return max(rows, key=lambda row: (row.arch, -row.columns)).launch
+        raise InputError(f"{TABLE_PATH}: has no row for {kernel}, sm_{arch}, {precision}, {columns} columns")
+    return max(rows, key=lambda row: (row.arch, -row.columns))
 
 
 def precision_of(dtype: torch.dtype, name: str = "dtype") -> str:

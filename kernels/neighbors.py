@@ -50,16 +50,10 @@ from stflow_fast.graph import (
     spot_grid,
 )
 
-from .launch import device_scope
-
-BLOCK = 16
-"""Queries of a program: neighbours in space, whose windows mostly coincide. 32 of them need 255 registers and spill."""
+from .launch import architecture, device_scope, launch_of
 
 COLS = 8
 """Spots of a cell looked at together: at K = 8 a cell holds 7 on average."""
-
-NUM_WARPS = 1
-"""A tile is four distances a thread; a second warp would add a barrier to every reduction."""
 
 QUERIES_AT_ONCE = 2**17
 """Queries whose windows are in memory together: 120 MB of them, and enough programs for every multiprocessor."""
@@ -254,7 +248,7 @@ def _check(points: Tensor, code: Tensor, slide_ptr: Tensor, tied: Tensor, spot: 
             raise InputError(f"{name}: must be on {points.device} like the points, not on {tensor.device}")
     if not points.is_cuda and isinstance(nearest_kernel, triton.JITFunction):
         raise InputError(f"points: must be on a CUDA device (or set TRITON_INTERPRET=1), not on {points.device}")
-    if n > NOBODY.value - BLOCK * COLS:
+    if n > NOBODY.value - COLS:
         raise InputError(f"points: {n} are too many for 32-bit indices; pack fewer slides")
     steps = slide_ptr.diff()
     if slide_ptr.ndim != 1 or len(slide_ptr) < 2 or slide_ptr[0] != 0 or slide_ptr[-1] != n or (steps < 0).any():
@@ -325,9 +319,10 @@ def _launch(
     n = len(queries)
     found = torch.full((n, k), MISSING, dtype=torch.int32, device=queries.device)
     settled = torch.empty(n, dtype=torch.int32, device=queries.device)
+    launch = launch_of("nearest", architecture(queries.device), "float64")
     with device_scope(queries):
-        nearest_kernel[(triton.cdiv(n, BLOCK),)](
+        nearest_kernel[(triton.cdiv(n, launch.rows),)](
             queries, own, tied, *(window.border, window.first, window.stop), candidates.points, candidates.spot,
-            found, settled, n, k, TIE_TOLERANCE, len(window.first), BLOCK, COLS, num_warps=NUM_WARPS,
+            found, settled, n, k, TIE_TOLERANCE, len(window.first), launch.rows, COLS, **launch.options,
         )  # fmt: skip
     return found, settled.bool()

@@ -138,6 +138,12 @@ def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
+def by_block(result: Result, case: Attention) -> Result:
+    """Gradients of the terms by their blocks too, whose scales differ."""
+    blocks = result.gradients["terms"].split((case.hp, case.hp, case.heads * case.dh), dim=1)
+    return Result(result.output, result.gradients | dict(zip(("A", "B", "V"), blocks, strict=True)))
+
+
 def differentiate(output: Tensor, grad: Tensor, named: dict[str, Tensor]) -> Result:
     gradients = torch.autograd.grad(output, tuple(named.values()), grad.to(output.dtype))
     return Result(output.detach(), dict(zip(named, gradients, strict=True)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from stflow_fast.kernels.conventions import Settings, Sizes
 from torch import Tensor
 
 import stflow_fast
@@ -25,7 +26,7 @@ pytest.importorskip("triton")
 edge_shape = pytest.importorskip("stflow_fast.kernels.edge_shape")
 gated_mlp = pytest.importorskip("stflow_fast.kernels.gated_mlp")
 neighbors = pytest.importorskip("stflow_fast.kernels.neighbors")
-Launch = pytest.importorskip("stflow_fast.kernels.launch").Launch
+launch = pytest.importorskip("stflow_fast.kernels.launch")
 
 __all__ = ["load"]  # a fixture
 
@@ -35,6 +36,12 @@ CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 
 
+def wide(hidden_dim: int, n_heads: int = 4, k: int = 8) -> tuple[Sizes, Settings]:
+    """The attention of a network of this width."""
+    sizes = Sizes(k, hidden_dim // 2, n_heads * hidden_dim, hidden_dim)
+    return sizes, Settings(n_heads, "swiglu", "swiglu", 0.2, 0.2)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STFLOW_BACKEND", "STFLOW_COMPILE"):
@@ -42,20 +49,12 @@ def nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each tile, whatever its size."""
-    if torch.cuda.is_available():
-        yield
-        return
-    for module in (edge_shape, gated_mlp):
-        monkeypatch.setattr(module, "launch_of", lambda *_: Launch(512, 4, 1))
-    monkeypatch.setattr(neighbors, "BLOCK", 512)
-    monkeypatch.setattr(neighbors, "COLS", 64)
-    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
-        made.cache_clear()
-    yield
-    for made in (edge_shape.edge_shape, gated_mlp.gate_shape):
-        made.cache_clear()
+    if not torch.cuda.is_available():
+        for module in (edge_shape, gated_mlp, neighbors):
+            monkeypatch.setattr(module, "launch_of", lambda *_: launch.Launch(512, 4, 1))
+        monkeypatch.setattr(neighbors, "COLS", 64)
 
 
 def test_a_cpu_runs_plain_torch_though_kernels_could_be_interpreted() -> None:
@@ -100,7 +99,7 @@ def test_blocks_restore_what_was_chosen_before() -> None:
     [
         (Workload(CPU, torch.float64), "its kernels do not compute in torch.float64"),
         (Workload(CPU, k=65), "its kernels take up to 64 neighbours, not 65"),
-        (Workload(CPU, columns=129), "its edge kernels take up to 128 columns behind a gate, not 129"),
+        (Workload(CPU, attention=wide(1026)), "its edge kernels take messages of up to 512 columns, not 513"),
         (Workload(torch.device("meta")), "the device is meta"),
     ],
 )
@@ -148,11 +147,42 @@ def test_a_gpu_runs_kernels_from_ampere_on(
     assert backend_for(Workload(gpu)).name == name
     assert backend_for(Workload(gpu, torch.float64)).name == "reference"
     assert backend_for(Workload(gpu, k=65)).name == "reference"
-    assert backend_for(Workload(gpu, torch.bfloat16, k=64, matrix=2**15)).name == name
-    assert backend_for(Workload(gpu, matrix=2**15)).name == ("triton" if capability >= (9, 0) else "reference")
     if name == "reference":
         with ops.use_backend("triton"), pytest.raises(InputError, match="^STFLOW_BACKEND: .*older than Ampere"):
             backend_for(Workload(gpu))
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_kib", "dtype", "attention", "needed"),
+    [
+        ((8, 0), 163, torch.bfloat16, (1024, 4, 8), None),
+        ((8, 0), 163, torch.float32, (512, 4, 8), None),
+        ((8, 0), 163, torch.float32, (1024, 1, 8), 248),
+        ((8, 6), 99, torch.float32, (128, 4, 64), None),
+        ((8, 6), 99, torch.float32, (256, 4, 8), None),
+        ((8, 9), 99, torch.bfloat16, (1024, 4, 64), 144),
+        ((9, 0), 227, torch.float32, (1024, 4, 8), None),
+        ((9, 0), 227, torch.float32, (1024, 4, 64), 344),
+    ],
+)
+def test_a_gpu_with_too_little_shared_memory_is_refused(
+    capability: tuple[int, int],
+    shared_kib: int,
+    dtype: torch.dtype,
+    attention: tuple[int, int, int],
+    needed: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it is estimated well, `aot` tells: it fails where a kernel needs more."""
+    monkeypatch.setattr(launch, "architecture", lambda device: 10 * capability[0] + capability[1])
+    monkeypatch.setattr(edge_shape, "launch_of", launch.launch_of)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = backend_for(Workload(torch.device("cuda", 0), dtype, attention=wide(*attention)))
+    assert found.name == ("reference" if needed else "triton"), found
+    if needed:
+        assert f"need some {needed} KiB of shared memory, and the GPU has {shared_kib}" in found.reason
 
 
 @interpreted
@@ -163,9 +193,9 @@ def test_a_model_in_float64_is_refused_and_one_with_many_neighbours() -> None:
             predict(small(), x, features, coords)
         with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 64 neighbours, not 65"):
             predict(small(n_neighbors=65).float(), x.float(), features.float(), coords)
-        wide = small(hidden_dim=16, pairwise_hidden_dim=258, n_heads=2).float()
-        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 128 columns behind a gate, not 129"):
-            predict(wide, x.float(), features.float(), coords)
+        model = small(hidden_dim=16, pairwise_hidden_dim=1026, n_heads=2).float()
+        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*messages of up to 512 columns, not 513"):
+            predict(model, x.float(), features.float(), coords)
 
 
 @pytest.mark.parametrize("name", ["cuda", "Triton", ""])

@@ -208,7 +208,6 @@ def test_a_prepared_slide_gives_its_memory_back_at_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_graph: bool) -> None:
     """Features stream in from the host in several chunks; the graph is replayed for later steps and draws."""
@@ -223,7 +222,6 @@ def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_gra
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replay_under_a_new_autocast_reads_no_freed_weights() -> None:
     """Each draw in an autocast of its own, another slide alive; then in float32, which is captured anew."""
     sampler = Sampler(model().cuda())

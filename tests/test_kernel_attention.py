@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +25,7 @@ from .kernel_cases import (
     attention_inputs,
     attention_kernel,
     attention_reference,
+    by_block,
     differentiate,
     error,
     kernel_arguments,
@@ -53,6 +53,9 @@ CASES = {
     "64 neighbours": Attention(sizes=(65,), k=64, heads=1, e=12, z=12),
     **{f"{heads} heads": Attention(heads=heads, e=24, z=12, dh=8) for heads in (1, 3, 4)},
     "64 wide": Attention(e=64, z=64, dh=32),
+    "as hidden_dim 144": Attention(sizes=(11,), heads=1, e=72, z=72, dh=144, p_mlp=0.2),
+    "as hidden_dim 512": Attention(sizes=(5,), k=3, heads=1, e=256, z=256, dh=32),
+    "messages as of hidden_dim 1024": Attention(sizes=(3,), k=2, heads=1, e=512, z=80, dh=256, p_attention=0.2),
     "odd widths": Attention(e=24, z=12, dh=5),
     "odd widths, other way round": Attention(e=12, z=24, dh=24),
     "5 wide": Attention(e=5, z=5, dh=12, heads=3),
@@ -78,8 +81,12 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_context_and_every_gradient_equal_the_reference(name: str) -> None:
-    inputs = attention_inputs(CASES[name])
-    assert_results_agree(attention_kernel(inputs), attention_reference(inputs), TOLERANCE)
+    assert_equals_reference(attention_inputs(CASES[name]))
+
+
+def assert_equals_reference(inputs: AttentionInputs, tolerance: float = TOLERANCE) -> None:
+    found, expected = (by_block(made(inputs), inputs.case) for made in (attention_kernel, attention_reference))
+    assert_results_agree(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -202,10 +209,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_rows(rows: int, programs: int) -> None:
         monkeypatch.setattr(shapes, "launch_of", lambda *_: launch.Launch(rows, 4, programs))
-        shapes.edge_shape.cache_clear()
 
-    yield set_rows
-    shapes.edge_shape.cache_clear()
+    return set_rows
 
 
 @pytest.mark.parametrize(("rows", "programs"), [(16, 2), (32, 1), (64, 3)])
@@ -224,18 +229,41 @@ def settings_of(inputs: AttentionInputs) -> object:
     return kernel_arguments(inputs)["settings"]
 
 
-def test_columns_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On sm_80 two programs share the columns of the weight's gradient."""
-    inputs = attention_inputs(Attention(e=24, z=12, dh=5, p_mlp=0.2))
-    plain = shapes.edge_shape
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes Z in parts of 16 columns, and the messages of the key-owned backward too."""
+    monkeypatch.setattr(shapes, "part_of_z", lambda *_: 16)
+    monkeypatch.setattr(shapes, "part_of_e", lambda *_: 16)
+    shapes._edge_shape.cache_clear()
+    yield
+    shapes._edge_shape.cache_clear()
 
-    def in_parts(*arguments: object) -> tuple[object, object]:
-        shape, launched = plain(*arguments)
-        return replace(shape, parts=2, e_part=shape.e_pad // 2), launched
 
-    whole = attention_kernel(inputs)
-    monkeypatch.setattr(kernels, "edge_shape", in_parts)
-    assert_same_bits(attention_kernel(inputs), whole)
+IN_PARTS = {
+    "three parts": Attention(e=24, z=40, dh=5, heads=3, p_mlp=0.2, p_attention=0.3),
+    "the last of one column": Attention(sizes=(1, 12), e=40, z=33),
+    "gelu": Attention(activation="gelu", e=16, z=48, p_mlp=0.3),
+    "relu": Attention(activation="relu", e=33, z=20, sizes=(9,), k=12),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_hidden_vectors_may_be_taken_in_parts(name: str, in_parts: None) -> None:
+    inputs = attention_inputs(IN_PARTS[name])
+    case = inputs.case
+    sizes = shapes.Sizes(case.k, case.e, case.hp, case.heads * case.dh)
+    shape, _ = shapes.edge_shape("edge_attention_bwd_key", 0, "ieee", sizes, settings_of(inputs))
+    assert (shape.z_parts, shape.e_parts) == (-(-case.z // 16), shape.e_pad // 16)
+    assert_equals_reference(inputs)
+
+
+def test_parts_do_not_cancel(in_parts: None) -> None:
+    """Hidden vectors far from zero, in the first part most of all."""
+    inputs = attention_inputs(Attention(activation="gelu", e=16, z=48))
+    terms = inputs.terms.clone()
+    terms[:, : inputs.case.hp] += 50
+    terms[:, :16] += 50
+    assert_equals_reference(replace(inputs, terms=terms), 4 * TOLERANCE)
 
 
 def permuted(inputs: AttentionInputs, order: Tensor) -> AttentionInputs:
@@ -452,8 +480,8 @@ REFUSALS = {
     "a short list of spots": ("arriving", lambda pair: (pair[0], pair[1][1:]), r"arriving_ptr: must have shape \[10\]"),
     "weights of too many columns": (
         "message_to_logit",
-        lambda weight: weight.repeat(20, 1),
-        r"message_to_logit: must have shape \[E, H \* P\] with E up to 128",
+        lambda weight: weight.repeat(33, 1),
+        r"message_to_logit: must have shape \[E, H \* P\] with E up to 512",
     ),
     "dropout of everything": ("settings", lambda settings: settings._replace(p_mlp=1.0), "p_mlp: .*not 1.0"),
     "less than no dropout": ("settings", lambda settings: settings._replace(p_attention=-0.1), "p_attention: .*-0.1"),
@@ -488,13 +516,3 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_an_old_gpu_is_refused() -> None:
     with pytest.raises(InputError, match=r"^device: .*not 7\.5"):
         launch.launch_of("edge_attention_fwd", 75, "bf16", 64)
-
-
-@pytest.mark.parametrize("kernel", sorted({row.kernel for row in launch.TABLE}))
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "ieee"])
-@pytest.mark.parametrize("arch", [80, 86, 90, 100])
-def test_every_kernel_has_a_launch_on_every_architecture(kernel: str, precision: str, arch: int) -> None:
-    widths = [16, 64, 128] if kernel == "dropout" else [16, 64, 128, 1024]
-    for columns in widths:
-        found = launch.launch_of(kernel, arch, precision, columns)
-        assert np.log2(found.rows) % 1 == 0

@@ -15,16 +15,16 @@ from .test_graph import hexagonal, motion, square
 
 triton = pytest.importorskip("triton")
 neighbors = pytest.importorskip("stflow_fast.kernels.neighbors")
+launch = pytest.importorskip("stflow_fast.kernels.launch")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PLAIN_TILE = (neighbors.BLOCK, neighbors.COLS)
+PLAIN_COLS = neighbors.COLS
 
 
 @pytest.fixture(autouse=True)
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each tile, whatever its size."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(neighbors, "BLOCK", 128)
         monkeypatch.setattr(neighbors, "COLS", 32)
 
 
@@ -122,10 +122,10 @@ def test_ties_are_chains(millionths: list[float], order: list[int]) -> None:
 
 
 def test_the_tile_of_the_gpu_and_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "BLOCK", PLAIN_TILE[0])
-    monkeypatch.setattr(neighbors, "COLS", PLAIN_TILE[1])
+    monkeypatch.setattr(neighbors, "COLS", PLAIN_COLS)
     monkeypatch.setattr(neighbors, "QUERIES_AT_ONCE", 37)
-    assert_equal_to_the_tree(clouds["clusters of three densities and outliers"], 3, [0, 50, 68])
+    with launch.use_launch("nearest", launch.launch_of("nearest", 80, "float64")):
+        assert_equal_to_the_tree(clouds["clusters of three densities and outliers"], 3, [0, 50, 68])
 
 
 def test_a_pile_adds_no_candidates() -> None:
@@ -185,7 +185,6 @@ def test_bad_arguments_are_named(name: str, change: object, complaint: str) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("k", [1, 8, 64])
 def test_large_slides_on_a_gpu(k: int) -> None:
     random = np.random.default_rng(1)

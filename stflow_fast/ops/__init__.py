@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..graph import SpotGraph
-from ..kernels.conventions import context_padding
+from ..kernels.conventions import Settings, Sizes, context_padding
 from . import reference
 from .backend import Backend, Workload, announce, backend_for, circumstances, cpp_compiler, use_backend, use_compile
 from .dropout import DropoutKeys, dropout
@@ -138,10 +138,11 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
     dtype = weights.message_to_logit.dtype
     if torch.is_autocast_enabled(geometry.device.type):
         dtype = torch.get_autocast_dtype(geometry.device.type)
-    if _on_triton(geometry, dtype, k, weights):
-        from ..kernels import edge_attention as kernels
+    settings = Settings(*spec)
+    if _on_triton(geometry, dtype, (_sizes(k, settings.n_heads, weights), settings)):
+        from ..kernels.edge_attention import edge_messages as kernel
 
-        return kernels.edge_messages(geometry, weights.edge, weights.message_to_logit, kernels.Settings(*spec), dtype)
+        return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
     messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0], dtype=dtype)
     function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages)
     for start, stop in blocks:
@@ -168,11 +169,32 @@ def edge_attention(
         context [N, C]. In plain torch with gradients and more than one block, blocks are recomputed in the backward;
         the kernels recompute always.
     """
-    n, k = graph.neighbors.shape
     training = torch.is_grad_enabled() and terms.requires_grad
+    keys = None if dropouts.keys is None else dropouts.keys.keys
+    p = (0.0, 0.0) if keys is None else (dropouts.mlp, dropouts.attention)
+    settings = Settings(*spec, *p, messages is not None)
+    sizes = _sizes(graph.neighbors.shape[1], terms.shape[1] - 2 * weights.message_to_logit.shape[1], weights)
+    if _on_triton(terms, terms.dtype, (sizes, settings)):
+        from ..kernels.edge_attention import edge_attention as kernel
+
+        edges = graph.geometry if messages is None else messages
+        arriving = graph.arriving if training else None
+        return kernel(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
+    return _attention_in_blocks(terms, graph, messages, weights, spec, dropouts, training)
+
+
+def _attention_in_blocks(
+    terms: Tensor,
+    graph: SpotGraph,
+    messages: Tensor | None,
+    weights: EdgeWeights,
+    spec: AttentionSpec,
+    dropouts: Dropouts,
+    training: bool,
+) -> Tensor:
+    """:func:`edge_attention` in plain torch."""
+    n, k = graph.neighbors.shape
     edges = graph.geometry if messages is None else messages
-    if _on_triton(terms, terms.dtype, k, weights):
-        return _attention_kernel(terms, graph, edges, weights, spec, dropouts, messages is not None, training)
     function = attend_block if messages is None else attend
     function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function)
     n_messages, width = weights.message_to_logit.shape
@@ -193,36 +215,18 @@ def edge_attention(
     return context
 
 
-def _on_triton(x: Tensor, dtype: torch.dtype | None = None, k: int = 1, weights: EdgeWeights | None = None) -> bool:
+def _sizes(k: int, d: int, weights: EdgeWeights) -> Sizes:
+    return Sizes(k, *weights.message_to_logit.shape, d)
+
+
+def _on_triton(x: Tensor, dtype: torch.dtype | None = None, attention: tuple[Sizes, Settings] | None = None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    workload = Workload(x.device, dtype or x.dtype, k)
-    if weights is not None:
-        e, z = weights.message_to_logit.shape[0], len(weights.logit) - 1
-        workload = workload._replace(columns=max(e, z), matrix=e * z * (2 if weights.edge.shape[1] > e else 1))
-    backend = backend_for(workload)
-    if weights is not None and backend.name == "triton":
+    k = attention[0].k if attention else 1
+    backend = backend_for(Workload(x.device, dtype or x.dtype, k, attention=attention))
+    if attention and backend.name == "triton":
         announce(backend)
     return backend.name == "triton"
-
-
-def _attention_kernel(
-    terms: Tensor,
-    graph: SpotGraph,
-    edges: Tensor,
-    weights: EdgeWeights,
-    spec: AttentionSpec,
-    dropouts: Dropouts,
-    edges_are_messages: bool,
-    training: bool,
-) -> Tensor:
-    from ..kernels import edge_attention as kernels
-
-    keys = None if dropouts.keys is None else dropouts.keys.keys
-    p = (0.0, 0.0) if keys is None else (dropouts.mlp, dropouts.attention)
-    settings = kernels.Settings(*spec, *p, edges_are_messages)
-    arriving = graph.arriving if training else None
-    return kernels.edge_attention(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
 
 
 def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple[Callable, list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InputError
-from ..kernels.conventions import MOST_COLUMNS, MOST_NEIGHBORS, float32_is_tf32
+from ..kernels.conventions import MOST_COLUMNS, MOST_NEIGHBORS, Settings, Sizes, float32_is_tf32
 
 COMPILE_FROM_SPOTS = 200_000
 """Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
@@ -85,8 +85,7 @@ class Workload(NamedTuple):
     k: int = 1
     n_spots: int = COMPILE_FROM_SPOTS
     training: bool = False
-    columns: int = 1  # the wider of E and Z
-    matrix: int = 1  # E * P
+    attention: tuple[Sizes, Settings] | None = None  # of the edge kernels
 
 
 class Backend(NamedTuple):
@@ -130,24 +129,33 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
         return f"its kernels do not compute in {workload.dtype}"
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
-    if workload.columns > MOST_COLUMNS:
-        return f"its edge kernels take up to {MOST_COLUMNS} columns behind a gate, not {workload.columns}"
+    if workload.attention and workload.attention[0].e > MOST_COLUMNS:
+        return f"its edge kernels take messages of up to {MOST_COLUMNS} columns, not {workload.attention[0].e}"
     return _what_a_gpu_lacks(workload) if device.type == "cuda" else None
 
 
 def _what_a_gpu_lacks(workload: Workload) -> str | None:
-    capability, in_float32 = torch.cuda.get_device_capability(workload.device), workload.dtype == torch.float32
-    if capability < (8, 0):
+    if torch.cuda.get_device_capability(workload.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    # By kernels/aot.py: hidden_dim 256 with SwiGLU takes 176 KiB, of 163 on an A100, and 64 neighbours 100 KiB, of 99
-    # on its smaller relatives.
-    if in_float32 and capability < (9, 0) and workload.matrix > 128 * 128:
-        return "its float32 kernels of this width need more shared memory than the GPU has"
-    if in_float32 and (8, 0) < capability < (9, 0) and workload.k > 32:
-        return "its float32 kernels need more shared memory than the GPU has for more than 32 neighbours"
+    if workload.attention and (lacks := _what_shared_memory_lacks(workload)):
+        return lacks
     if not c_compiler():
         return "there is no C compiler (gcc or clang), by which it builds its launches"
     return None
+
+
+def _what_shared_memory_lacks(workload: Workload) -> str | None:
+    from ..kernels.edge_shape import most_shared_bytes
+    from ..kernels.launch import architecture, precision_of
+
+    arch, precision = architecture(workload.device), precision_of(workload.dtype)
+    needed = most_shared_bytes(arch, precision, *workload.attention)
+    there = torch.cuda.get_device_properties(workload.device).shared_memory_per_block_optin
+    if needed <= there:
+        return None
+    return (
+        f"its edge kernels of this width need some {needed >> 10} KiB of shared memory, and the GPU has {there >> 10}"
+    )
 
 
 @functools.cache
