@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench gpu clean
+.PHONY: setup demo test check format bench bench-compare gpu clean
 
 setup: $(VENV)/.done
 
@@ -34,6 +34,10 @@ bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
 	$(BIN)/python -m benchmarks.summarize .benchmarks/cpu.json
+
+# Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
+bench-compare: setup
+	$(BIN)/python -m benchmarks.compare "$(BASE)" $(HEAD)
 
 # On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit.
 GPU_PYTHON ?= python3
