@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -401,8 +402,8 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     title = {"time": "Time", "memory": "Peak memory above the inputs"}[quantity]
-    figure.suptitle(f"{title}, {lines[0]['device']}", fontsize=12)
-    figure.supxlabel(_footnote(lines, quantity), fontsize=8.5, color=SOFT)
+    figure.suptitle(textwrap.fill(f"{title}, {lines[0]['device']}", int(9 * shape[0])), fontsize=12)
+    figure.supxlabel(textwrap.fill(_footnote(lines, quantity), int(13 * shape[0])), fontsize=8.5, color=SOFT)
     return figure
 
 
