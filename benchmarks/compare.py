@@ -115,7 +115,8 @@ def verdict_table(trees: tuple[Tree, Tree], verdicts: list[Verdict], rounds: int
         f"Slower: the interval's lower end is above {ALLOWED}."
     )
     title = Text(f"base {base}, head {head}")
-    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    look = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
+    table = Table(title=title, caption=caption, caption_justify="left", **look)
     table.add_column("workload", no_wrap=True)
     for name in ("base ms", "head ms", "ratio", f"{CONFIDENCE:.0%} interval"):
         table.add_column(name, justify="right")
