@@ -30,10 +30,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pytest-benchmark for a glance at changes, then the suite: lines are added to benchmarks/results/<device>.jsonl.
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
-	$(BIN)/python -m benchmarks.summarize .benchmarks/cpu.json
+	$(BIN)/stflow-fast benchmark --workload sample,train_step,denoise,graph --spots 1e3,3e3,1e4,3e4,1e5 --out benchmarks/results
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
 bench-compare: setup

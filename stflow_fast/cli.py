@@ -287,7 +287,7 @@ def benchmark(
         str | None, typer.Option(help="What one provider may take; most of what is free when left out.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls; 3 on a CPU, 20 on a GPU when left out.")] = None,
-    seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 30.0,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
         bool, typer.Option("--report", help="Measure nothing: show --out anew, and write the section of ./README.md.")

@@ -214,8 +214,7 @@ def test_flags_of_the_published_function() -> None:
 
 MEASURE = """
 import json, torch
-from pathlib import Path
-from benchmarks.peak_memory import resident_bytes
+from benchmarks.measure import resident_peak
 from benchmarks.providers import PROVIDERS
 from benchmarks.slides import benchmark_slide
 from stflow_fast import DenoiserConfig
@@ -226,11 +225,8 @@ for name, n in (("eager_stflow", 5000), ("dense_attention", 300), ("dense_softma
     for size in (100, n):
         slide = benchmark_slide("uniform", size, n_genes=20, feature_dim=8)
         provider.prepare(slide)
-        if size == n:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = resident_bytes("VmRSS")
-        provider.denoise(slide.x_0, 0.3)
-    print(json.dumps([name, resident_bytes("VmHWM") - before, provider.quadratic_bytes(n)]))
+        found = resident_peak(lambda: provider.denoise(slide.x_0, 0.3))
+    print(json.dumps([name, found, provider.quadratic_bytes(n)]))
 """
 
 
