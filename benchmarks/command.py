@@ -152,9 +152,11 @@ def show(lines: list[dict[str, Any]], folder: Path) -> None:
 
 
 def redraw(folder: Path, readme: Path = Path("README.md")) -> None:
-    """Show what was measured before; where there is a README with a section for it, write that anew."""
+    """Show what was measured before; where the results lie beside or below a README with a section for them, write
+    that anew."""
     show(report.load(folder), folder)
-    if readme.is_file() and report.BEGIN in readme.read_text():
+    has_section = readme.is_file() and report.BEGIN in readme.read_text()
+    if has_section and folder.resolve().is_relative_to(readme.parent.resolve()):
         report.redraw(folder, readme)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from stflow_fast.kernels.conventions import Settings, Sizes
 from torch import Tensor, nn
 
 from stflow_fast import Denoiser, DenoiserConfig, Sampler, ops
@@ -298,8 +299,10 @@ class Ours(Provider):
             return f"the device is {device.type}, and a CUDA graph needs a GPU"
         if self.backend == "triton":
             # Also float32's shared memory on small GPUs, as ops.edge_attention asks.
-            e, z = self.config.pairwise_hidden_dim, self.config.hidden_dim
-            workload = Workload(device, k=self.config.n_neighbors, columns=max(e, z) // 2, matrix=e // 2 * z)
+            c = self.config
+            sizes = Sizes(c.n_neighbors, c.pairwise_hidden_dim // 2, c.n_heads * c.hidden_dim, c.hidden_dim)
+            settings = Settings(c.n_heads, c.activation, c.activation)
+            workload = Workload(device, k=c.n_neighbors, attention=(sizes, settings))
             return why_not_triton(workload, interpreted=True)
         if not self.compiled:
             return None

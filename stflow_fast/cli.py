@@ -290,7 +290,7 @@ def benchmark(
     seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 30.0,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
-        bool, typer.Option("--report", help="Measure nothing: show --out anew, and write the section of ./README.md.")
+        bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")
     ] = False,
 ) -> None:
     """Measure time and memory against the published code and other ways to write it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stflow_fast.benchmarks import command, measure, suite
+from stflow_fast.benchmarks import command, measure, report, suite
 from stflow_fast.benchmarks.providers import PROVIDERS, EagerSTFlow
 from stflow_fast.benchmarks.suite import LINE, Case, Job, Plan, Suite
 from typer.testing import CliRunner
@@ -77,13 +77,31 @@ def config() -> DenoiserConfig:
     return DenoiserConfig(n_genes=5, **WIDTHS)
 
 
-def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(tmp_path: Path, small: None) -> None:
+def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     for name in ("reference", "flash_attention"):
-        run(tmp_path, "--workload", "denoise", "--providers", name)
-    assert [line["provider"] for line in lines_in(tmp_path)] == ["reference"] * 2 + ["flash_attention"] * 2
-    shown = run(tmp_path, "--report")
-    assert shown.exit_code == 0
-    assert len(lines_in(tmp_path)) == 4
+        run(results, "--workload", "denoise", "--providers", name)
+    assert [line["provider"] for line in lines_in(results)] == ["reference"] * 2 + ["flash_attention"] * 2
+    untouched = readme.read_text()
+    assert run(results, "--report").exit_code == 0
+    assert len(lines_in(results)) == 4
+    assert readme.read_text() != untouched
+    assert readme.read_text().startswith("before")
+
+
+def test_the_readme_of_another_folder_is_left_alone(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "results", "--workload", "denoise", "--providers", "reference")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert run(tmp_path / "results", "--report").exit_code == 0
+    assert Path("README.md").read_text() == f"{report.BEGIN}\n{report.END}\n"
 
 
 class Wrong(EagerSTFlow):
