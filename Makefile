@@ -34,7 +34,8 @@ format: setup
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
-	$(BIN)/stflow-fast benchmark --workload sample,train_step,denoise,graph --spots 1e3,3e3,1e4,3e4,1e5 --out benchmarks/results
+	$(BIN)/stflow-fast benchmark --workload sample,train_step,denoise,graph --spots 1e3,3e3,1e4,3e4,1e5 \
+		--seconds 60 --minutes 9 --out benchmarks/results
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
 bench-compare: setup

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Options:
     memory_budget: str | None
     rounds: int | None
     seconds: float
+    minutes: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,11 @@ def order_of(options: Options) -> Order:
         raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
     spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
     rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 3
-    if rounds < 1 or not options.seconds > 0:
-        raise InputError("--rounds, --seconds: must be at least 1 round and more than 0 seconds")
-    plan = Plan(device, _budget(options.memory_budget, device), rounds, options.seconds)
+    for name in ("rounds", "seconds", "minutes"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise InputError(f"--{name}: must be more than 0, not {value}")
+    deadline = time.monotonic() + 60 * options.minutes
+    plan = Plan(device, _budget(options.memory_budget, device), rounds, options.seconds, deadline=deadline)
     cases = [
         Case(workload, layout, n, k, n_genes, dtype)
         for workload in workloads
@@ -85,6 +89,8 @@ def order_of(options: Options) -> Order:
         for dtype, n_genes in (itertools.product(dtypes, genes) if workload != "graph" else [("float32", genes[0])])
         for layout, k, n in itertools.product(layouts, ks, spots)
     ]
+    # If the time does not suffice for all, it is the large ones that are left out.
+    cases.sort(key=lambda case: case.spots)
     for case in cases:
         if (needed := input_bytes(case)) > plan.memory_budget:
             raise InputError(

@@ -193,18 +193,14 @@ def run_case(report: Report, scale: Scale, case: Case) -> str:
 
 def run_suite(path: Path, scale: Scale, rehearse: bool) -> bool:
     """The suite's providers for a GPU, as far as the time goes; whether a check was red."""
-    config = scale.config.to_dict()
-    network = {
-        name: config[name] for name in ("feature_dim", "hidden_dim", "pairwise_hidden_dim", "n_layers", "n_heads")
-    }
-    plan = Plan(scale.device, int(0.9 * free_memory(scale.device)), 20, 10.0, network)
-    plan = dataclasses.replace(plan, deadline=time.monotonic() + SUITE_SECONDS)
+    config, deadline = scale.config, time.monotonic() + SUITE_SECONDS
+    plan = Plan(scale.device, int(0.9 * free_memory(scale.device)), 20, 10.0, config, deadline=deadline)
     sizes, dtypes, names = (10_000, 100_000, 1_000_000), ("float32", "bf16"), SUITE_PROVIDERS
     if rehearse:
-        plan = dataclasses.replace(plan, rounds=1, check_spots=24, seconds=math.inf)
+        plan = dataclasses.replace(plan, rounds=1, check_spots=24, seconds=math.inf, deadline=math.inf)
         sizes, dtypes, names = (24,), ("float32",), ("eager_stflow", "triton")
     cases = [
-        SuiteCase(workload, "visium", n, config["n_neighbors"], config["n_genes"], dtype)
+        SuiteCase(workload, "visium", n, config.n_neighbors, config.n_genes, dtype)
         for workload in SUITE_WORKLOADS
         for dtype in (dtypes if workload != "graph" else ("float32",))
         for n in sizes

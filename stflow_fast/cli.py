@@ -288,6 +288,7 @@ def benchmark(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls; 3 on a CPU, 20 on a GPU when left out.")] = None,
     seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 30.0,
+    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.5,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
         bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")
@@ -301,7 +302,7 @@ def benchmark(
         command.redraw(out)
         return
     options = command.Options(
-        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds
+        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes
     )
     if code := command.run(options, out):
         raise typer.Exit(code)

@@ -21,26 +21,42 @@ from typer.testing import CliRunner
 from stflow_fast import DenoiserConfig, cli
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTHS = {"hidden_dim": 32, "pairwise_hidden_dim": 16, "n_layers": 1, "n_heads": 2, "feature_dim": 7}
+NETWORK = DenoiserConfig(n_genes=5, feature_dim=7, hidden_dim=32, pairwise_hidden_dim=16, n_layers=1, n_heads=2)
 CASE = Case("sample", "visium", 40, 4, 5, "float32")
 FIELDS = {*LINE, "device", "versions", "commit", "date"}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
 
 
 def small_plan(**settings: Any) -> Plan:
-    usual = {"memory_budget": 2**32, "rounds": 2, "network": WIDTHS, "check_spots": 60}
+    usual = {"memory_budget": 2**32, "rounds": 2, "network": NETWORK, "check_spots": 60}
     return Plan(torch.device("cpu"), **(usual | settings))
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with a small network, and no process for the memory."""
-    monkeypatch.setattr(command, "Plan", functools.partial(Plan, network=WIDTHS, check_spots=60))
+    monkeypatch.setattr(command, "Plan", functools.partial(Plan, network=NETWORK, check_spots=60))
     monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
 
 
 def run(out: Path, *arguments: str) -> Any:
-    options = ["benchmark", "--spots", "40,60", "--genes", "5", "--k", "4", "--rounds", "2", "--out", str(out)]
+    options = [
+        "benchmark",
+        "--spots",
+        "40,60",
+        "--genes",
+        "5",
+        "--k",
+        "4",
+        "--rounds",
+        "2",
+        "--minutes",
+        "60",
+        "--seconds",
+        "600",
+        "--out",
+        str(out),
+    ]
     return CliRunner().invoke(cli.app, [*options, *arguments], catch_exceptions=False)
 
 
@@ -66,15 +82,11 @@ def test_the_whole_command_writes_a_line_per_figure(tmp_path: Path, small: None)
         assert 0 < line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
         assert line["spots_per_s"] == pytest.approx(1e3 * line["spots"] / line["median_ms"])
         assert (line["rounds"], line["cold_l2_ms"], line["device_bytes"]) == (2, None, None)
-        same_function = line["workload"] == "graph" or PROVIDERS[line["provider"]](config()).same_function
+        same_function = line["workload"] == "graph" or PROVIDERS[line["provider"]](NETWORK).same_function
         assert line["check"] == ("green" if same_function else "not compared")
         assert (line["relative_error"] is not None) == same_function
     assert "eager_stflow" in done.output
     assert list(tmp_path.glob("*.*"))
-
-
-def config() -> DenoiserConfig:
-    return DenoiserConfig(n_genes=5, **WIDTHS)
 
 
 def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(
@@ -179,7 +191,9 @@ def test_an_interrupted_run_keeps_its_lines(tmp_path: Path, small: None, monkeyp
         (["--memory-budget", "much"], "--memory-budget: must be a size such as 4GiB"),
         (["--spots", "1e3,many"], "--spots: must be whole numbers"),
         (["--k", "0"], "--k: must be whole numbers"),
-        (["--rounds", "0"], "--rounds, --seconds: must be"),
+        (["--rounds", "0"], "--rounds: must be more than 0"),
+        (["--seconds", "nan"], "--seconds: must be more than 0"),
+        (["--minutes", "-1"], "--minutes: must be more than 0"),
         (["--spots", "3e6", "--genes", "18000", "--memory-budget", "8GiB"], "raise --memory-budget"),
         (["--report", "--out", "nowhere"], "nowhere"),
     ],
@@ -291,7 +305,7 @@ def test_expected_seconds() -> None:
 def test_after_the_deadline_nothing_runs(recorded: Callable[..., list[Any]]) -> None:
     said = recorded()
     (line,) = lines_of(small_plan(deadline=-math.inf), [CASE], ("a",))
-    assert line["note"] == "left out: the time is up"
+    assert line["note"] == "left out: the time is up; raise --minutes"
     assert not said
 
 
