@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench gpu clean
+.PHONY: setup demo test check format bench bench-compare gpu clean
 
 setup: $(VENV)/.done
 
@@ -30,10 +30,16 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pytest-benchmark for a glance at changes, then the suite: lines are added to benchmarks/results/<device>.jsonl.
 bench: setup
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
-	$(BIN)/python -m benchmarks.summarize .benchmarks/cpu.json
+	$(BIN)/stflow-fast benchmark --workload sample,train_step,denoise,graph --spots 1e3,3e3,1e4,3e4,1e5 \
+		--seconds 60 --minutes 9 --out benchmarks/results
+
+# Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
+bench-compare: setup
+	$(BIN)/python -m benchmarks.compare "$(BASE)" $(HEAD)
 
 # On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit.
 GPU_PYTHON ?= python3

@@ -16,9 +16,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # A top-level import package called "kernels" would collide with a well-known one.
-    packages=[*find_packages(include=["stflow_fast", "stflow_fast.*"]), "stflow_fast.kernels"],
-    package_dir={"stflow_fast.kernels": "kernels"},
+    # Top-level import packages called "kernels" and "benchmarks" would collide with well-known ones.
+    packages=[
+        *find_packages(include=["stflow_fast", "stflow_fast.*"]),
+        "stflow_fast.kernels",
+        "stflow_fast.benchmarks",
+        "stflow_fast.benchmarks.baselines",
+    ],
+    package_dir={"stflow_fast.kernels": "kernels", "stflow_fast.benchmarks": "benchmarks"},
     package_data={"stflow_fast.kernels": ["launch_table.csv"]},
     install_requires=[
         "torch>=2.7",

@@ -32,7 +32,8 @@ from stflow_fast.model import Denoiser
 
 from .baselines.eager_stflow import SIGN_FRAMES, EagerBlock
 from .her2st import FOLDS, SEEDS, Case, scores, train
-from .summarize import RESULTS, commit, table
+from .measure import commit
+from .summarize import RESULTS, table
 
 PLACEMENTS = {
     "ours": "ours: before fc2 of `edge_trans`, on its normalised hidden vector",

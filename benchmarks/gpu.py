@@ -1,6 +1,7 @@
 """Every GPU figure in one run of some minutes: tests of the kernels, then timings, each behind its own check.
 
-python -m benchmarks.gpu --out DIR [--skip-tests]     on a CUDA device; writes DIR/<device>.jsonl and .md
+python -m benchmarks.gpu --out DIR [--skip-tests]     on a CUDA device; writes DIR/<device>-sections.jsonl and .md, and
+                                                      the suite's lines (benchmarks.suite) to DIR/<device>.jsonl
 python -m benchmarks.gpu --out DIR --rehearse         the same path, tiny, interpreted on the CPU: rehearsal.*
 
 The exit code is 1 where a test or a check is red or a part failed, 2 without a CUDA device.
@@ -16,8 +17,6 @@ import json
 import math
 import os
 import platform
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -31,12 +30,19 @@ import torch
 from stflow_fast import use_backend
 from stflow_fast.errors import first_line
 
+from .command import appending
 from .gpu_measure import Figure, Scale, scale_of
 from .gpu_sections import Case, plan
-from .summarize import commit, table
+from .measure import commit, file_name, free_memory
+from .suite import GRAPHS, Plan, Suite
+from .suite import Case as SuiteCase
+from .summarize import table
 
 TESTS = ("tests/test_kernel_gpu.py", "tests/test_kernel_neighbors.py", "tests/test_flow.py")
-TESTS_SECONDS, TIMINGS_SECONDS, ALL_SECONDS = 200, 270, 450
+TESTS_SECONDS, TIMINGS_SECONDS, ALL_SECONDS = 200, 270, 420
+SUITE_SECONDS = 120
+SUITE_PROVIDERS = ("eager_stflow", "flash_attention", "message_passing", "triton", "triton_kept_edges", "triton_graph")
+SUITE_WORKLOADS = ("sample", "train_step", "denoise", "graph")
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu"
 
 LEGEND = """Times: median (20th to 80th percentile) between CUDA events, cold L2 (flushed before every call), random
@@ -56,7 +62,7 @@ class Report:
     def __init__(self, out: Path, rehearse: bool, tests: str) -> None:
         device = "rehearsal" if rehearse else torch.cuda.get_device_name()
         out.mkdir(parents=True, exist_ok=True)
-        self.path = out / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
+        self.path = out / f"{file_name(device)}-sections.jsonl"
         self.path.write_text("")
         self.rehearse, self.tests = rehearse, tests
         self.records: list[dict[str, Any]] = []
@@ -68,7 +74,7 @@ class Report:
                 **{"python": platform.python_version(), "torch": torch.__version__},
                 **{"triton": importlib.metadata.version("triton"), "driver": nvidia_smi("driver_version")},
             },
-            "commit": (commit() if shutil.which("git") else "") or os.environ.get("COMMIT", "unknown"),
+            "commit": commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -185,6 +191,32 @@ def run_case(report: Report, scale: Scale, case: Case) -> str:
     return what
 
 
+def run_suite(path: Path, scale: Scale, rehearse: bool) -> bool:
+    """The suite's providers for a GPU, as far as the time goes; whether a check was red."""
+    config, deadline = scale.config, time.monotonic() + SUITE_SECONDS
+    plan = Plan(scale.device, int(0.9 * free_memory(scale.device)), 20, 10.0, config, deadline=deadline)
+    sizes, dtypes, names = (10_000, 100_000, 1_000_000), ("float32", "bf16"), SUITE_PROVIDERS
+    if rehearse:
+        plan = dataclasses.replace(plan, rounds=1, check_spots=24, seconds=math.inf, deadline=math.inf)
+        sizes, dtypes, names = (24,), ("float32",), ("eager_stflow", "triton")
+    cases = [
+        SuiteCase(workload, "visium", n, config.n_neighbors, config.n_genes, dtype)
+        for workload in SUITE_WORKLOADS
+        for dtype in (dtypes if workload != "graph" else ("float32",))
+        for n in sizes
+    ]
+    providers = {workload: tuple(GRAPHS) if workload == "graph" else names for workload in SUITE_WORKLOADS}
+    checks = []
+    with appending(path) as write:
+
+        def keep(line: dict[str, Any]) -> None:
+            write(line)
+            checks.append(line["check"])
+
+        Suite(plan, keep, lambda what: print(f"suite: {what}", file=sys.stderr, flush=True)).run(cases, providers)
+    return "red" in checks
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -213,8 +245,10 @@ def main() -> int:
                 missing.append(case.name)
             report.judge(case, report.records[before:], lacks)
             page = report.write_page(missing)
+    path = arguments.out / f"{'rehearsal' if arguments.rehearse else file_name(torch.cuda.get_device_name())}.jsonl"
+    red = run_suite(path, scale, arguments.rehearse)
     print(page)
-    return int(report.red)
+    return int(report.red or red)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""What the GPU benchmarks measure with: sizes, clocks, peaks, and the figure that comes out."""
+"""What the sections of the GPU benchmarks share: sizes, turns, and the figure that comes out."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from stflow_fast import DenoiserConfig
 
+from .measure import clocked, times_of
 from .workload import FEATURE_DIM, N_GENES
 
 
@@ -68,25 +65,6 @@ def at_most(value: float | None, limit: float | None) -> bool | None:
     return None if value is None or limit is None else value <= limit
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().to(expected.device).double(), expected.detach().double()
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def clocked(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """The result, and wall-clock seconds until the device is done."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    begun = time.perf_counter()
-    result = function()
-    synchronize()
-    return result, time.perf_counter() - begun
-
-
-def times_of(milliseconds: list[float]) -> list[float]:
-    return np.quantile(milliseconds, [0.5, 0.2, 0.8]).tolist()
-
-
 def wall_times(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     return times_of([1e3 * clocked(function, device)[1] for _ in range(repeats if device.type == "cuda" else 1)])
 
@@ -103,18 +81,6 @@ def in_turns(functions: dict[str, Callable[[], Any]], device: torch.device, rep:
     return {name: times_of(each) for name, each in found.items()}
 
 
-def peak(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes allocated at the highest of one call, above what was allocated before."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The function as a CUDA graph, so that its replays are timed without the host; itself on the CPU."""
     if device.type != "cuda":
@@ -128,26 +94,3 @@ def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], 
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
-
-def out_of_memory(function: Callable[[], Any]) -> str:
-    """Runs it once; what to note where the device is too small for it."""
-    try:
-        function()
-    except torch.OutOfMemoryError:
-        return f"out of memory at {torch.cuda.max_memory_allocated():,} bytes"
-    return ""
-
-
-@contextlib.contextmanager
-def matrix_products(precision: str) -> Iterator[None]:
-    """How float32 multiplies."""
-    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -9,34 +9,30 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stflow_fast import Denoiser, DenoiserConfig, Sampler, SpotGraph, ops
 from stflow_fast.flow import CondOTPath
 from stflow_fast.ops.reference import AttentionSpec, Dropouts, EdgeWeights, attend_block
 
 from .baselines.eager_stflow import EagerDenoiser, eager_sample
-from .gpu_measure import (
-    Figure,
-    Scale,
-    at_most,
+from .gpu_measure import Figure, Scale, at_most, captured, in_turns, wall_times
+from .measure import (
+    NETWORK_TOLERANCE,
+    adam_step,
     autocast,
-    captured,
     clocked,
-    in_turns,
+    gradients,
     matrix_products,
     out_of_memory,
     peak,
     relative_error,
     times_of,
-    wall_times,
 )
 from .roofline import unit_times
 from .workload import PITCH, SAMPLE_STEPS, hexagonal_lattice
 
 KERNEL_TOLERANCE = {"bf16": 2e-2, "tf32": 5e-3, "ieee": 1e-5}
-NETWORK_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-2, "ieee": 1e-3}
-"""Against the published code in float32, whose axes of nearly round neighbourhoods lose digits."""
 
 EAGER_PRECISION = {"bf16": "tf32", "tf32": "tf32", "ieee": "ieee"}
 
@@ -315,26 +311,6 @@ def training_losses(
             return objective(batch._replace(graph=dataclasses.replace(graph)))
 
     return ours, lambda: eager(*padded, t)[1]
-
-
-def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
-    """All of them in one vector, by name; without dropout, whose masks are each implementation's own."""
-    model.eval()
-    named = dict(sorted(model.named_parameters()))
-    found = torch.autograd.grad(loss(), tuple(named.values()), materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in found])
-
-
-def adam_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    model.train()
-
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def neighbour_graph(scale: Scale, precision: str) -> Iterator[Figure]:

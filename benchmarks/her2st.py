@@ -20,7 +20,8 @@ from stflow_fast.progress import epochs_bar
 from stflow_fast.training import load_fold
 from stflow_fast.windows import TrainingConfig
 
-from .summarize import RESULTS, commit, table
+from .measure import commit
+from .summarize import RESULTS, table
 
 ENCODER = "efficientnet_lite0"
 FOLDS, SEEDS, SELECTIONS = (0, 1, 2), (0, 1, 2), ("validation", "test")

@@ -13,7 +13,8 @@ import json
 import math
 from typing import Any
 
-from .summarize import RESULTS, commit, table
+from .measure import commit
+from .summarize import RESULTS, table
 
 MARK = "<!-- tables by python -m benchmarks.roofline -->"
 

@@ -1,4 +1,4 @@
-"""The slide and the network that every benchmark runs: a hexagonal lattice, random features and random weights."""
+"""Sizes of the benchmarks, and their hexagonal lattice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stflow_fast import Denoiser, DenoiserConfig
-
 N_GENES = 50
 FEATURE_DIM = 1024
 PITCH = 100.0
@@ -17,15 +15,20 @@ SAMPLE_STEPS = 5
 """Times of the published grid: 4 denoiser calls."""
 
 
+def parse_sizes(text: str) -> list[int]:
+    """Whole numbers from text such as ``"1e3,1e4,605471"``; raises ValueError for one that is not whole or below 1."""
+    numbers = [float(size) for size in text.split(",")]
+    if not all(number.is_integer() and number >= 1 for number in numbers):
+        raise ValueError(f"sizes: must be whole numbers of at least 1, not {text!r}")
+    return [int(number) for number in numbers]
+
+
 def sizes(variable: str, default: str) -> list[int]:
-    """Whole numbers from the environment, comma-separated, for a quick rehearsal with small slides."""
-    return [int(size) for size in os.environ.get(variable, default).split(",")]
+    """:func:`parse_sizes` of the environment, for a quick rehearsal with small slides."""
+    return parse_sizes(os.environ.get(variable, default))
 
 
-RACE_SPOTS = sizes("STFLOW_BENCH_RACE", "10000")[0]
-SCALING_SPOTS = sizes("STFLOW_BENCH_SCALING", "10000,30000,100000,300000")
-MEMORY_SPOTS = sizes("STFLOW_BENCH_MEMORY", "100000")[0]
-GRAPH_SPOTS = sizes("STFLOW_BENCH_GRAPH", "605471")[0]
+SPOTS = sizes("STFLOW_BENCH_SPOTS", "1000,10000")
 ROUNDS = sizes("STFLOW_BENCH_ROUNDS", "3")[0]
 THREADS = sizes("STFLOW_BENCH_THREADS", str(torch.get_num_threads()))[0]
 
@@ -34,16 +37,3 @@ def hexagonal_lattice(n_spots: int) -> Tensor:
     """[N, 2] float64, a square cut of a Visium lattice."""
     row, column = np.divmod(np.arange(n_spots), int(np.ceil(np.sqrt(n_spots))))
     return torch.from_numpy(PITCH * np.column_stack([column + 0.5 * (row % 2), row * np.sqrt(3) / 2]))
-
-
-def slide(n_spots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [N, F], coordinates [N, 2] and source sample [N, G]."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n_spots, FEATURE_DIM, generator=generator)
-    return features, hexagonal_lattice(n_spots), torch.rand(n_spots, N_GENES, generator=generator)
-
-
-def network() -> Denoiser:
-    """The default model with random weights."""
-    torch.manual_seed(0)
-    return Denoiser(DenoiserConfig(n_genes=N_GENES, feature_dim=FEATURE_DIM)).eval()

@@ -272,6 +272,43 @@ def demo(
 
 
 @app.command()
+def benchmark(
+    workload: Annotated[
+        str, typer.Option(help="Of sample, train_step, denoise and graph, with commas between.")
+    ] = "sample,train_step",
+    spots: Annotated[str, typer.Option(help="Sizes of the slides, such as 1e3,1e4,605471.")] = "1e3,3e3,1e4",
+    providers: Annotated[str | None, typer.Option(help="What to compare; what suits the device when left out.")] = None,
+    genes: Annotated[str, typer.Option(help="Sizes of the gene panel.")] = "50",
+    k: Annotated[str, typer.Option("--k", help="Neighbours of a spot.")] = "8",
+    layout: Annotated[str, typer.Option(help="Of uniform, visium, visium_jittered and clustered.")] = "visium",
+    dtype: Annotated[str, typer.Option(help="Of float32, bf16 and, on a GPU, tf32.")] = "float32",
+    device: Device = "auto",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="What one provider may take; most of what is free when left out.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timed calls; 3 on a CPU, 20 on a GPU when left out.")] = None,
+    seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 30.0,
+    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.5,
+    out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
+    redraw: Annotated[
+        bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")
+    ] = False,
+) -> None:
+    """Measure time and memory against the published code and other ways to write it."""
+    # Of the package that is in use; nothing else needs them.
+    from .benchmarks import command
+
+    if redraw:
+        command.redraw(out)
+        return
+    options = command.Options(
+        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes
+    )
+    if code := command.run(options, out):
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what would run and why, and what is missing."""
     Console(width=None if sys.stdout.isatty() else 120).print(diagnose())

@@ -58,3 +58,18 @@ def slides_bar(n_slides: int) -> Iterator[Callable[[str, tuple[str, ...]], None]
             progress.update(task, advance=1, status=name)
 
         yield update
+
+
+@contextlib.contextmanager
+def figures_bar(n_figures: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar over the figures of a benchmark; yields what to call with what is being measured, and after each figure."""
+    with _progress() as progress:
+        task = progress.add_task("figure", total=n_figures, status="")
+
+        def begin(what: str) -> None:
+            progress.update(task, status=what)
+
+        def done() -> None:
+            progress.update(task, advance=1)
+
+        yield begin, done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -29,6 +30,10 @@ FIGURES = {
     ("neighbour graph", "ours"),
     ("neighbour graph", f"scipy, {os.cpu_count()} cores"),
 }
+SUITE_FIGURES = {
+    *itertools.product(("sample", "train_step", "denoise"), ("eager_stflow", "triton")),
+    *itertools.product(("graph",), ("scipy_kdtree", "triton", "dense_cdist")),
+}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,17 +45,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_rehearsal(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path), "--rehearse")
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "rehearsal.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "rehearsal-sections.jsonl").read_text().splitlines()]
     assert {(line["workload"], line["provider"]) for line in lines} == FIGURES
     for line in lines:
         assert line["error"] == ""
         assert line["median_ms"] > 0
         assert line["check"] == ("none" if line["provider"].startswith("scipy") else "green")
         assert not any(line["met"])  # no target is met by a rehearsal
-    page = (tmp_path / "rehearsal.md").read_text()
+    page = (tmp_path / "rehearsal-sections.md").read_text()
     assert page.startswith("# Rehearsal")
     assert "not reached" not in page
     assert done.stdout.rstrip().splitlines()[-1].startswith("* rehearsed: large slide")
+    suite = [json.loads(line) for line in (tmp_path / "rehearsal.jsonl").read_text().splitlines()]
+    assert {(line["workload"], line["provider"]) for line in suite} == SUITE_FIGURES
+    for line in suite:
+        assert line["note"] == ""
+        assert line["check"] == "green"
+        assert line["median_ms"] > 0
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -54,7 +54,11 @@ def dense_neighbors(coords: Tensor, slide: Tensor, k: int) -> Tensor:
 
 def frame_projections(offsets: Tensor) -> Tensor:
     """Offsets [N, K, 2] centred and projected on each of the four sign frames of their covariance: [N, 4, K, 2]."""
-    centred = offsets - offsets.mean(dim=1, keepdim=True)
+    return project_on_frames(offsets - offsets.mean(dim=1, keepdim=True))
+
+
+def project_on_frames(centred: Tensor) -> Tensor:
+    """The same of offsets that are centred already."""
     _, axes = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
     frames = axes.unsqueeze(1) * axes.new_tensor(SIGN_FRAMES).view(1, 4, 1, 2)
     return centred.unsqueeze(1) @ frames
@@ -80,10 +84,14 @@ class EagerAttention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1))
 
+    def query_key_value(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens [N, d] -> three of [N, H, d / H]."""
+        return tuple(self.split_heads(part) for part in self.layernorm_qkv(tokens).chunk(3, dim=-1))
+
     def forward(self, gene: Tensor, tokens: Tensor, coords: Tensor, neighbors: Tensor) -> Tensor:
         """Gene expression [N, G], tokens [N, d], coordinates [N, 2], neighbours [N, K] -> [N, d]."""
         n, k = neighbors.shape
-        query, key, value = (self.split_heads(part) for part in self.layernorm_qkv(tokens).chunk(3, dim=-1))
+        query, key, value = self.query_key_value(tokens)
         offsets = coords[neighbors] - coords.unsqueeze(1)
         projected = frame_projections(offsets)
         distance = offsets.norm(dim=-1, keepdim=True).unsqueeze(1).expand(-1, 4, -1, -1)
@@ -119,7 +127,7 @@ class EagerGeneUpdate(nn.Module):
 
 
 class EagerBlock(nn.Module):
-    """One layer."""
+    """One layer. What it knows of the edges is what its attention reads: here coordinates and neighbours."""
 
     def __init__(
         self,
@@ -131,14 +139,15 @@ class EagerBlock(nn.Module):
         non_negative: bool,
         dropout: float,
         attn_dropout: float,
+        attention: type[EagerAttention],
     ) -> None:
         super().__init__()
-        self.attn = EagerAttention(n_genes, dim, edge_dim, n_heads, activation, dropout, attn_dropout)
+        self.attn = attention(n_genes, dim, edge_dim, n_heads, activation, dropout, attn_dropout)
         self.mlp = EagerMLP(dim, 4 * dim, dim, activation, dropout)
         self.gene_updater = EagerGeneUpdate(n_genes, dim, non_negative, dropout)
 
-    def forward(self, gene: Tensor, tokens: Tensor, coords: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = tokens + self.attn(gene, tokens, coords, neighbors)
+    def forward(self, gene: Tensor, tokens: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens + self.attn(gene, tokens, *edges)
         tokens = tokens + self.mlp(tokens)
         return self.gene_updater(tokens), tokens
 
@@ -157,13 +166,17 @@ class EagerBackbone(nn.Module):
         slide = torch.arange(len(real), device=real.device).unsqueeze(1).expand_as(real)[real]
         packed_gene, packed_tokens, packed_coords = gene[real], tokens[real], coords[real]
         neighbors = dense_neighbors(packed_coords, slide, self.n_neighbors)
+        prediction = torch.zeros_like(gene)
+        prediction[real] = self.run_layers(packed_gene, packed_tokens, packed_coords, neighbors)
+        return prediction
+
+    def run_layers(self, gene: Tensor, tokens: Tensor, *edges: Tensor) -> Tensor:
+        """[N, G], [N, d] and the edges of all layers -> [N, G]."""
         heads = []
         for block in self.blks:
-            packed_gene, packed_tokens = block(packed_gene, packed_tokens, packed_coords, neighbors)
-            heads.append(packed_gene)
-        prediction = torch.zeros_like(gene)
-        prediction[real] = torch.stack(heads).mean(dim=0)
-        return prediction
+            gene, tokens = block(gene, tokens, *edges)
+            heads.append(gene)
+        return torch.stack(heads).mean(dim=0)
 
 
 class EagerTimeEmbedding(nn.Module):
@@ -201,6 +214,7 @@ class EagerDenoiser(nn.Module):
         non_negative: bool = False,
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
+        attention: type[EagerAttention] = EagerAttention,
     ) -> None:
         super().__init__()
         self.backbone = EagerBackbone(
@@ -214,6 +228,7 @@ class EagerDenoiser(nn.Module):
             non_negative=non_negative,
             dropout=dropout,
             attn_dropout=attn_dropout,
+            attention=attention,
         )
         self.fourier_proj = EagerTimeEmbedding(hidden_dim)
         self.image_transform = nn.Linear(feature_dim, hidden_dim)

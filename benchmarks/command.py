@@ -1,0 +1,208 @@
+"""``stflow-fast benchmark``: options to cases, a bar while they run, then a table and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from stflow_fast.devices import choose_device
+from stflow_fast.errors import InputError, OutputError
+from stflow_fast.progress import figures_bar
+from stflow_fast.sampling import parse_bytes
+
+from . import measure, report
+from .slides import LAYOUTS
+from .suite import PRECISION, Case, Plan, Suite, input_bytes, providers_of
+from .workload import parse_sizes
+
+WORKLOADS = ("sample", "train_step", "denoise", "graph")
+CPU_PROVIDERS = ("eager_stflow", "dense_softmax", "flash_attention", "message_passing", "reference")
+CPU_GRAPHS = ("dense_cdist", "scipy_kdtree")
+"""What runs on a CPU unless others are asked for: kernels need a GPU, compiling takes minutes,
+and so does all pairs' attention of the published kind."""
+
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """As typed: lists with commas in between."""
+
+    workload: str
+    spots: str
+    providers: str | None
+    genes: str
+    k: str
+    layout: str
+    dtype: str
+    device: str
+    memory_budget: str | None
+    rounds: int | None
+    seconds: float
+    minutes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be run: the options, checked."""
+
+    plan: Plan
+    cases: list[Case]
+    providers: dict[str, tuple[str, ...]]
+
+    @property
+    def n_lines(self) -> int:
+        return sum(len(self.providers[case.workload]) for case in self.cases)
+
+
+def order_of(options: Options) -> Order:
+    """Raises InputError, which names the option, for whatever cannot be run."""
+    device = choose_device(options.device)
+    workloads = _names("--workload", options.workload, WORKLOADS)
+    layouts, dtypes = (
+        _names("--layout", options.layout, LAYOUTS),
+        _names("--dtype", options.dtype, PRECISION),
+    )
+    if "tf32" in dtypes and device.type != "cuda":
+        raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
+    spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
+    rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 3
+    for name in ("rounds", "seconds", "minutes"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise InputError(f"--{name}: must be more than 0, not {value}")
+    deadline = time.monotonic() + 60 * options.minutes
+    plan = Plan(device, _budget(options.memory_budget, device), rounds, options.seconds, deadline=deadline)
+    cases = [
+        Case(workload, layout, n, k, n_genes, dtype)
+        for workload in workloads
+        # A graph has neither genes nor a precision to choose.
+        for dtype, n_genes in (itertools.product(dtypes, genes) if workload != "graph" else [("float32", genes[0])])
+        for layout, k, n in itertools.product(layouts, ks, spots)
+    ]
+    # If the time does not suffice for all, it is the large ones that are left out.
+    cases.sort(key=lambda case: case.spots)
+    for case in cases:
+        if (needed := input_bytes(case)) > plan.memory_budget:
+            raise InputError(
+                f"--spots: the inputs of {case.spots:,} spots with {case.genes:,} genes take {needed / 2**30:.1f} GiB, "
+                f"and the budget is {plan.memory_budget / 2**30:.1f} GiB; lower --spots or --genes, or raise "
+                "--memory-budget"
+            )
+    return Order(plan, cases, _providers(options.providers, workloads, device))
+
+
+def run(options: Options, out: Path) -> int:
+    """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code."""
+    order = order_of(options)
+    path = out / f"{measure.file_name(measure.device_name(order.plan.device))}.jsonl"
+    lines: list[dict[str, Any]] = []
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        with figures_bar(order.n_lines) as (begin, done), appending(path) as write:
+
+            def keep(line: dict[str, Any]) -> None:
+                write(line)
+                lines.append(line)
+                done()
+
+            with torch.cuda.device(order.plan.device) if order.plan.device.type == "cuda" else contextlib.nullcontext():
+                Suite(order.plan, keep, begin).run(order.cases, order.providers)
+    except KeyboardInterrupt:
+        console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
+        return INTERRUPTED
+    show(lines, out)
+    Console().print(f"wrote {path}", markup=False, soft_wrap=True)
+    red = [line for line in lines if line["check"] == "red"]
+    for line in red:
+        console.print(
+            f"stflow-fast: {line['provider']} computes something else in {line['workload']}: relative error "
+            f"{line['relative_error']}, at most {line['tolerance']} allowed",
+            markup=False,
+        )
+    return int(bool(red))
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields what to call with each line; it is in the file when the call returns."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    with file:
+
+        def write(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+
+        yield write
+
+
+def show(lines: list[dict[str, Any]], folder: Path) -> None:
+    """A table of the lines, and pictures of them in the folder."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(report.terminal_table(lines))
+    for written in report.write_pictures(lines, folder):
+        console.print(f"wrote {written}", markup=False, soft_wrap=True)
+
+
+def redraw(folder: Path, readme: Path = Path("README.md")) -> None:
+    """Show what was measured before; where the results lie beside or below a README with a section for them, write
+    that anew."""
+    show(report.load(folder), folder)
+    has_section = readme.is_file() and report.BEGIN in readme.read_text()
+    if has_section and folder.resolve().is_relative_to(readme.parent.resolve()):
+        report.redraw(folder, readme)
+
+
+def _names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option}: there is no {name!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    try:
+        return sorted(set(parse_sizes(text)))
+    except ValueError as error:
+        raise InputError(f"--{option}: must be whole numbers of at least 1 such as 1e3,1e4, not {text!r}") from error
+
+
+def _budget(text: str | None, device: torch.device) -> int:
+    if text is None:
+        return int(0.9 * measure.free_memory(device))
+    try:
+        return parse_bytes(text)
+    except InputError as error:
+        raise InputError(f"--memory-budget: must be a size such as 4GiB or 500MB, not {text!r}") from error
+
+
+def _providers(text: str | None, workloads: tuple[str, ...], device: torch.device) -> dict[str, tuple[str, ...]]:
+    """Those of each workload; of a list, each workload takes the ones it has."""
+    if text is None:
+        if device.type == "cpu":
+            return {workload: CPU_GRAPHS if workload == "graph" else CPU_PROVIDERS for workload in workloads}
+        return {workload: providers_of(workload) for workload in workloads}
+    known = dict.fromkeys(name for workload in workloads for name in providers_of(workload))
+    names = _names("--providers", text, known)
+    found = {workload: tuple(name for name in names if name in providers_of(workload)) for workload in workloads}
+    for workload, of_workload in found.items():
+        if not of_workload:
+            raise InputError(
+                f"--providers: none of {', '.join(names)} is one of {workload}; "
+                f"choose from {', '.join(providers_of(workload))}"
+            )
+    return found

@@ -1,0 +1,271 @@
+"""What every benchmark measures with: clocks, peaks of memory, precision, errors, and where a figure comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import stflow_fast
+
+NETWORK_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-2, "ieee": 1e-3}
+"""Of a network's samples and gradients; the published code in float32 loses digits on the axes of nearly round
+neighbourhoods."""
+
+STATUS = Path("/proc/self/status")
+L2_FLUSH_BYTES = 2**28
+"""More than the L2 cache of any GPU."""
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().to(expected.device).double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    """All of them in one vector, by name; without dropout, whose masks are each implementation's own."""
+    model.eval()
+    named = dict(sorted(model.named_parameters()))
+    found = torch.autograd.grad(loss(), tuple(named.values()), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def adam_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def clocked(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """The result, and wall-clock seconds until the device is done."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    begun = time.perf_counter()
+    result = function()
+    synchronize()
+    return result, time.perf_counter() - begun
+
+
+def times_of(milliseconds: list[float]) -> list[float]:
+    """Median, 20th and 80th percentile."""
+    return np.quantile(milliseconds, [0.5, 0.2, 0.8]).tolist()
+
+
+def event_ms(function: Callable[[], Any]) -> float:
+    """Milliseconds between CUDA events around a call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def flush_l2(device: torch.device) -> None:
+    torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device).fill_(1)
+
+
+def peak(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes allocated at the highest of one call, above what was allocated before. CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def device_peak(function: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory that the device itself says is in use, by anybody, during a call; None without pynvml."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        seen, done = [pynvml.nvmlDeviceGetMemoryInfo(handle).used], threading.Event()
+    except pynvml.NVMLError:
+        return None
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        clocked(function, device)
+    finally:
+        done.set()
+        watcher.join()
+    return max(*seen, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def out_of_memory(function: Callable[[], Any]) -> str:
+    """Runs it once; what to note where the device is too small for it."""
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        return f"out of memory at {torch.cuda.max_memory_allocated():,} bytes"
+    return ""
+
+
+def lacked_memory(error: BaseException) -> bool:
+    """Whether it says that memory is out, on a GPU or on the host."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in said
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS`` (now), ``VmHWM`` (peak) or another size of this process; 0 without /proc. Not getrusage: its peak is
+    inherited from the process that started us."""
+    if not STATUS.exists():
+        return 0
+    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text()).group(1)) * 1024
+
+
+def resident_peak(function: Callable[[], Any]) -> int:
+    """Bytes resident at the highest of one call, above what was resident before. Linux; in a process of its own, where
+    nothing freed before is at hand (see :func:`in_own_process`)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_bytes("VmRSS")
+    function()
+    return resident_bytes("VmHWM") - before
+
+
+@contextlib.contextmanager
+def limited(memory: int) -> Iterator[None]:
+    """Allocations of this process beyond so many more bytes fail, instead of the machine. Linux."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    # A file's size is 64 bits with a sign, and so is a limit.
+    wanted = min(resident_bytes("VmData") + memory, 2**63 - 1)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _answer(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # On Ctrl-C the process that waits for the answer says so.
+    with contextlib.suppress(KeyboardInterrupt):
+        pipe.send(function(*arguments))
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns in a new process; None where that process died, as the kernel's out-of-memory
+    killer makes it.
+
+    Forked from a server that has imported torch and done nothing else, which takes a second once. In it, whatever
+    large is freed goes back to the system at once, so that the next peak is seen.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, arguments))
+    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    try:
+        process.start()
+        theirs.close()
+        return ours.recv()
+    except EOFError:
+        return None
+    finally:
+        if before is None:
+            del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        else:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = before
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now, of the device or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, AttributeError):
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextlib.contextmanager
+def matrix_products(precision: str) -> Iterator[None]:
+    """How float32 multiplies."""
+    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()).group(1)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def file_name(device: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def commit() -> str:
+    """Of the checkout that this file is tracked in; elsewhere what the environment says."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    if not shutil.which("git") or not git("ls-files", here.name):
+        return os.environ.get("COMMIT", "unknown")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What every figure of a run has in common."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    return {
+        "device": device_name(device),
+        "versions": {**versions, "stflow_fast": stflow_fast.__version__},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,268 @@
+"""The benchmark report: figures recovered from lines, failures shown, a README in which nothing is typed by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.providers import PROVIDERS
+from stflow_fast.errors import InputError
+
+SPOTS = (1_000, 10_000, 30_000, 100_000)
+README = "# Title\r\n\nabove  \n<!-- benchmarks:begin -->\nold 12 ms\n<!-- benchmarks:end -->\n\tbelow, no newline"
+
+
+def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 100.0, **changed) -> dict:
+    return {
+        **{"workload": "sample", "provider": provider, "layout": "visium_jittered", "spots": spots, "k": 8},
+        **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": 1.0},
+        **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "first_call_s": 0.1},
+        **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
+        **{"spots_per_s": ms and 1e3 * spots / ms, "of_floor": None, "relative_error": 1e-7, "tolerance": 1e-5},
+        **{"check": "green" if ms else "not compared", "note": "", "device": "Some CPU, 2 cores", "load": 0.25},
+        **{"versions": {"python": "3.11.7", "torch": "2.13.0"}, "commit": "0123456789ab"},
+        **{"date": "2026-11-25T04:00:00+00:00"},
+        **changed,
+    }
+
+
+def out_of_memory(provider: str, spots: int) -> dict:
+    return line(provider, spots, None, note="it needs 60.3 GiB, over the budget of 16.0 GiB")
+
+
+def some_lines() -> list[dict]:
+    """Ours of slope 1, the published code of slope 2 until memory is out, one provider that cannot run here."""
+    ours = [line("reference", spots, 0.01 * spots) for spots in SPOTS]
+    eager = [line("eager_stflow", spots, 1e-6 * spots**2) for spots in SPOTS[:3]]
+    dense = out_of_memory("dense_attention", 1_000)
+    nowhere = line("triton", 10_000, None, note="there is no CUDA device")
+    return [*ours, *eager, out_of_memory("eager_stflow", SPOTS[3]), dense, nowhere]
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    return path
+
+
+def shown(table, width: int = 200) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with the suite's lines and with a file of something else."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write(folder / "cpu.jsonl", some_lines())
+    write(folder / "aot.jsonl", [{"kernel": "some", "arch": 80}])
+    (tmp_path / "README.md").write_bytes(README.encode())
+    return folder
+
+
+def test_known_slopes_are_recovered():
+    lines = [line(spots=spots, ms=0.02 * spots, peak_bytes=spots**2) for spots in SPOTS]
+    found = {(slope["quantity"], slope["over"]): slope for slope in report.slopes(lines)}
+    assert found["time", "all sizes"]["exponent"] == pytest.approx(1.0)
+    assert found["memory", "all sizes"]["exponent"] == pytest.approx(2.0)
+    assert [found["time", "all sizes"][key] for key in ("points", "least", "most")] == [4, 1_000, 100_000]
+    assert [found["time", "from 10,000 spots on"][key] for key in ("points", "least", "most")] == [3, 10_000, 100_000]
+
+
+def test_a_fixed_cost_bends_the_slope_of_all_sizes_alone():
+    lines = [line(spots=spots, ms=500 * (spots < 10_000) + 0.02 * spots) for spots in SPOTS]
+    over = {slope["over"]: slope["exponent"] for slope in report.slopes(lines) if slope["quantity"] == "time"}
+    assert over["from 10,000 spots on"] == pytest.approx(1.0)
+    assert over["all sizes"] < 0.8
+
+
+def test_two_sizes_have_no_slope_and_neither_do_sizes_of_different_settings():
+    assert report.slopes([line(spots=spots) for spots in SPOTS[:2]]) == []
+    assert report.slopes([line(spots=spots, k=k) for spots, k in zip(SPOTS, (4, 8, 16, 32), strict=True)]) == []
+
+
+def test_the_newest_line_of_a_figure_counts_wherever_it_stands(tmp_path):
+    dates = [f"2026-11-2{day}T04:00:00+00:00" for day in (3, 5, 4)]
+    for name, date, ms in zip("abc", dates, (1.0, 2.0, 3.0), strict=True):
+        write(tmp_path / f"{name}.jsonl", [line(ms=ms, date=date)])
+    assert [entry["median_ms"] for entry in report.load(tmp_path)] == [2.0]
+    write(tmp_path / "d.jsonl", [line(ms=4.0, k=16)])
+    assert len(report.load(tmp_path)) == 2
+
+
+def test_files_of_something_else_are_left_out(results):
+    assert len(report.load(results)) == len(some_lines())
+    with pytest.raises(InputError, match=r"aot\.jsonl: holds no results of the benchmark suite"):
+        report.load(results / "aot.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ('{"workload": "sam', "is not valid JSON"),
+        ("[1, 2]", "is no JSON object"),
+        (json.dumps({**line(), "median_ms": "fast"}), "median_ms must be a number or null"),
+        (json.dumps({**line(), "workload": "dream"}), "workload must be one of sample, "),
+        (json.dumps({key: value for key, value in line().items() if key != "check"}), "has no check"),
+    ],
+)
+def test_a_broken_line_is_refused_by_file_and_line(tmp_path, broken, said):
+    path = tmp_path / "cpu.jsonl"
+    path.write_text("\n".join([json.dumps(line()), "", broken, json.dumps(line())]) + "\n")
+    with pytest.raises(InputError, match=rf"cpu\.jsonl, line 3: {said}") as caught:
+        report.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_last_line_that_was_cut_off_is_left_out_and_said(tmp_path, capsys):
+    path = tmp_path / "cpu.jsonl"
+    path.write_text(json.dumps(line()) + "\n" + json.dumps(line(spots=30_000))[:-40])
+    assert [entry["spots"] for entry in report.load(path)] == [10_000]
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_the_table_says_what_each_costs_and_why_the_others_did_not_run():
+    text = shown(report.terminal_table([*some_lines(), line("message_passing", 10_000, None, check="red")]))
+
+    def row(provider: str, spots: str) -> str:
+        words = (line.replace("†", "").split() for line in text.splitlines())
+        return " ".join(next(found for found in words if found[1:3] == [provider, spots]))
+
+    assert "100 ms (90.0-110)" in row("reference", "10,000")
+    assert "1.00x" in row("reference", "10,000")
+    assert "0.0333x" not in text
+    assert "0.333x" in row("reference", "30,000")
+    assert "10.0 MB" in row("reference", "10,000")
+    assert "needs 64.7 GB" in row("eager_stflow", "100,000")
+    assert "dense_attention †" in text
+    assert "needs 64.7 GB" in row("dense_attention", "1,000")
+    assert "there is no CUDA device" in row("triton", "10,000")
+    assert "red check" in row("message_passing", "10,000")
+
+
+def test_no_ratio_to_another_run():
+    lines = [line("eager_stflow"), line("reference", commit="another")]
+    assert "1.00x" in shown(report.terminal_table([line("eager_stflow"), line("reference")]))
+    assert shown(report.terminal_table(lines)).count("x ") == 1  # the published code's own
+
+
+def test_a_cross_marks_where_memory_ended_and_the_legend_names_it():
+    (axes,) = report.scaling_figure(some_lines(), "time").axes
+    crosses = [drawn for drawn in axes.lines if drawn.get_gid() == report.CROSS]
+    assert {drawn.get_color() for drawn in crosses} == {
+        report.look_of(name).color for name in ("eager_stflow", "dense_attention")
+    }
+    at_end = next(drawn for drawn in crosses if drawn.get_color() == report.look_of("eager_stflow").color)
+    assert (at_end.get_xdata()[0], at_end.get_ydata()[0]) == (30_000, pytest.approx(900))
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert any("published algorithm" in text and "100,000: needs 64.7 GB" in text for text in labels)
+    assert any("plain torch" in text and text.endswith("N^1.00") for text in labels)
+    assert not any("Triton" in text for text in labels)  # it cannot run here
+
+
+def test_every_provider_has_a_look_of_its_own():
+    assert set(PROVIDERS) <= set(report.LOOKS)
+    assert len({(look.color, look.marker) for look in report.LOOKS.values()}) == len(report.LOOKS)
+    assert len({look.name for look in report.LOOKS.values()}) == len(report.LOOKS)
+
+
+def test_pictures_per_device_and_floors_where_they_are_known(tmp_path):
+    gpu = [line("triton", spots, 0.001 * spots, device="A GPU", of_floor=2.0) for spots in SPOTS]
+    written = report.write_pictures([*some_lines(), *gpu], tmp_path)
+    names = [path.name for path in written]
+    assert names == [
+        *("some-cpu-2-cores-time.png", "some-cpu-2-cores-memory.png"),
+        *("a-gpu-time.png", "a-gpu-memory.png", "a-gpu-floor.png"),
+    ]
+    for path in written:
+        image = imread(path)[..., :3]
+        assert image.shape[1] <= 1500
+        # Nothing runs over the edge.
+        assert min(edge.min() for edge in (image[0], image[-1], image[:, 0], image[:, -1])) > 0.9
+    axes = report.floor_figure(gpu).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [50.0]
+
+
+def test_a_reader_sees_the_setting_measured_most_in_each_ones_fastest_arithmetic():
+    lines = [*some_lines(), line(ms=50.0, dtype="bf16", spots=100_000), line(ms=1.0, layout="clustered")]
+    kept = [entry for entry in report.chosen(lines) if entry["provider"] == "reference"]
+    assert [(entry["layout"], entry["dtype"]) for entry in kept] == [("visium_jittered", "bf16")]
+
+
+def test_the_readme_is_rewritten_between_the_marks_alone_and_the_same_each_time(results):
+    readme = results.parent / "README.md"
+    report.redraw(results, readme)
+    once = readme.read_bytes()
+    report.redraw(results, readme)
+    assert readme.read_bytes() == once
+    before, inside, after = (
+        once.decode().split(report.BEGIN)[0],
+        *once.decode().split(report.BEGIN)[1].split(report.END),
+    )
+    assert before + report.BEGIN == README.partition(report.BEGIN)[0] + report.BEGIN
+    assert after == README.partition(report.END)[2]
+    assert "old 12 ms" not in inside
+    for part in ("Some CPU, 2 cores", "torch 2.13.0", "0123456789ab", "2026-11-25", "load average", "`make bench`"):
+        assert part in inside
+    assert "| published algorithm | float32 | 100 ms, 10.0 MB | needs 64.7 GB |" in inside
+    assert "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB | 1.00 s, 100 MB | 1.00 |" in inside
+    assert "Triton" not in inside
+    assert "(results/some-cpu-2-cores-time.png)" in inside
+    assert (results / "some-cpu-2-cores-time.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"median_ms": 1234.0},
+        {"peak_bytes": 77_700_000},
+        {"check": "red", "median_ms": None},
+        {"commit": "fedcba987654"},
+        {"load": 3.0},
+        {"date": "2026-11-26T00:00:00+00:00"},
+        {"versions": {"torch": "2.14.0"}},
+    ],
+)
+def test_nothing_in_the_section_is_typed_by_hand(results, changed):
+    readme = results.parent / "README.md"
+    report.redraw(results, readme)
+    before = readme.read_text()
+    first, *rest = some_lines()
+    second, *rest = rest
+    assert (second["provider"], second["spots"]) == ("reference", 10_000)
+    write(results / "cpu.jsonl", [first, {**second, **changed}, *rest])
+    report.redraw(results, readme)
+    assert readme.read_text() != before
+
+
+@pytest.mark.parametrize(
+    "text", ["no marks", report.BEGIN, f"{report.END}{report.BEGIN}", README + README, f"{README}\n{report.END}"]
+)
+def test_a_readme_without_both_marks_is_refused_and_left(results, text):
+    readme = results.parent / "README.md"
+    readme.write_bytes(text.encode())
+    with pytest.raises(InputError, match=r"README\.md: needs one line"):
+        report.redraw(results, readme)
+    assert readme.read_bytes() == text.encode()
+
+
+def test_the_projects_readme_has_the_marks(results):
+    readme = results.parent / "README.md"
+    readme.write_bytes((Path(__file__).parents[1] / "README.md").read_bytes())
+    report.redraw(results, readme)
+    assert "Some CPU, 2 cores" in readme.read_text()
+
+
+def test_no_results_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "README.md").write_text(README)
+    assert report.main([str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path) in error

@@ -1,0 +1,333 @@
+"""The benchmark suite and its command. What is timed here is tiny, and no test asks how long it took."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stflow_fast.benchmarks import command, measure, report, suite
+from stflow_fast.benchmarks.providers import PROVIDERS, EagerSTFlow
+from stflow_fast.benchmarks.suite import LINE, Case, Job, Plan, Suite
+from typer.testing import CliRunner
+
+from stflow_fast import DenoiserConfig, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = DenoiserConfig(n_genes=5, feature_dim=7, hidden_dim=32, pairwise_hidden_dim=16, n_layers=1, n_heads=2)
+CASE = Case("sample", "visium", 40, 4, 5, "float32")
+FIELDS = {*LINE, "device", "versions", "commit", "date"}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+
+
+def small_plan(**settings: Any) -> Plan:
+    usual = {"memory_budget": 2**32, "rounds": 2, "network": NETWORK, "check_spots": 60}
+    return Plan(torch.device("cpu"), **(usual | settings))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with a small network, and no process for the memory."""
+    monkeypatch.setattr(command, "Plan", functools.partial(Plan, network=NETWORK, check_spots=60))
+    monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
+
+
+def run(out: Path, *arguments: str) -> Any:
+    options = [
+        "benchmark",
+        "--spots",
+        "40,60",
+        "--genes",
+        "5",
+        "--k",
+        "4",
+        "--rounds",
+        "2",
+        "--minutes",
+        "60",
+        "--seconds",
+        "600",
+        "--out",
+        str(out),
+    ]
+    return CliRunner().invoke(cli.app, [*options, *arguments], catch_exceptions=False)
+
+
+def lines_in(out: Path) -> list[dict[str, Any]]:
+    (path,) = out.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lines_of(plan: Plan, cases: list[Case], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    Suite(plan, lines.append, lambda what: None).run(cases, dict.fromkeys(("graph", "sample", "train_step"), names))
+    return lines
+
+
+def test_the_whole_command_writes_a_line_per_figure(tmp_path: Path, small: None) -> None:
+    done = run(tmp_path, "--workload", "sample,train_step,denoise,graph", "--layout", "clustered")
+    assert done.exit_code == 0, done.output
+    lines = lines_in(tmp_path)
+    assert len(lines) == 2 * (3 * len(command.CPU_PROVIDERS) + len(command.CPU_GRAPHS))
+    for line in lines:
+        assert set(line) == FIELDS
+        assert line["note"] == ""
+        assert 0 < line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
+        assert line["spots_per_s"] == pytest.approx(1e3 * line["spots"] / line["median_ms"])
+        assert (line["rounds"], line["cold_l2_ms"], line["device_bytes"]) == (2, None, None)
+        same_function = line["workload"] == "graph" or PROVIDERS[line["provider"]](NETWORK).same_function
+        assert line["check"] == ("green" if same_function else "not compared")
+        assert (line["relative_error"] is not None) == same_function
+    assert "eager_stflow" in done.output
+    assert list(tmp_path.glob("*.*"))
+
+
+def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    for name in ("reference", "flash_attention"):
+        run(results, "--workload", "denoise", "--providers", name)
+    assert [line["provider"] for line in lines_in(results)] == ["reference"] * 2 + ["flash_attention"] * 2
+    untouched = readme.read_text()
+    assert run(results, "--report").exit_code == 0
+    assert len(lines_in(results)) == 4
+    assert readme.read_text() != untouched
+    assert readme.read_text().startswith("before")
+
+
+def test_the_readme_of_another_folder_is_left_alone(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "results", "--workload", "denoise", "--providers", "reference")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert run(tmp_path / "results", "--report").exit_code == 0
+    assert Path("README.md").read_text() == f"{report.BEGIN}\n{report.END}\n"
+
+
+class Wrong(EagerSTFlow):
+    def denoise(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        return super().denoise(x_t, t) + 1
+
+
+class WrongGradient(EagerSTFlow):
+    def loss(self, x_t: torch.Tensor, x_1: torch.Tensor, t: float) -> torch.Tensor:
+        loss = super().loss(x_t, x_1, t)
+        return loss + 0.01 * next(self.model.parameters()).sum()
+
+
+@pytest.mark.parametrize(("workload", "wrong"), [("sample", Wrong), ("denoise", Wrong), ("train_step", WrongGradient)])
+def test_what_is_wrong_gets_no_time(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, workload: str, wrong: type
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "eager_stflow", wrong)
+    done = run(tmp_path, "--workload", workload, "--providers", "eager_stflow,reference")
+    assert done.exit_code == 1
+    assert "eager_stflow computes something else" in re.sub(r"\s+", " ", done.output)
+    for line in lines_in(tmp_path):
+        red = line["provider"] == "eager_stflow"
+        assert line["check"] == ("red" if red else "green")
+        assert (line["median_ms"] is None) == red
+        assert (line["relative_error"] > line["tolerance"]) == red
+
+
+def test_a_wrong_neighbour_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = suite.GRAPHS["dense_cdist"]
+
+    def one_wrong(*arguments: Any) -> torch.Tensor:
+        table = right(*arguments).clone()
+        table[7, 2] = table[7, 3]
+        return table
+
+    monkeypatch.setitem(suite.GRAPHS, "dense_cdist", one_wrong)
+    monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
+    wrong, good = lines_of(small_plan(), [CASE._replace(workload="graph")], ("dense_cdist", "scipy_kdtree"))
+    assert (wrong["check"], wrong["relative_error"], wrong["median_ms"]) == ("red", 1.0, None)
+    assert good["check"] == "green"
+
+
+def test_an_interrupted_run_keeps_its_lines(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, begun = Suite.run_case, []
+
+    def interrupted(self: Suite, case: Case, names: tuple[str, ...]) -> None:
+        begun.append(case)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        whole(self, case, names)
+
+    monkeypatch.setattr(Suite, "run_case", interrupted)
+    done = run(tmp_path, "--workload", "denoise", "--providers", "reference,flash_attention")
+    assert done.exit_code == 130
+    assert [line["spots"] for line in lines_in(tmp_path)] == [40, 40]
+    said = done.stderr.replace("\n", "")
+    assert "the 2 lines measured so far are in" in said
+    assert str(next(tmp_path.glob("*.jsonl"))) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workload", "sampel"], "--workload: there is no 'sampel'; choose from sample,"),
+        (["--providers", "reference,fast"], "--providers: there is no 'fast'; choose from eager_stflow,"),
+        (
+            ["--workload", "graph,sample", "--providers", "reference"],
+            "--providers: none of reference is one of graph; choose from scipy_kdtree,",
+        ),
+        (["--layout", "hexagons"], "--layout: there is no 'hexagons'"),
+        (["--dtype", "float16"], "--dtype: there is no 'float16'; choose from float32,"),
+        (["--dtype", "tf32", "--device", "cpu"], "--dtype: tf32 is the precision of a GPU"),
+        (["--device", "cuda"], "device: cuda is not there"),
+        (["--memory-budget", "much"], "--memory-budget: must be a size such as 4GiB"),
+        (["--spots", "1e3,many"], "--spots: must be whole numbers"),
+        (["--k", "0"], "--k: must be whole numbers"),
+        (["--rounds", "0"], "--rounds: must be more than 0"),
+        (["--seconds", "nan"], "--seconds: must be more than 0"),
+        (["--minutes", "-1"], "--minutes: must be more than 0"),
+        (["--spots", "3e6", "--genes", "18000", "--memory-budget", "8GiB"], "raise --memory-budget"),
+        (["--report", "--out", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stflow-fast", "benchmark", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stflow-fast: ")
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_over_the_budget_is_a_note_and_no_figure() -> None:
+    plan = small_plan(memory_budget=2**20)
+    (line,) = lines_of(plan, [CASE._replace(spots=2000)], ("dense_softmax",))
+    assert line["note"] == "it needs 0.1 GiB, over the budget of 0.0 GiB"
+    assert all(line[field] is None for field in ("median_ms", "peak_bytes", "first_call_s", "spots_per_s"))
+
+
+@needs_proc
+def test_memory_in_a_process_of_its_own() -> None:
+    plan, case = small_plan(threads=1), CASE._replace(spots=2000)
+    found = measure.in_own_process(suite.peak_of, plan, case, "dense_softmax")
+    scores = 2 * 4 * 2 * 2000 * 2000
+    assert 1 / 1.5 < found["peak_bytes"] / scores < 1.5
+    found = measure.in_own_process(suite.peak_of, small_plan(threads=1, memory_budget=2**25), case, "dense_softmax")
+    assert re.fullmatch(r"out of memory at [\d,]+ bytes", found["note"])
+
+
+def test_a_process_that_died_has_no_answer() -> None:
+    assert measure.in_own_process(sys.exit, 1) is None
+
+
+class Recorded(Job):
+    dtype, judged = "float32", False
+
+    def __init__(self, name: str, said: list[Any], fails: Exception | None = None) -> None:
+        self.name, self.said, self.fails = name, said, fails
+
+    def why_not(self, spots: int, memory_budget: int) -> str | None:
+        return None
+
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        pass
+
+    def call(self, turn: int) -> None:
+        self.said.append((self.name, turn))
+        if self.fails and turn == 1:
+            raise self.fails
+
+    def result(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    def jobs(**fails: Exception) -> list[Any]:
+        said: list[Any] = []
+        monkeypatch.setattr(suite, "job_of", lambda plan, case, name: Recorded(name, said, fails.get(name)))
+        monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
+        return said
+
+    return jobs
+
+
+def test_providers_take_turns(recorded: Callable[..., list[Any]]) -> None:
+    said = recorded()
+    lines_of(small_plan(rounds=3), [CASE], ("a", "b"))
+    assert said == [("a", 0), ("b", 0), *((name, turn) for turn in range(3) for name in "ab")]
+
+
+def test_what_fails_costs_its_own_line_alone(recorded: Callable[..., list[Any]]) -> None:
+    said = recorded(a=RuntimeError("first\nsecond"), b=MemoryError())
+    a, b, c = lines_of(small_plan(rounds=3), [CASE], ("a", "b", "c"))
+    assert a["note"] == "RuntimeError: first"
+    assert re.fullmatch(r"out of memory at [\d,]+ bytes", b["note"])
+    assert (c["note"], c["rounds"]) == ("", 3)
+    assert ("a", 2) not in said
+    assert a["median_ms"] is b["median_ms"] is None
+
+
+def test_left_out_by_the_trend(recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded()
+    seconds = {40: 1.0, 80: 4.0}
+    monkeypatch.setattr(suite.Entrant, "time", lambda self, turn: self.warm.append(1e3 * seconds[self.case.spots]))
+    cases = [CASE._replace(spots=spots) for spots in (40, 80, 160)]
+    *_, last = lines_of(small_plan(rounds=2, seconds=60.0), cases, ("a",))
+    assert last["note"] == "left out: some 64 s expected; raise --seconds"
+
+
+def test_expected_seconds() -> None:
+    assert suite.expected_seconds([], 10) is None
+    assert suite.expected_seconds([(10, 2.0)], 30) == pytest.approx(6.0)
+    assert suite.expected_seconds([(1, 9.0), (10, 1.0), (100, 100.0)], 1000) == pytest.approx(10_000)
+
+
+def test_after_the_deadline_nothing_runs(recorded: Callable[..., list[Any]]) -> None:
+    said = recorded()
+    (line,) = lines_of(small_plan(deadline=-math.inf), [CASE], ("a",))
+    assert line["note"] == "left out: the time is up; raise --minutes"
+    assert not said
+
+
+@pytest.mark.parametrize("workload", ["sample", "train_step", "graph"])
+def test_inputs_rotate_and_are_not_zero(workload: str) -> None:
+    job = suite.job_of(
+        small_plan(),
+        CASE._replace(workload=workload, layout="uniform"),
+        "reference" if workload != "graph" else "scipy_kdtree",
+    )
+    job.prepare(40, "uniform")
+    assert len(job.sets) == suite.INPUT_SETS
+    assert all((values != 0).all() for values in job.sets)
+    assert not any(torch.equal(job.sets[0], other) for other in job.sets[1:])
+    if workload == "sample":
+        drawn = [job.call(turn) for turn in range(suite.INPUT_SETS + 1)]
+        assert torch.equal(drawn[0], drawn[-1])
+        assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_only_the_command_line_imports_the_benchmarks() -> None:
+    importing = re.compile(r"^\s*(from|import)\s+(\.+benchmarks|stflow_fast\.benchmarks|benchmarks)\b", re.MULTILINE)
+    found = {path.name for path in (ROOT / "stflow_fast").rglob("*.py") if importing.search(path.read_text())}
+    found |= {path.name for path in (ROOT / "kernels").rglob("*.py") if importing.search(path.read_text())}
+    assert found == {"cli.py"}
