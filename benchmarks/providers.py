@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stflow_fast import Denoiser, DenoiserConfig, Sampler, ops
 from stflow_fast.flow import EulerSolver, time_grid
 from stflow_fast.graph import SpotGraph
-from stflow_fast.ops.backend import Workload, cpp_compiler, use_backend, use_compile, why_not_triton
+from stflow_fast.ops.backend import EdgeWork, Workload, cpp_compiler, use_backend, use_compile, why_not_triton
 
 from .baselines.dense_attention import DenseAttention, dense_edges
 from .baselines.dot_product import Attend, DotProductDenoiser, dense_softmax, flash_attention, neighbor_attention
@@ -301,9 +301,8 @@ class Ours(Provider):
             # Also float32's shared memory on small GPUs, as ops.edge_attention asks.
             c = self.config
             sizes = Sizes(c.n_neighbors, c.pairwise_hidden_dim // 2, c.n_heads * c.hidden_dim, c.hidden_dim)
-            settings = Settings(c.n_heads, c.activation, c.activation)
-            workload = Workload(device, k=c.n_neighbors, attention=(sizes, settings))
-            return why_not_triton(workload, interpreted=True)
+            work = EdgeWork(ops.TRAINED_BY, sizes, Settings(c.n_heads, c.activation, c.activation))
+            return why_not_triton(Workload(device, k=c.n_neighbors, edges=work), interpreted=True)
         if not self.compiled:
             return None
         if device.type != "cpu":
@@ -313,7 +312,7 @@ class Ours(Provider):
         return None if cpp_compiler() else "there is no C++ compiler (g++ or clang++)"
 
 
-def _ours(backend: str, compiled: bool = False, keep: int | None = KEEP_NONE, cuda_graph: bool = False) -> Callable:
+def _ours(backend: str, compiled: bool = False, keep: int | None = KEEP_DEFAULT, cuda_graph: bool = False) -> Callable:
     return functools.partial(Ours, backend=backend, compiled=compiled, memory_budget=keep, cuda_graph=cuda_graph)
 
 
@@ -326,9 +325,10 @@ PROVIDERS: dict[str, Callable[[DenoiserConfig], Provider]] = {
     "message_passing": MessagePassing,
     "reference": _ours("reference"),
     "reference_compiled": _ours("reference", compiled=True),
-    "triton": _ours("triton"),
+    "triton": _ours("triton", keep=KEEP_NONE),
     "triton_kept_edges": _ours("triton", keep=KEEP_ALL),
-    "triton_graph": _ours("triton", keep=KEEP_DEFAULT, cuda_graph=True),
+    "triton_graph": _ours("triton", cuda_graph=True),
 }
-"""Name -> factory. The last three are one launch after another; the same with the messages of edges kept over the
-flow steps; and the program's defaults: messages kept within its budget, one CUDA graph per call."""
+"""Name -> factory. Ours keep the messages of edges over the flow steps within the program's default budget; ``triton``
+keeps none, ``triton_kept_edges`` all of them. The last but one and two launch kernel after kernel; ``triton_graph`` is
+what the program does on a GPU."""
