@@ -591,8 +591,9 @@ def _told(lines: list[Line]) -> str:
     dates = sorted({line["date"][:10] for line in lines})
     dates = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     other = any(computes_another_function(line["provider"]) for line in lines)
+    rounds = ", ".join(map(str, sorted({line["rounds"] for line in lines if line["rounds"]})))
     return (
-        "Median time, peak memory above the inputs, in the fastest arithmetic of each. "
+        f"Median time of {rounds} calls, peak memory above the inputs, in the fastest arithmetic of each. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
         f"{load}. {software}; commit {values('commit')}; {dates}. Again: `{REPEAT}`."
