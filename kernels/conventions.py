@@ -11,8 +11,8 @@ LAYERNORM_EPS = 1e-5
 MOST_NEIGHBORS = 64
 """K that the kernels take."""
 
-MOST_COLUMNS = 512
-"""E that the edge kernels take (hidden_dim 1024 with SwiGLU): a program holds whole messages."""
+MOST_COLUMNS = 1024
+"""E that the edge kernels take (hidden_dim 2048 with SwiGLU): a program holds whole messages."""
 
 CONTEXT_ALIGNMENT = 8
 """Columns of a context: tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""

@@ -35,6 +35,10 @@ class EdgeShape:
         operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
             the other must come through as it is (in tf32 but for 2^-22); ``edge_operand`` those of the edge MLP,
             ``split`` in parts.
+        batched: rows of a left side that are multiplied in batches of 16: Hopper's wgmma takes 64 rows, may read them
+            from registers, and is reported to reuse those too early (``launch.py``). 0 where it need not be kept off.
+        halved: columns of a left side that are multiplied in two halves: the one depth of exact float32 for which that
+            saves registers.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -68,6 +72,8 @@ class EdgeShape:
     split: bool
     dot_precision: str
     exact_precision: str
+    batched: int
+    halved: int
     fast: bool
     kept: bool
     dropout: bool
@@ -89,12 +95,20 @@ WHOLE_SPOTS = ("edge_attention_fwd", "edge_attention_bwd_query")
 """Kernels whose tiles hold all edges of a spot."""
 
 
-def part_of_z(kernel: str, arch: int, e_pad: int, z_pad: int, size: int) -> int:
+def part_of_z(kernel: str, arch: int, precision: str, rows: int, e_pad: int, z_pad: int) -> int:
     """Columns of the attention MLP's hidden vector that are taken at a time: a product holds so many of a head's matrix
-    E x Z in shared memory, and the key-owned backward has accumulators of that size besides."""
+    E x Z in shared memory, and the key-owned backward has accumulators of that size besides.
+
+    Exact float32 multiplies without tensor cores: a thread has rows and columns of whole depth in its registers.
+    Parts of 16 columns are an eighth more instructions in the forward and a third more in the query-owned backward (16
+    edges, hidden_dim 128); whole vectors spill there 8 to 90 bytes, and kilobytes with more edges or columns.
+    """
+    if precision == "ieee":
+        most_message = {"edge_attention_fwd": 16 * 64, "edge_attention_bwd_key": 16 * 128}.get(kernel, 0)
+        return min(z_pad, 64 if rows * e_pad <= most_message else 16)
     most_bytes = (32 if SHARED_MEMORY.get(arch, MOST_SHARED_MEMORY) > 128 * 1024 else 16) * 1024
     most = 64 if kernel == "edge_attention_bwd_key" else 128
-    return max(16, min(z_pad, most, most_bytes // (size * e_pad)))
+    return max(16, min(z_pad, most, most_bytes // (element_size(precision) * e_pad)))
 
 
 def part_of_e(arch: int, e_pad: int, z_part: int) -> int:
@@ -124,7 +138,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
-    z_pad = part_of_z(kernel, arch, _padded(e), _padded(z), element_size(precision))
+    z_pad = part_of_z(kernel, arch, precision, rows, _padded(e), _padded(z))
     e_part = part_of_e(arch, _padded(e), z_pad)
     z_parts, e_parts = triton.cdiv(z, z_pad), triton.cdiv(e, e_part)
     used = d + n_heads * (e + 1)
@@ -157,6 +171,8 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
+        batched=rows if rows >= 64 and 90 <= arch < 100 and rows > launch.rows and precision != "ieee" else 0,
+        halved=64 if precision == "ieee" and kernel == "edge_attention_bwd_query" and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import conventions
-from .tiles import centre, combine, dropout_factor, gate, gate_backward, matmul
+from .tiles import centre, combine, dot, dropout_factor, gate, gate_backward, matmul
 
 EDGE_HIDDEN = tl.constexpr(conventions.STREAM_EDGE_HIDDEN)
 EDGE_OUT = tl.constexpr(conventions.STREAM_EDGE_OUT)
@@ -120,7 +120,7 @@ def frame_signs(i_input, i_frame):
 def edge_half(b_inputs, b_w, S: tl.constexpr):
     """Pre-activation [M, E] of one half of the edge MLP."""
     b_zero = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
-    return tl.dot(b_inputs.to(S.edge_operand), b_w.to(S.edge_operand), b_zero, input_precision=S.dot_precision)
+    return dot(b_inputs.to(S.edge_operand), b_w.to(S.edge_operand), b_zero, tl.constexpr(S.dot_precision), S)
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def logit_pre(
     m_w = (i_c < S.e)[:, None] & m_z[None, :]
     b_w = tl.load(message_to_logit + i_c[:, None] * S.hp + i_column[None, :], mask=m_w, other=0.0)
     b_members, b_own = m_members.to(S.operand), b_own.to(S.operand)
-    b_sum = tl.dot(b_members, b_own, b_other, input_precision=S.exact_precision)
+    b_sum = dot(b_members, b_own, b_other, tl.constexpr(S.exact_precision), S)
     return matmul(b_message, b_w, b_sum, S)
 
 

@@ -137,7 +137,7 @@ def overlap(one: Row, other: Row) -> bool:
 # No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
 # CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). 64 rows and 4 warps would be 11.9k
 # instructions per edge in the forward (14.8k with 32), and are for whoever has seen them right on a GPU. K above 32
-# needs tiles of 64 rows.
+# needs tiles of 64 rows: there, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma.
 TABLE_PATH = Path(__file__).with_name("launch_table.csv")
 TABLE = read_table(TABLE_PATH)
 

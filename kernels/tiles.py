@@ -19,8 +19,33 @@ INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def matmul(b_x, b_y, b_acc, S: tl.constexpr):
-    """acc + x @ y in the launch's precision, accumulated in float32."""
-    return tl.dot(b_x.to(S.operand), b_y.to(S.operand), b_acc, input_precision=S.dot_precision)
+    """acc + x @ y in the launch's precision, accumulated in float32; in two halves where x has S.halved columns."""
+    if b_x.shape[1] == S.halved:
+        b_x0, b_x1 = halves_of_columns(b_x)
+        b_y0, b_y1 = halves_of_columns(tl.trans(b_y))
+        b_acc = matmul(b_x0, tl.trans(b_y0), b_acc, S)
+        return matmul(b_x1, tl.trans(b_y1), b_acc, S)
+    return dot(b_x.to(S.operand), b_y.to(S.operand), b_acc, tl.constexpr(S.dot_precision), S)
+
+
+@triton.jit
+def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, S: tl.constexpr):
+    """acc + x @ y, by 16 rows each where x has S.batched rows: batches are what Triton has no wgmma for."""
+    if b_x.shape[0] == S.batched:
+        BATCHES: tl.constexpr = b_x.shape[0] // 16
+        b_x = tl.reshape(b_x, [BATCHES, 16, b_x.shape[1]])
+        b_y = tl.broadcast_to(b_y[None, :, :], [BATCHES, b_y.shape[0], b_y.shape[1]])
+        b_sum = tl.dot(b_x, b_y, tl.reshape(b_acc, [BATCHES, 16, b_acc.shape[1]]), input_precision=PRECISION)
+        b_acc = tl.reshape(b_sum, [b_acc.shape[0], b_acc.shape[1]])
+    else:
+        b_acc = tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit
+def halves_of_columns(b_x):
+    """Even and odd columns."""
+    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
 
 
 @triton.jit

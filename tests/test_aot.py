@@ -63,12 +63,20 @@ def test_no_kernel_has_more_than_sixteen_arguments() -> None:
             {"shared_bytes": 9000, "estimated_shared_bytes": 8999},
             ["needs 9000 bytes of shared memory; 8999 were estimated"],
         ),
+        ({"instructions": {"HGMMA": 4}, "estimated_shared_bytes": 0}, []),
+        (
+            {"instructions": {"HGMMA.R": 4}, "estimated_shared_bytes": 0},
+            ["wgmma reads a left side from registers"],
+        ),
+        # Another tile than the table's is for who looks into it.
+        ({"instructions": {"HGMMA.R": 4}}, []),
         # What the estimate refuses may need more than there is.
         ({"shared_bytes": 300_000, "estimated_shared_bytes": 300_000, "default": False}, []),
     ],
 )
 def test_faults_of_a_row(changed: dict[str, object], fault: list[str]) -> None:
-    row = {"spill_bytes": 0, "shared_bytes": 0, "estimated_shared_bytes": None, "arch": 90, "default": True, **changed}
+    row = {"spill_bytes": 0, "shared_bytes": 0, "estimated_shared_bytes": None, "arch": 90, "default": True}
+    row |= {"instructions": {}, **changed}
     assert aot.faults(row) == fault
 
 
@@ -90,6 +98,26 @@ def test_instructions_are_weighted_by_their_loops() -> None:
     assert once == {"BRA": 2, "LDG.128": 1, "FFMA": 1, "MUFU": 1, "STG.64": 1, "EXIT": 1}
     assert weighted == {"LDG.128": 1, "FFMA": 3, "MUFU": 12, "BRA": 15, "STG.64": 1, "EXIT": 1}
     assert aot.count_instructions(SASS, (3,))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("operands", "name"),
+    [("R40, gdesc[UR12].tnspA.tnspB, R40", "HGMMA"), ("R56, R88, gdesc[UR12].tnspB, RZ, !UPT, gsb0", "HGMMA.R")],
+)
+def test_a_wgmma_that_reads_from_registers_is_told_apart(operands: str, name: str) -> None:
+    once, _ = aot.count_instructions(f"        /*3010*/                   HGMMA.64x64x16.F32.BF16 {operands} ;", None)
+    assert once == {name: 1}
+
+
+def test_no_wgmma_reads_from_registers_where_a_spot_has_more_than_32_neighbours(tmp_path: Path) -> None:
+    match = "edge_attention_fwd bf16 swiglu K=64"
+    done = compiled("-m", "stflow_fast.kernels.aot", "--arch", "90", "--match", match, "--json", str(tmp_path / "rows"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["instructions"]["HMMA"] > 0
+        assert "HGMMA" not in row["instructions"]
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -280,6 +280,25 @@ def test_hidden_vectors_may_be_taken_in_parts(name: str, in_parts: None) -> None
     assert_equals_reference(inputs)
 
 
+@pytest.mark.parametrize(
+    ("products", "case"),
+    [
+        ({"batched": 64}, Attention(sizes=(1, 41), k=40, heads=1, e=24, z=20, p_mlp=0.2)),
+        ({"batched": 32}, Attention(sizes=(13, 4), k=5, activation="gelu", e=16, z=33)),
+        ({"halved": 64}, Attention(sizes=(1, 12), heads=2, e=40, z=50, p_attention=0.2)),
+        ({"halved": 32}, Attention(activation="relu", e=24, z=20)),
+    ],
+)
+def test_products_may_be_taken_in_batches_and_in_halves(
+    products: dict[str, int], case: Attention, launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Hopper with many neighbours takes them, and exact float32."""
+    whole = shapes._edge_shape
+    monkeypatch.setattr(shapes, "_edge_shape", lambda *arguments: replace(whole(*arguments), **products))
+    launched(products.get("batched", 16), 2)
+    assert_equals_reference(attention_inputs(case))
+
+
 def test_parts_do_not_cancel(in_parts: None) -> None:
     """Hidden vectors far from zero, in the first part most of all."""
     inputs = attention_inputs(Attention(activation="gelu", e=16, z=48))

@@ -109,8 +109,6 @@ def backend_for(workload: Workload) -> Backend:
     """
     asked = _BACKEND()
     lacks = "it was asked for" if asked == "reference" else why_not_triton(workload, interpreted=asked == "triton")
-    if lacks is None and asked == "auto":
-        lacks = _what_awaits_a_check(workload)
     if lacks is None:
         return Backend(
             "triton", "it was asked for" if asked == "triton" else "the device is a GPU that it compiles for"
@@ -170,17 +168,6 @@ def _what_shared_memory_lacks(workload: Workload) -> str | None:
         f"its edge kernels for {workload.k} neighbours of this width need some {needed >> 10} KiB of shared memory, "
         f"and the GPU has {there >> 10}"
     )
-
-
-def _what_awaits_a_check(workload: Workload) -> str | None:
-    """More than 32 neighbours take tiles of 64 rows, whose products Hopper's wgmma may read from registers: see
-    ``kernels/launch.py``."""
-    on_hopper = workload.device.type == "cuda" and torch.cuda.get_device_capability(workload.device)[0] == 9
-    if on_hopper and workload.k > 32:
-        return (
-            "its tiles for more than 32 neighbours were not seen right on Hopper yet; STFLOW_BACKEND=triton runs them"
-        )
-    return None
 
 
 @functools.cache
