@@ -103,10 +103,11 @@ def part_of_z(kernel: str, arch: int, precision: str, rows: int, e_pad: int, z_p
     Parts of 16 columns are an eighth more instructions in the forward and a third more in the query-owned backward (16
     edges, hidden_dim 128); whole vectors spill there 8 to 90 bytes, and kilobytes with more edges or columns.
     """
+    roomy = SHARED_MEMORY.get(arch, MOST_SHARED_MEMORY) > 128 * 1024
     if precision == "ieee":
-        most_message = {"edge_attention_fwd": 16 * 64, "edge_attention_bwd_key": 16 * 128}.get(kernel, 0)
-        return min(z_pad, 64 if rows * e_pad <= most_message else 16)
-    most_bytes = (32 if SHARED_MEMORY.get(arch, MOST_SHARED_MEMORY) > 128 * 1024 else 16) * 1024
+        most_message = {"edge_attention_fwd": 64, "edge_attention_bwd_key": 128 if roomy else 64}.get(kernel, 0)
+        return min(z_pad, 64 if rows * e_pad <= 16 * most_message else 16)
+    most_bytes = (32 if roomy else 16) * 1024
     most = 64 if kernel == "edge_attention_bwd_key" else 128
     return max(16, min(z_pad, most, most_bytes // (element_size(precision) * e_pad)))
 

@@ -203,8 +203,8 @@ def test_a_model_in_float64_is_refused_and_one_with_many_neighbours() -> None:
             predict(small(), x, features, coords)
         with pytest.raises(InputError, match="^STFLOW_BACKEND: .*up to 64 neighbours, not 65"):
             predict(small(n_neighbors=65).float(), x.float(), features.float(), coords)
-        model = small(hidden_dim=16, pairwise_hidden_dim=1026, n_heads=2).float()
-        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*messages of up to 512 columns, not 513"):
+        model = small(hidden_dim=16, pairwise_hidden_dim=2050, n_heads=2).float()
+        with pytest.raises(InputError, match="^STFLOW_BACKEND: .*messages of up to 1024 columns, not 1025"):
             predict(model, x.float(), features.float(), coords)
 
 

@@ -177,14 +177,15 @@ def test_a_measured_row_changes_its_own_launches_alone(columns: int) -> None:
     """Other precisions, architectures before it and fewer columns keep theirs; later architectures follow."""
     new = Row("edge_attention_fwd", 90, "bf16 fp16", columns, Launch(128, 16), "measured")
     table = autotune.with_row(launch.TABLE, new)
+    others = [row.columns for row in launch.TABLE if row.kernel == new.kernel and "bf16" in row.precisions]
+    of_narrower_rows = max((width for width in others if width < columns), default=0)
     for arch in (80, 89, 90, 100):
         for precision in ("bf16", "fp16", "tf32", "ieee"):
             for width in (16, 64, 128, 256):
                 before, after = (
                     launch.find_row(rows, new.kernel, arch, precision, width) for rows in (launch.TABLE, table)
                 )
-                narrower = columns > 64 and width <= 64
-                ours = arch >= 90 and precision in ("bf16", "fp16") and width <= columns and not narrower
+                ours = arch >= 90 and precision in ("bf16", "fp16") and of_narrower_rows < width <= columns
                 assert after.launch == (new.launch if ours else before.launch)
 
 
