@@ -89,6 +89,10 @@ class Provider(abc.ABC):
         """The same of :meth:`loss` and its backward, beside what :meth:`why_not` says."""
         return None
 
+    def why_not_one_call(self) -> str | None:
+        """The same of :meth:`denoise`: what it would not show."""
+        return None
+
     def quadratic_bytes(self, n: int) -> int:
         """Peak of one float32 call above its inputs where it grows with the square of ``n``; else 0."""
         return 0
@@ -269,11 +273,12 @@ class Ours(Provider):
             self.prepared = sampler.prepare((slide.features, slide.coords))
 
     def denoise(self, x_t: Tensor, t: float) -> Tensor:
-        graph = self.prepared.graph
+        prepared, graph = self.prepared, self.prepared.graph
         with self._running(), torch.no_grad():
             if t not in self.times:
                 self.times[t] = self._embed_time(t)
-            return graph.to_spots(self.prepared._call(graph.to_rows(x_t), self.times[t]))
+            rows = graph.to_rows(x_t)
+            return graph.to_spots(self.model.denoise_at(graph, rows, prepared.image, self.times[t], prepared.states))
 
     def sample(self, x_0: Tensor) -> Tensor:
         with self._running():
@@ -285,6 +290,9 @@ class Ours(Provider):
             image = self.model.image_transform(self.slide.features.to(self.weight))
             time, states = self._embed_time(t), self.model.backbone.layer_states()
             return F.mse_loss(self.model.denoise_at(graph, to_rows(x_t), to_rows(image), time, states), to_rows(x_1))
+
+    def why_not_one_call(self) -> str | None:
+        return "a CUDA graph is of a whole sample" if self.cuda_graph else None
 
     def _embed_time(self, t: float) -> Tensor:
         return self.model.fourier_proj(torch.tensor([t], dtype=torch.float64))
@@ -330,5 +338,5 @@ PROVIDERS: dict[str, Callable[[DenoiserConfig], Provider]] = {
     "triton_graph": _ours("triton", cuda_graph=True),
 }
 """Name -> factory. Ours keep the messages of edges over the flow steps within the program's default budget; ``triton``
-keeps none, ``triton_kept_edges`` all of them. The last but one and two launch kernel after kernel; ``triton_graph`` is
-what the program does on a GPU."""
+keeps none, ``triton_kept_edges`` all of them, and both launch kernel after kernel; ``triton_graph`` is what the program
+does on a GPU: it captures the loop of a sample when it is called for the second time, and replays it from then on."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +78,8 @@ class Sampler:
             prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
             memory_budget: bytes that each slide may spend on keeping edge messages from one flow step to the next, or
                 text such as "4GiB".
-            cuda_graph: on a GPU, capture one denoiser call of a slide and replay it; False for debugging.
+            cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on;
+                False for debugging.
 
         Raises:
             InputError: a setting out of range.
@@ -85,13 +88,14 @@ class Sampler:
         self.n_sample_steps, self.prior = resolve(model, n_sample_steps, prior)
         self.solver = EulerSolver(time_grid(self.n_sample_steps))
         self.memory_budget = parse_bytes(memory_budget)
-        self.cuda_graph = cuda_graph
         # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device has
         # float64.
         times = torch.tensor(self.solver.grid[:-1], dtype=torch.float64)
         with _evaluating(model):
             self.states = model.backbone.layer_states()
             self.times = dict(zip(self.solver.grid[:-1], model.fourier_proj(times).split(1), strict=True))
+            # One for all slides: what is freed on a stream is free for that stream alone.
+            self.stream = torch.cuda.Stream() if cuda_graph and model.image_transform.weight.is_cuda else None
 
     def prepare(self, slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> PreparedSlide:
         """Make what all draws of a slide share: neighbours, geometry, ``image_transform``, edge messages.
@@ -108,21 +112,31 @@ class Sampler:
 
 
 class PreparedSlide:
-    """A slide ready for any number of draws; made by :meth:`Sampler.prepare`."""
+    """A slide ready for any number of draws; made by :meth:`Sampler.prepare`.
+
+    Attributes:
+        graph: of its N spots.
+        image: [N, d] ``image_transform`` of the features, rows of the graph.
+        states: of each layer, with the edge messages that are kept.
+    """
 
     def __init__(self, sampler: Sampler, features: Tensor, coords: Tensor, slide_id: str) -> None:
         _check(sampler.model, features, coords, slide_id)
         self.sampler, self.slide_id = sampler, slide_id
-        model = sampler.model
+        model, solver, times = sampler.model, sampler.solver, sampler.times
         with _evaluating(model):
             self.graph = graph = model.build_graph(coords)
-            image = _embed(model, graph, features)
-            states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
+            self.image = image = _embed(model, graph, features)
+            self.states = states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
 
-        def call(x_t: Tensor, time: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
-            return model.denoise_at(graph, x_t, image, time, states)
+        def predict(x_t: Tensor, t: float) -> Tensor:  # no method: a cycle would keep the memory of a slide
+            return model.denoise_at(graph, x_t, image, times[t], states)
 
-        self._call = _Captured(call) if image.is_cuda and sampler.cuda_graph and graph.n_spots else call
+        def loop(x_0: Tensor) -> Tensor:
+            return deque(solver.solve(predict, x_0), maxlen=1).pop()  # not a list, which would hold every prediction
+
+        self._predict = predict
+        self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and graph.n_spots else loop
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
         """One sample (the published loop: ``n_sample_steps - 1`` calls).
@@ -130,7 +144,7 @@ class PreparedSlide:
         Args:
             x_0: [N, G] source sample in the order of the spots; drawn from the sampler's prior when None.
             seed: with the slide's id, decides x_0.
-            trajectory: return every call's prediction too.
+            trajectory: return every call's prediction too; such a draw replays no CUDA graph.
 
         Raises:
             InputError: x_0 of another shape, or NaN or infinite; a negative seed.
@@ -141,63 +155,76 @@ class PreparedSlide:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        kept = []
-
-        def predict(x_t: Tensor, t: float) -> Tensor:
-            return self._call(x_t, self.sampler.times[t])
-
         with _evaluating(model):
-            for rows in solver.solve(predict, graph.to_rows(x_0.to(model.image_transform.weight))):
-                if trajectory:
-                    kept.append(graph.to_spots(rows).cpu())
-            expression = kept[-1] if kept else graph.to_spots(rows).cpu()
-        return Sample(expression, solver.nfe, torch.stack(kept) if trajectory else None)
+            rows = graph.to_rows(x_0.to(model.image_transform.weight))
+            if trajectory:
+                kept = [graph.to_spots(x_1).cpu() for x_1 in solver.solve(self._predict, rows)]
+                return Sample(kept[-1], solver.nfe, torch.stack(kept))
+            return Sample(graph.to_spots(self._loop(rows)).cpu(), solver.nfe)
 
 
 class _Captured:
-    """A function of tensors as a CUDA graph: the first call runs it and captures it, later ones replay.
+    """The refinement loop of a slide as a CUDA graph: the first call runs it, the second captures it, and from then on
+    it is replayed. A call under another backend or precision, or after one that failed, is a first call again.
 
-    Called under another backend or precision, it captures anew.
-
-    A call of the denoiser on 10,000 spots is some hundred launches of a few microseconds each; a replay is one. One
-    call is captured, not the loop of the solver: so three of four calls of a slide's only draw are replays, one graph
-    serves every number of steps and their trajectory, and one prediction [N, G] is held, not one of every step. What
-    stays outside are the few launches of an Euler step.
+    The whole loop, because a denoiser call on 10,000 spots is some hundred launches of a few microseconds each, with
+    those of an Euler step behind it, and a replay of all of them is one. From the second call on, because a capture
+    wants a run before it, on its stream, that compiles the kernels and sets up the libraries: what they allocate and
+    load while they do so cannot be captured. The first draw is that run, and slides that are drawn once, as those of a
+    cohort are, pay neither for a capture nor for a graph's memory.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._circumstances: tuple[object, ...] = ()
-        self._inputs: tuple[Tensor, ...] = ()
-        self._output: Tensor | None = None
+    def __init__(self, loop: Callable[[Tensor], Tensor], stream: torch.cuda.Stream) -> None:
+        """
+        Args:
+            loop: x_0 [N, G] on the current GPU to the sample [N, G], without ever waiting for the GPU.
+            stream: of that GPU; where the loop first runs, and is captured.
+        """
+        self._loop, self._stream = loop, stream
+        self._known: tuple[object, ...] | None = None
+        self._replay: _Replay | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        circumstances = ops.circumstances(inputs[0].device)
-        if self._graph is None or circumstances != self._circumstances:
-            self._graph = None  # if this capture fails, nobody may replay the last
-            with _without_autocast_cache():
-                output = self._run_and_capture(inputs)
-            self._circumstances = circumstances
-            return output
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given)
-        self._graph.replay()
-        return self._output.clone()  # the next replay overwrites it
+    def __call__(self, x_0: Tensor) -> Tensor:
+        """x_0 [N, G] to the sample [N, G], which is good until the next call: a replay overwrites it."""
+        circumstances = ops.circumstances(x_0.device)
+        known, self._known = self._known, None  # until this call has succeeded
+        if circumstances != known:
+            self._replay = None
+            x_1 = self._run(x_0)
+        else:
+            if self._replay is None:
+                self._replay = self._capture(x_0)
+            x_1 = self._replay(x_0)
+        self._known = circumstances
+        return x_1
 
-    def _run_and_capture(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The first run is on a stream of its own, as capture wants it: kernels are compiled and libraries set up."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            output = self._function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        output.record_stream(torch.cuda.current_stream())
-        self._inputs, graph = tuple(map(torch.clone, inputs)), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._output = self._function(*self._inputs)
-        self._graph = graph
-        return output
+    def _run(self, x_0: Tensor) -> Tensor:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            x_1 = self._loop(x_0)
+        current.wait_stream(self._stream)
+        x_1.record_stream(current)
+        return x_1
+
+    def _capture(self, x_0: Tensor) -> _Replay:
+        held, graph = x_0.clone(), torch.cuda.CUDAGraph()
+        with _without_autocast_cache(), _workspaces_of_its_own(), torch.cuda.graph(graph, stream=self._stream):
+            x_1 = self._loop(held)
+        return _Replay(graph, held, x_1)
+
+
+class _Replay(NamedTuple):
+    """A captured loop, and the memory [N, G] that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    x_0: Tensor
+    x_1: Tensor
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        self.x_0.copy_(x_0)
+        self.graph.replay()
+        return self.x_1
 
 
 def sample(
@@ -225,7 +252,9 @@ def sample(
             disagree, or a setting out of range.
     """
     check_seed(seed)
-    return Sampler(model, n_sample_steps, prior, memory_budget).prepare(slide).draw(x_0, seed, trajectory)
+    # A single draw replays nothing.
+    sampler = Sampler(model, n_sample_steps, prior, memory_budget, cuda_graph=False)
+    return sampler.prepare(slide).draw(x_0, seed, trajectory)
 
 
 @contextlib.contextmanager
@@ -238,6 +267,18 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """cuBLAS works in memory that torch keeps for each stream, and frees when a graph captured on the stream is
+    destroyed, also under other graphs that use it (pytorch issue 193402). So a capture finds none: what it then gets
+    lies in the graph's own memory. Nor does it leave any to a stream's next user, who may outlive the graph."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextlib.contextmanager

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from stflow_fast import sampling
+from stflow_fast import use_backend
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
-from stflow_fast.sampling import Sampler, parse_bytes, sample
+from stflow_fast.sampling import PreparedSlide, Sampler, parse_bytes, sample
 from stflow_fast.slides import Slide
+
+from .cuda_stand_in import StandIn
 
 
 def model() -> Denoiser:
@@ -196,58 +200,167 @@ def test_a_prepared_slide_draws_as_sample_does() -> None:
         torch.testing.assert_close(prepared.draw(seed=seed).expression, expected, rtol=0, atol=0)
 
 
-def test_a_prepared_slide_gives_its_memory_back_at_once() -> None:
-    prepared = Sampler(model()).prepare(slide(30))
-    prepared.draw()
-    gone = weakref.ref(prepared)
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
     gc.disable()
     try:
-        del prepared
-        assert gone() is None
+        yield
     finally:
         gc.enable()
 
 
-def test_a_failed_capture_lets_nobody_replay_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for CUDA: the second capture, under another precision, runs out of memory."""
-    runs: list[str] = []
+def test_a_prepared_slide_gives_its_memory_back_at_once() -> None:
+    prepared = Sampler(model()).prepare(slide(30))
+    prepared.draw()
+    prepared.draw(trajectory=True)
+    gone = weakref.ref(prepared.image)
+    with without_garbage_collection():
+        del prepared
+        assert gone() is None
 
-    class Graph:
-        def replay(self) -> None:
-            runs.append("replay")
 
-    def run_and_capture(self: sampling._Captured, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        runs.append("capture")
-        if len(runs) == 3:
-            raise torch.OutOfMemoryError
-        self._inputs, self._output, self._graph = inputs, inputs[0], Graph()
-        return inputs[0]
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    return StandIn(monkeypatch)
 
-    precision = iter(["bf16", "bf16", "ieee", "ieee", "ieee"])
-    monkeypatch.setattr(sampling._Captured, "_run_and_capture", run_and_capture)
-    monkeypatch.setattr(sampling.ops, "circumstances", lambda device: (next(precision),))
-    captured, x = sampling._Captured(torch.square), torch.ones(2)
-    captured(x)
-    captured(x)
-    with pytest.raises(torch.OutOfMemoryError):
-        captured(x)
-    captured(x)
-    captured(x)
-    assert runs == ["capture", "replay", "capture", "capture", "replay"]
+
+@pytest.fixture
+def sampler(cuda: StandIn) -> Sampler:
+    """On the CPU, with a stream as if it were on a GPU."""
+    sampler = Sampler(model(), n_sample_steps=4)
+    assert sampler.stream is None
+    sampler.stream = torch.cuda.Stream()
+    return sampler
+
+
+@pytest.fixture
+def plain(sampler: Sampler) -> PreparedSlide:
+    return Sampler(sampler.model, n_sample_steps=4).prepare(slide())
+
+
+def test_the_first_draw_runs_the_second_is_captured_and_all_behind_are_replayed(
+    cuda: StandIn, sampler: Sampler, plain: PreparedSlide
+) -> None:
+    prepared, counts = sampler.prepare(slide()), []
+    for seed in range(4):
+        found = prepared.draw(seed=seed)
+        counts.append((len(cuda.graphs), cuda.replays))
+        assert torch.equal(found.expression, plain.draw(seed=seed).expression)
+        assert found.nfe == 3
+    assert counts == [(0, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_what_is_captured_ran_on_the_same_stream_before(cuda: StandIn, sampler: Sampler) -> None:
+    prepared, current = sampler.prepare(slide()), torch.cuda.current_stream()
+    prepared.draw()
+    assert cuda.streams == [sampler.stream]
+    assert sampler.stream.waited_for == [current]
+    assert current.waited_for == [sampler.stream]
+    prepared.draw()
+    assert cuda.streams == [sampler.stream] * 2
+    assert not cuda.workspaces  # they are the graph's, and nobody else may use them
+
+
+def test_a_sample_outlives_later_replays(sampler: Sampler, plain: PreparedSlide) -> None:
+    prepared = sampler.prepare(slide())
+    draws = [prepared.draw(seed=seed).expression for seed in range(4)]
+    for seed, draw in enumerate(draws):
+        assert torch.equal(draw, plain.draw(seed=seed).expression)
+
+
+def test_a_trajectory_is_no_replay_and_no_run_before_a_capture(
+    cuda: StandIn, sampler: Sampler, plain: PreparedSlide
+) -> None:
+    prepared = sampler.prepare(slide())
+    for seed, replays in enumerate((0, 0, 1, 2)):
+        found = prepared.draw(seed=seed, trajectory=True)
+        assert torch.equal(found.expression, plain.draw(seed=seed).expression)
+        assert torch.equal(found.trajectory[-1], found.expression)
+        assert cuda.replays == replays
+        prepared.draw()
+
+
+def test_a_slide_without_spots_is_not_captured(cuda: StandIn, sampler: Sampler) -> None:
+    prepared = sampler.prepare((torch.rand(0, 6), torch.rand(0, 2)))
+    assert [prepared.draw().expression.shape for _ in range(3)] == [(0, 5)] * 3
+    assert not cuda.streams
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "other", [lambda: use_backend("reference"), lambda: torch.autocast("cpu", torch.bfloat16), tf32]
+)
+def test_under_other_circumstances_it_starts_again(
+    cuda: StandIn, sampler: Sampler, plain: PreparedSlide, other: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    prepared, counts = sampler.prepare(slide()), []
+    for circumstances in (contextlib.nullcontext, other, contextlib.nullcontext):
+        for seed in range(3):
+            with circumstances():
+                assert torch.equal(prepared.draw(seed=seed).expression, plain.draw(seed=seed).expression)
+            counts.append((len(cuda.graphs), cuda.replays))
+    assert counts == [(0, 0), (1, 1), (1, 2), (1, 2), (2, 3), (2, 4), (2, 4), (3, 5), (3, 6)]
+
+
+def test_a_failed_capture_is_forgotten_and_so_is_the_one_before(
+    cuda: StandIn, sampler: Sampler, plain: PreparedSlide
+) -> None:
+    prepared, runs = sampler.prepare(slide()), []
+
+    def draw(seed: int) -> None:
+        before = len(cuda.graphs), cuda.replays
+        assert torch.equal(prepared.draw(seed=seed).expression, plain.draw(seed=seed).expression)
+        runs.append((len(cuda.graphs) - before[0], cuda.replays - before[1]))
+
+    draw(0)
+    draw(1)
+    with use_backend("reference"):
+        draw(2)
+        cuda.fails = True
+        with pytest.raises(torch.OutOfMemoryError):
+            prepared.draw()
+        cuda.fails = False
+        draw(3)
+        draw(4)
+        draw(5)
+    run, capture, replay = (0, 0), (1, 1), (0, 1)
+    assert runs == [run, capture, run, run, capture, replay]
+
+
+def test_a_captured_slide_gives_its_memory_back_at_once(cuda: StandIn, sampler: Sampler) -> None:
+    prepared = sampler.prepare(slide())
+    prepared.draw()
+    prepared.draw()
+    gone = weakref.ref(prepared.image)
+    with without_garbage_collection():
+        cuda.graphs.clear()
+        del prepared
+        assert gone() is None
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_graph: bool) -> None:
-    """Features stream in from the host in several chunks; the graph is replayed for later steps and draws."""
+    """Features stream in from the host in several chunks; the graph is replayed for later draws."""
     monkeypatch.setattr("stflow_fast.sampling.FEATURE_CHUNK", 7)
     network, drawn = model(), slide(30)
     x_0 = torch.rand(30, network.config.n_genes, generator=torch.Generator().manual_seed(0))
     expected = sample(network, drawn, x_0=x_0).expression
     prepared = Sampler(network.cuda(), cuda_graph=cuda_graph).prepare(drawn)
     for _ in range(3):
-        found = prepared.draw(x_0).expression
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prepared.draw(x_0).expression, expected, rtol=1e-4, atol=1e-5)
+        prepared.draw(seed=1)
+    trajectory = prepared.draw(x_0, trajectory=True).trajectory
+    torch.testing.assert_close(trajectory[-1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -263,6 +376,22 @@ def test_a_replay_under_a_new_autocast_reads_no_freed_weights() -> None:
             other.draw()
         torch.cuda.empty_cache()
     torch.testing.assert_close(draws[2], draws[1], rtol=0, atol=0)
-    torch.testing.assert_close(draws[1], draws[0], rtol=2**-6, atol=2**-6)  # its first step was no replay
+    torch.testing.assert_close(draws[1], draws[0], rtol=2**-6, atol=2**-6)  # the first is no replay
     exact = Sampler(sampler.model, cuda_graph=False).prepare(slide(30)).draw(x_0).expression
-    torch.testing.assert_close(prepared.draw(x_0).expression, exact, rtol=1e-5, atol=1e-6)
+    for _ in range(3):
+        torch.testing.assert_close(prepared.draw(x_0).expression, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_those_of_other_slides() -> None:
+    """All are captured on one stream, whose cuBLAS memory torch frees with any of them; here that is then filled."""
+    sampler = Sampler(model().cuda())
+    one, kept, another = (sampler.prepare(slide(n)) for n in (20, 30, 40))
+    x_0 = torch.rand(30, sampler.model.config.n_genes, generator=torch.Generator().manual_seed(0))
+    for each in (one, kept, another) * 2:
+        each.draw()
+    expected = kept.draw(x_0).expression
+    del one, another, each
+    torch.cuda.empty_cache()
+    torch.full((2**28,), torch.nan, device="cuda")
+    assert torch.equal(kept.draw(x_0).expression, expected)

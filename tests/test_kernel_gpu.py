@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import stflow_fast.ops as ops
+from stflow_fast import Denoiser, DenoiserConfig, Sampler
 from stflow_fast.graph import MISSING
 from stflow_fast.ops import reference
 from stflow_fast.ops.reference import MLPWeights
@@ -227,6 +228,19 @@ def test_a_cuda_graph_replays_the_operations(multiply_in: Set) -> None:
         static.copy_(scale * arguments["terms"].detach())
         captured.replay()
         assert torch.equal(output, run(static))
+
+
+def test_a_replayed_sample_is_the_launched_one(multiply_in: Set) -> None:
+    """In every precision on one slide: a draw that runs, one that captures and two replays, each from its own x_0."""
+    torch.manual_seed(0)
+    network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=32)).cuda()
+    slide, sources = (torch.randn(1000, 32), torch.rand(1000, 2)), torch.rand(4, 1000, 50)
+    captured, launched = (Sampler(network, cuda_graph=cuda_graph).prepare(slide) for cuda_graph in (True, False))
+    for precision in PRECISIONS:
+        multiply_in(precision)
+        with torch.autocast("cuda", DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
+            for x_0 in sources:
+                assert error(captured.draw(x_0).expression, launched.draw(x_0).expression) <= ROUNDING[precision]
 
 
 def mlp_result(inputs: MLPTensors, dtype: torch.dtype, backend: str) -> Result:
