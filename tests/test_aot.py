@@ -70,8 +70,6 @@ def test_no_kernel_has_more_than_sixteen_arguments() -> None:
         ),
         # Another tile than the table's is for who looks into it.
         ({"instructions": {"HGMMA.R": 4}}, []),
-        # What the estimate refuses may need more than there is.
-        ({"shared_bytes": 300_000, "estimated_shared_bytes": 300_000, "default": False}, []),
     ],
 )
 def test_faults_of_a_row(changed: dict[str, object], fault: list[str]) -> None:
