@@ -119,8 +119,8 @@ EDGE_CASES = (
 
 
 def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
-    """The edge kernels: precisions, gates, dropout, kept messages, numbers of neighbours, widths; without those that are
-    refused, for there is too little shared memory."""
+    """The edge kernels: precisions, gates, dropout, kept messages, numbers of neighbours, widths; without what a GPU
+    refuses for its shared memory."""
     for name in EDGE_KERNELS:
         for precision in PRECISIONS:
             for case in EDGE_CASES:
