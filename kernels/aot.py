@@ -129,7 +129,7 @@ def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
                 ):
                     continue
                 variant = _edge_variant(name, arch, precision, case, tile)
-                if variant.estimate is None or variant.estimate + 1024 <= SHARED_MEMORY[arch]:
+                if variant.default or variant.estimate is None or variant.estimate + 1024 <= SHARED_MEMORY[arch]:
                     yield variant
 
 
@@ -344,6 +344,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append("wgmma reads a left side from registers")
     if row["default"] and 2 * (shared + 1024) > most:
         found.append(f"needs {shared} bytes of shared memory; two programs do not fit")
+    elif row["default"] and estimate is not None and estimate + 1024 > most:
+        found.append(f"is refused, for {estimate} bytes of shared memory were estimated")
     elif shared + 1024 > most:
         found.append(f"needs {shared} bytes of shared memory; there is no room for it")
     return found

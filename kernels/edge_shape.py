@@ -11,7 +11,6 @@ import triton.language as tl
 from .conventions import LAYERNORM_EPS, Settings, Sizes, context_padding, dropout_threshold
 from .launch import (
     INTERPRETED,
-    MOST_SHARED_MEMORY,
     SHARED_MEMORY,
     Launch,
     element_size,
@@ -35,10 +34,11 @@ class EdgeShape:
         operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
             the other must come through as it is (in tf32 but for 2^-22); ``edge_operand`` those of the edge MLP,
             ``split`` in parts.
-        batched: rows of a left side that are multiplied in batches of 16: Hopper's wgmma takes 64 rows, may read them
-            from registers, and is reported to reuse those too early (``launch.py``). 0 where it need not be kept off.
-        halved: columns of a left side that are multiplied in two halves: the one depth of exact float32 for which that
-            saves registers.
+        batched: a left side of so many rows is multiplied in batches of 16: for more than 32 neighbours, where Hopper's
+            wgmma would take 64 rows, may read them from registers, and is reported to reuse those too early
+            (``launch.py``). 0 elsewhere.
+        halved: a product of this depth is taken in two halves: 64 in the query-owned backward of exact float32, which
+            spills 40 bytes less so at hidden_dim 128 and more at other depths. 0 elsewhere.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -99,17 +99,31 @@ def part_of_z(kernel: str, arch: int, precision: str, rows: int, e_pad: int, z_p
     """Columns of the attention MLP's hidden vector that are taken at a time: a product holds so many of a head's matrix
     E x Z in shared memory, and the key-owned backward has accumulators of that size besides.
 
-    Exact float32 multiplies without tensor cores: a thread has rows and columns of whole depth in its registers.
-    Parts of 16 columns are an eighth more instructions in the forward and a third more in the query-owned backward (16
-    edges, hidden_dim 128); whole vectors spill there 8 to 90 bytes, and kilobytes with more edges or columns.
+    Exact float32 multiplies without tensor cores: a thread has rows and columns of whole depth in its registers, and
+    both sides are in shared memory. Parts of 16 columns are an eighth more instructions in the forward and a third more
+    in the query-owned backward (16 edges, hidden_dim 128); whole vectors spill there 8 to 90 bytes, and kilobytes with
+    more edges or columns. Of the key-owned backward, where every part is a program that makes its terms again, they
+    spill nothing up to 128 columns of a message, but need 85 KiB then.
     """
-    roomy = SHARED_MEMORY.get(arch, MOST_SHARED_MEMORY) > 128 * 1024
-    if precision == "ieee":
-        most_message = {"edge_attention_fwd": 64, "edge_attention_bwd_key": 128 if roomy else 64}.get(kernel, 0)
-        return min(z_pad, 64 if rows * e_pad <= 16 * most_message else 16)
+    roomy = _is_roomy(arch)
+    if precision == "ieee" and arch:  # the interpreter takes whole vectors, as most precisions do
+        whole_up_to = {  # numbers of a tile of messages
+            "edge_attention_fwd": 16 * 64,
+            "edge_attention_bwd_query": 0,
+            "edge_attention_bwd_key": 16 * (128 if roomy else 64),
+            "edge_messages": 0,
+        }
+        return min(z_pad, 64 if rows * e_pad <= whole_up_to[kernel] else 16)
     most_bytes = (32 if roomy else 16) * 1024
     most = 64 if kernel == "edge_attention_bwd_key" else 128
     return max(16, min(z_pad, most, most_bytes // (element_size(precision) * e_pad)))
+
+
+def _is_roomy(arch: int) -> bool:
+    """Whether a multiprocessor of the newest listed architecture up to this has more than 128 KiB; the interpreter has
+    no limit."""
+    known = [listed for listed in SHARED_MEMORY if listed <= arch]
+    return not known or SHARED_MEMORY[max(known)] > 128 * 1024
 
 
 def part_of_e(arch: int, e_pad: int, z_part: int) -> int:
@@ -172,7 +186,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
-        batched=rows if rows >= 64 and 90 <= arch < 100 and rows > launch.rows and precision != "ieee" else 0,
+        batched=rows if k > 32 and 90 <= arch < 100 and precision != "ieee" else 0,
         halved=64 if precision == "ieee" and kernel == "edge_attention_bwd_query" and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,

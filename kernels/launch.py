@@ -37,8 +37,6 @@ WIDEST = 2**30
 SHARED_MEMORY = {arch: kib << 10 for arch, kib in ((80, 164), (86, 100), (89, 100), (90, 228), (100, 228), (120, 100))}
 """Bytes of a multiprocessor by compute capability; a program reserves 1 KiB beside its own."""
 
-MOST_SHARED_MEMORY = max(SHARED_MEMORY.values())
-
 
 class Launch(NamedTuple):
     """How a kernel is launched."""

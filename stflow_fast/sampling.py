@@ -78,8 +78,9 @@ class Sampler:
             prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
             memory_budget: bytes that each slide may spend on keeping edge messages from one flow step to the next, or
                 text such as "4GiB".
-            cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on;
-                False for debugging.
+            cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on.
+                A capture needs the memory of a draw once more, and frees cuBLAS's workspaces of the whole process:
+                False where there is too little, beside CUDA graphs of your own, or for debugging.
 
         Raises:
             InputError: a setting out of range.
@@ -201,15 +202,22 @@ class _Captured:
     def _run(self, x_0: Tensor) -> Tensor:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            x_1 = self._loop(x_0)
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                x_1 = self._loop(x_0)
+        finally:  # what a failed loop has launched still reads memory of the current stream
+            current.wait_stream(self._stream)
         x_1.record_stream(current)
         return x_1
 
     def _capture(self, x_0: Tensor) -> _Replay:
         held, graph = x_0.clone(), torch.cuda.CUDAGraph()
-        with _without_autocast_cache(), _workspaces_of_its_own(), torch.cuda.graph(graph, stream=self._stream):
+        with (
+            _without_autocast_cache(),
+            _workspaces_of_its_own(),
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored also where a capture fails as it ends
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             x_1 = self._loop(held)
         return _Replay(graph, held, x_1)
 

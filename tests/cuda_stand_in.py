@@ -67,7 +67,7 @@ class StandIn:
         self.workspaces: set[Stream] = set()
         self.graphs: list[Graph] = []
         self.fails = False
-        current = Stream()
+        self._current = current = Stream()
         for name, value in {
             "Stream": Stream,
             "CUDAGraph": Graph,
@@ -86,12 +86,14 @@ class StandIn:
 
     @contextlib.contextmanager
     def _on(self, stream: Stream) -> Iterator[None]:
-        self.streams.append(stream)
-        self.workspaces.add(stream)
+        if stream is not self._current:
+            self.streams.append(stream)
+            self.workspaces.add(stream)
         yield
 
     @contextlib.contextmanager
-    def _capture(self, graph: Graph, stream: Stream) -> Iterator[None]:
+    def _capture(self, graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "what other threads do would make it fail"
         assert not torch.is_autocast_cache_enabled(), "a replay would read cast weights that are gone"
         assert stream not in self.workspaces, "a replay would use memory that is not the graph's"
         with self._on(stream), _Recorder(graph):
