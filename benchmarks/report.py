@@ -32,6 +32,7 @@ from stflow_fast.errors import InputError, first_line
 from stflow_fast.files import atomic_path
 
 from .providers import PROVIDERS
+from .suite import LEFT_OUT
 from .summarize import RESULTS, table
 
 Line = dict[str, Any]
@@ -116,25 +117,30 @@ def named(provider: str) -> str:
 def load(path: str | os.PathLike) -> list[Line]:
     """The suite's lines of a .jsonl file, or of those of a folder that are the suite's; the newest of each figure.
 
-    A last line that an interruption cut off is left out, which is said on standard error.
+    One that was left out for the time that it would take says nothing new of a figure that was measured before. A last
+    line that an interruption cut off is left out, which is said on standard error.
 
     Raises:
         InputError: a line is broken, or there is no result.
     """
     path, newest = Path(path), {}
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        for line in _read(file):
+        for line in read(file):
             key = tuple(line[field] for field in KEY)
-            # Dates are ISO and UTC: their order is that of their text.
-            if key not in newest or line["date"] >= newest[key]["date"]:
+            if key not in newest or _standing(line) >= _standing(newest[key]):
                 newest[key] = line
     if not newest:
         raise InputError(f"{path}: holds no results of the benchmark suite; make some with `{REPEAT}`")
     return list(newest.values())
 
 
-def _read(file: Path) -> list[Line]:
-    """The lines of a file; none where its first line is not the suite's."""
+def _standing(line: Line) -> tuple[bool, str]:
+    """Dates are ISO and UTC: their order is that of their text."""
+    return not line["note"].startswith(LEFT_OUT), line["date"]
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a file in their order; none where its first line is not the suite's. Raises InputError as load."""
     try:
         content = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
