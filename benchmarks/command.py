@@ -88,7 +88,7 @@ def order_of(options: Options) -> Order:
     if "tf32" in dtypes and device.type != "cuda":
         raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
     spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
-    rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 3
+    rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 2
     for name in ("rounds", "seconds", "minutes"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise InputError(f"--{name}: must be more than 0, not {value}")

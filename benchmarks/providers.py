@@ -282,6 +282,9 @@ class Ours(Provider):
         with self._running():
             return self.prepared.draw(x_0).expression
 
+    def why_not_training(self, device: torch.device | str) -> str | None:
+        return "training is never compiled" if self.compiled else None
+
     def loss(self, x_t: Tensor, x_1: Tensor, t: float) -> Tensor:
         graph, to_rows = self.prepared.graph, self.prepared.graph.to_rows
         with self._running():

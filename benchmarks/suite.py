@@ -391,6 +391,7 @@ class Entrant:
         self.line = {**LINE, **case._asdict(), "provider": name, "threads": plan.threads}
         self.warm: list[float] = []
         self.cold: list[float] = []
+        self.rates: floor.Rates | None = None  # where there is a floor
         self.owed = 0.0  # seconds of warming it up and its first turn, as far as a trend tells
 
     @property
@@ -434,19 +435,17 @@ class Entrant:
         torch.cuda.empty_cache()
         self.line["device_bytes"] = measure.device_peak(lambda: self.job.call(0), device)
 
-    def finish(self, rates: Callable[[str], floor.Rates]) -> None:
+    def finish(self) -> None:
         median, p20, p80 = measure.times_of(self.warm)
         self.line |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "rounds": len(self.warm)}
         self.line |= {"spots_per_s": 1e3 * self.case.spots / median, "dtype": self.job.dtype}
         if self.cold:
             self.line["cold_l2_ms"] = measure.times_of(self.cold)[0]
-        if self.case.workload == "graph" or not self.job.judged:
-            return
-        reached = rates(PRECISION[self.job.dtype])
-        counted = floor.work(self.case.workload, self.plan.config(self.case), self.case.spots)
-        least = floor.floor_ms(counted, reached, 2 if self.job.dtype == "bf16" else 4)
-        self.line |= {"of_floor": least / median, "peak_flops_per_s": reached.flops_per_s}
-        self.line["peak_copy_bytes_per_s"] = reached.bytes_per_s
+        if self.rates:
+            counted = floor.work(self.case.workload, self.plan.config(self.case), self.case.spots)
+            least = floor.floor_ms(counted, self.rates, 2 if self.job.dtype == "bf16" else 4)
+            self.line |= {"of_floor": least / median, "peak_flops_per_s": self.rates.flops_per_s}
+            self.line["peak_copy_bytes_per_s"] = self.rates.bytes_per_s
 
 
 class Suite:
@@ -489,7 +488,7 @@ class Suite:
         for entrant in entrants:
             if self.plan.device.type == "cuda":
                 entrant.attempt(entrant.measure_device_memory)
-            entrant.attempt(functools.partial(entrant.finish, self._rates))
+            entrant.attempt(entrant.finish)
             entrant.job = None
             if entrant.runs:
                 # The shortest: on a busy machine a median bends the trend.
@@ -509,7 +508,7 @@ class Suite:
         """None where its line is written already: it cannot run, or is wrong. ``owed`` to those before it."""
         entrant = Entrant(self.plan, case, name)
         self._tell(case, name)
-        parts = [functools.partial(self._leave_out, owed=owed), self._judge]
+        parts = [functools.partial(self._leave_out, owed=owed), self._judge, self._measure_rates]
         if self.plan.device.type == "cpu" and measure.STATUS.exists():
             parts.append(self._measure_peak)
         for part in parts:
@@ -544,6 +543,12 @@ class Suite:
         del entrant.line["seconds"]
         if is_first:  # what is compiled was compiled there
             entrant.line["first_call_s"] = verdict.seconds
+
+    def _measure_rates(self, entrant: Entrant) -> None:
+        """While there is memory for it."""
+        job = job_of(self.plan, entrant.case, entrant.name)
+        if job.judged and entrant.case.workload != "graph":
+            entrant.rates = self._rates(PRECISION[job.dtype])
 
     def _measure_peak(self, entrant: Entrant) -> None:
         """Before anything large is made here: what dies of it does so elsewhere."""

@@ -287,12 +287,12 @@ def benchmark(
         str | None, typer.Option(help="What one provider may take; most of what is free when left out.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Timed calls, at most; 3 on a CPU, 20 on a GPU when left out.")
+        int | None, typer.Option(help="Timed calls, at most; 2 on a CPU, 20 on a GPU when left out.")
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Leave out a figure that would take longer; repeat calls within it.")
     ] = 45.0,
-    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.7,
+    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.75,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what this commit's lines in --out hold.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
