@@ -37,7 +37,8 @@ BENCH_MINUTES ?= 25
 BENCH = $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
 bench: setup
-	$(BENCH) --workload sample --spots 1e3,3e3,1e4,3e4,1e5 --rounds 3 --seconds 150
+	$(BENCH) --workload sample --spots 1e3,3e3,1e4,3e4,1e5 --rounds 3 --seconds 150 \
+		--providers reference,reference_compiled,eager_stflow,flash_attention,message_passing,dense_softmax
 	$(BENCH) --workload sample --spots 3e5,605471 --providers reference --seconds 700
 	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
 	$(BENCH) --workload denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow --rounds 3 --seconds 120

@@ -293,7 +293,7 @@ def benchmark(
         float, typer.Option(help="Leave out a figure that would take longer; repeat calls within it.")
     ] = 45.0,
     minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.75,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what this commit's lines in --out hold.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: leave out what --out holds of this commit.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
         bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")

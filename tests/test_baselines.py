@@ -195,6 +195,7 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "are not compiled" in providers["reference_compiled"].why_not("cpu", COMPILED_BLOCK - 1, PLENTY)
     assert "no backward" in providers["flex_attention"].why_not_training("cpu")
     assert providers["flash_attention"].why_not_training("cpu") is None
+    assert providers["reference_compiled"].why_not_training("cpu") == "training is never compiled"
 
 
 def test_why_not_without_compiler_or_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
