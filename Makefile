@@ -30,12 +30,22 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# pytest-benchmark for a glance at changes, then the suite: lines are added to benchmarks/results/<device>.jsonl.
+# Lines are added to benchmarks/results/<device>.jsonl, and what this commit has there already is left out: what was
+# interrupted, or lacked the time, goes on with the next `make bench`. BENCH_MINUTES are of each line below.
+# A glance at changes instead: python -m pytest benchmarks --benchmark-json=FILE
+BENCH_MINUTES ?= 25
+BENCH = $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
+
 bench: setup
-	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks -q --benchmark-json=.benchmarks/cpu.json
-	$(BIN)/stflow-fast benchmark --workload sample,train_step,denoise,graph --spots 1e3,3e3,1e4,3e4,1e5 \
-		--seconds 60 --minutes 9 --out benchmarks/results
+	$(BENCH) --workload sample --spots 1e3,3e3,1e4,3e4,1e5 --rounds 3 --seconds 150 \
+		--providers reference,reference_compiled,eager_stflow,flash_attention,message_passing,dense_softmax
+	$(BENCH) --workload sample --spots 3e5,605471 --providers reference --seconds 700
+	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
+	$(BENCH) --workload denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow --rounds 3 --seconds 120
+	$(BENCH) --workload sample --spots 1e4 --k 4,8,16,32 --providers reference --rounds 3
+	$(BENCH) --workload sample --spots 1e4 --layout uniform,visium,clustered --providers reference --rounds 3
+	$(BENCH) --workload graph --spots 1e3,1e4,1e5,605471,1e6,3e6 --rounds 3
+	$(BIN)/stflow-fast benchmark --report --out benchmarks/results
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
 bench-compare: setup

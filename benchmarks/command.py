@@ -22,14 +22,14 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .slides import LAYOUTS
-from .suite import PRECISION, Case, Plan, Suite, input_bytes, providers_of
+from .suite import PRECISION, TIME_IS_UP, Case, Plan, Suite, input_bytes, providers_of
 from .workload import parse_sizes
 
 WORKLOADS = ("sample", "train_step", "denoise", "graph")
-CPU_PROVIDERS = ("eager_stflow", "dense_softmax", "flash_attention", "message_passing", "reference")
-CPU_GRAPHS = ("dense_cdist", "scipy_kdtree")
-"""What runs on a CPU unless others are asked for: kernels need a GPU, compiling takes minutes,
-and so does all pairs' attention of the published kind."""
+CPU_PROVIDERS = ("reference", "reference_compiled", "eager_stflow", "flash_attention", "message_passing")
+CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
+"""What runs on a CPU unless others are asked for, the last left out first where time is short. Kernels need a GPU; all
+pairs' attention of the published kind takes minutes, and materialised dot products more than flash attention's."""
 
 INTERRUPTED = 130
 
@@ -50,6 +50,7 @@ class Options:
     rounds: int | None
     seconds: float
     minutes: float
+    resume: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Order:
     def n_lines(self) -> int:
         return sum(len(self.providers[case.workload]) for case in self.cases)
 
+    def without(self, lines: Iterable[tuple]) -> Order:
+        """All but the cases of which every provider has its line; the others whole, so that all take turns again."""
+
+        def has_all(case: Case) -> bool:
+            return all((*case, name) in lines for name in self.providers[case.workload])
+
+        return dataclasses.replace(self, cases=[case for case in self.cases if not has_all(case)])
+
 
 def order_of(options: Options) -> Order:
     """Raises InputError, which names the option, for whatever cannot be run."""
@@ -76,7 +85,7 @@ def order_of(options: Options) -> Order:
     if "tf32" in dtypes and device.type != "cuda":
         raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
     spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
-    rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 3
+    rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 2
     for name in ("rounds", "seconds", "minutes"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise InputError(f"--{name}: must be more than 0, not {value}")
@@ -105,6 +114,8 @@ def run(options: Options, out: Path) -> int:
     """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code."""
     order = order_of(options)
     path = out / f"{measure.file_name(measure.device_name(order.plan.device))}.jsonl"
+    before = measured_before(path, order.plan) if options.resume else {}
+    order = order.without(before)
     lines: list[dict[str, Any]] = []
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
@@ -116,12 +127,14 @@ def run(options: Options, out: Path) -> int:
                 done()
 
             with torch.cuda.device(order.plan.device) if order.plan.device.type == "cuda" else contextlib.nullcontext():
-                Suite(order.plan, keep, begin).run(order.cases, order.providers)
+                suite = Suite(order.plan, keep, begin)
+                suite.recall(before.values())
+                suite.run(order.cases, order.providers)
     except KeyboardInterrupt:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
-    show(lines, out)
-    Console().print(f"wrote {path}", markup=False, soft_wrap=True)
+    show([*before.values(), *lines], out)
+    Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]
     for line in red:
         console.print(
@@ -130,6 +143,19 @@ def run(options: Options, out: Path) -> int:
             markup=False,
         )
     return int(bool(red))
+
+
+def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
+    """By case and provider, the lines of this very code with as many threads; none where the code has changes. What
+    only lacked the time counts as not measured."""
+    commit = measure.commit()
+    if not path.exists() or commit.endswith(measure.WITH_CHANGES):
+        return {}
+    return {
+        (*(line[field] for field in Case._fields), line["provider"]): line
+        for line in report.read(path)
+        if (line["commit"], line["threads"]) == (commit, plan.threads) and line["note"] != TIME_IS_UP
+    }
 
 
 @contextlib.contextmanager

@@ -47,13 +47,14 @@ CLOCKS = "clocks.sm,clocks.mem,temperature.gpu"
 
 LEGEND = """Times: median (20th to 80th percentile) between CUDA events, cold L2 (flushed before every call), random
 inputs; "first" is the first call, compilation and all. Kernels are replays of a CUDA graph, so without host work; their
-floor is by counts and an H100's rates. A sample is `PreparedSlide.draw(x_0)`, x_0 on the device, the result on the
-host, from the third draw of a slide on; the second captures the CUDA graph. Prepare and the graphs of spots are
-wall-clock. Memory: peak above what was there before; of a sample that of the prepare and two draws, features on the
-host. Our training step has its graph from outside, as the loader of windows makes it; eager's is part of its forward.
-Error: norm of the difference over the norm, of the kernels against float64, of samples and gradients against the
-published code (eager) in float32; a red check gives no time. ieee and tf32 are float32 in torch's precision "highest"
-and "high", bf16 is torch.autocast, under which the published code does not run: there it runs in tf32."""
+floor is by counts and an H100's rates, and "of floor" is the floor over the median, 1 at best. A sample is
+`PreparedSlide.draw(x_0)`, x_0 on the device, the result on the host, from the third draw of a slide on; the second
+captures the CUDA graph. Prepare and the graphs of spots are wall-clock. Memory: peak above what was there before; of a
+sample that of the prepare and two draws, features on the host. Our training step has its graph from outside, as the
+loader of windows makes it; eager's is part of its forward. Error: norm of the difference over the norm, of the kernels
+against float64, of samples and gradients against the published code (eager) in float32; a red check gives no time. ieee
+and tf32 are float32 in torch's precision "highest" and "high", bf16 is torch.autocast, under which the published code
+does not run: there it runs in tf32."""
 
 
 class Report:
@@ -93,7 +94,7 @@ class Report:
             "k": k,
             "check": figure.check,
             **{"median_ms": median, "p20_ms": p20, "p80_ms": p80},
-            "of_floor": median / figure.floor_ms if median and figure.floor_ms else None,
+            "of_floor": figure.floor_ms / median if median and figure.floor_ms else None,
             "target": list(met),
             "met": [None if self.rehearse or figure.check == "red" else value for value in met.values()],
             **{"clocks_before": clocks, "clocks_after": nvidia_smi(CLOCKS)},

@@ -28,6 +28,12 @@ NETWORK_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-2, "ieee": 1e-3}
 neighbourhoods."""
 
 STATUS = Path("/proc/self/status")
+WITH_CHANGES = " with changes"
+"""Behind a commit whose code is not what was measured."""
+
+EXIT_SECONDS = 5
+"""For a process that has answered to end by itself."""
+
 L2_FLUSH_BYTES = 2**28
 """More than the L2 cache of any GPU."""
 
@@ -194,7 +200,9 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         process.start()
         theirs.close()
-        return ours.recv()
+        answer = ours.recv()
+        process.join(EXIT_SECONDS)  # what was compiled there has semaphores to hand back
+        return answer
     except EOFError:
         return None
     finally:
@@ -245,7 +253,8 @@ def file_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this file is tracked in; elsewhere what the environment says."""
+    """Of the checkout that this file is tracked in, and whether its code has changed since, the launch table with it;
+    elsewhere what the environment says. Results may have changed: they do while they are written."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -254,8 +263,8 @@ def commit() -> str:
 
     if not shutil.which("git") or not git("ls-files", here.name):
         return os.environ.get("COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.csv")
+    return git("rev-parse", "--short=12", "HEAD") + (WITH_CHANGES if changed else "")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class Provider(abc.ABC):
     same_function = True
     """Whether it computes the published function of K neighbours, so that the float64 reference can judge it."""
 
+    sample_steps = SAMPLE_STEPS
+    """Times of the grid of :meth:`sample`; to be changed before :meth:`prepare`."""
+
     model: nn.Module
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -69,8 +72,8 @@ class Provider(abc.ABC):
         """Mean squared error of the prediction from ``x_t`` against ``x_1``, both [N, G], to go backward from."""
 
     def sample(self, x_0: Tensor) -> Tensor:
-        """The published sampling loop, 5 times and so 4 calls: [N, G] -> [N, G]."""
-        *_, last = EulerSolver(time_grid(SAMPLE_STEPS)).solve(self.denoise, x_0)
+        """The published sampling loop, by default 5 times and so 4 calls: [N, G] -> [N, G]."""
+        *_, last = EulerSolver(time_grid(self.sample_steps)).solve(self.denoise, x_0)
         return last
 
     def why_not(self, device: torch.device | str, n: int, memory_budget: int) -> str | None:
@@ -269,7 +272,7 @@ class Ours(Provider):
     def prepare(self, slide: BenchmarkSlide) -> None:
         self.slide, self.times = slide, {}
         with self._running():
-            sampler = Sampler(self.model, SAMPLE_STEPS, **self.sampling)
+            sampler = Sampler(self.model, self.sample_steps, **self.sampling)
             self.prepared = sampler.prepare((slide.features, slide.coords))
 
     def denoise(self, x_t: Tensor, t: float) -> Tensor:
@@ -283,6 +286,9 @@ class Ours(Provider):
     def sample(self, x_0: Tensor) -> Tensor:
         with self._running():
             return self.prepared.draw(x_0).expression
+
+    def why_not_training(self, device: torch.device | str) -> str | None:
+        return "training is never compiled" if self.compiled else None
 
     def loss(self, x_t: Tensor, x_1: Tensor, t: float) -> Tensor:
         graph, to_rows = self.prepared.graph, self.prepared.graph.to_rows

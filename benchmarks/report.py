@@ -31,7 +31,8 @@ from rich.text import Text
 from stflow_fast.errors import InputError, first_line
 from stflow_fast.files import atomic_path
 
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Ours
+from .suite import LEFT_OUT
 from .summarize import RESULTS, table
 
 Line = dict[str, Any]
@@ -44,6 +45,9 @@ KEY = (*SERIES, "spots")
 
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_bytes", "spots_per_s", "of_floor")
 FIELDS = (*KEY, *NUMBERS, "threads", "check", "note", "load", "versions", "commit", "date")
+RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
+"""What a share of the floor rests on."""
+
 MEASURED = {"time": "median_ms", "memory": "peak_bytes"}
 
 WORKLOADS = {
@@ -52,6 +56,10 @@ WORKLOADS = {
     "train_step": "Training step",
     "graph": "Graph of the spots",
 }
+STUDIED = {"genes": "Genes", "k": "Neighbours", "layout": "Layout"}
+"""Settings that may be varied, each alone, and how a reader meets them."""
+
+OURS = tuple(name for name, factory in PROVIDERS.items() if getattr(factory, "func", factory) is Ours)
 DTYPES = ("float32", "tf32", "bf16")
 BASELINES = {"graph": "dense_cdist"}
 """What the published code does in a workload; elsewhere it is eager_stflow."""
@@ -116,25 +124,30 @@ def named(provider: str) -> str:
 def load(path: str | os.PathLike) -> list[Line]:
     """The suite's lines of a .jsonl file, or of those of a folder that are the suite's; the newest of each figure.
 
-    A last line that an interruption cut off is left out, which is said on standard error.
+    One that was left out for the time that it would take says nothing new of a figure that was measured before. A last
+    line that an interruption cut off is left out, which is said on standard error.
 
     Raises:
         InputError: a line is broken, or there is no result.
     """
     path, newest = Path(path), {}
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        for line in _read(file):
+        for line in read(file):
             key = tuple(line[field] for field in KEY)
-            # Dates are ISO and UTC: their order is that of their text.
-            if key not in newest or line["date"] >= newest[key]["date"]:
+            if key not in newest or _standing(line) >= _standing(newest[key]):
                 newest[key] = line
     if not newest:
         raise InputError(f"{path}: holds no results of the benchmark suite; make some with `{REPEAT}`")
     return list(newest.values())
 
 
-def _read(file: Path) -> list[Line]:
-    """The lines of a file; none where its first line is not the suite's."""
+def _standing(line: Line) -> tuple[bool, str]:
+    """Dates are ISO and UTC: their order is that of their text."""
+    return not line["note"].startswith(LEFT_OUT), line["date"]
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a file in their order; none where its first line is not the suite's. Raises InputError as load."""
     try:
         content = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -178,6 +191,8 @@ def _check(line: Line, place: str) -> None:
         value = line[field]
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise InputError(f"{place}: {field} must be a number or null, not {value!r}; remove the line")
+    if line["of_floor"] and not all(line.get(rate) for rate in RATES):
+        raise InputError(f"{place}: of_floor needs {' and '.join(RATES)}; remove the line")
 
 
 def slopes(lines: Iterable[Line]) -> list[dict[str, Any]]:
@@ -208,6 +223,23 @@ def _fit(points: list[tuple[int, float]]) -> dict[str, Any]:
 def _exponents(lines: Iterable[Line], quantity: str) -> dict[tuple, dict[str, Any]]:
     """Per series its slope; the one from 10,000 spots on where there is one, which comes second."""
     return {tuple(slope[field] for field in SERIES): slope for slope in slopes(lines) if slope["quantity"] == quantity}
+
+
+def _exponent(slope: dict[str, Any]) -> str:
+    """With the sizes that it was fitted to."""
+    return f"{slope['exponent']:.2f} ({slope['least']:,} to {slope['most']:,})"
+
+
+def _told_exponents(lines: list[Line]) -> list[str]:
+    """A row per series that has them."""
+    time, memory = (_exponents(lines, quantity) for quantity in MEASURED)
+    rows = []
+    for series in time:
+        which = dict(zip(SERIES, series, strict=True))
+        setting = ", ".join(str(which[field]) for field in SETTING)
+        more = f", memory N^{_exponent(memory[series])}" if series in memory else ""
+        rows.append(f"{which['workload']}, {which['provider']} ({setting}): time N^{_exponent(time[series])}{more}")
+    return rows
 
 
 def _grouped(lines: Iterable[Line], fields: tuple[str, ...]) -> dict[tuple, list[Line]]:
@@ -268,7 +300,8 @@ def terminal_table(lines: Iterable[Line]) -> Table:
     fields = (*SETTING, "threads", "device")
     varying = [field for field in fields if len({line[field] for line in lines}) > 1]
     same = [f"{field} {lines[0][field]}" for field in fields if field not in varying]
-    result = Table(title=", ".join(same), caption=TABLE_NOTE, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    caption = "\n".join([*_told_exponents(lines), TABLE_NOTE])
+    result = Table(title=", ".join(same), caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("workload", "provider"):
         result.add_column(name, no_wrap=True)
     for name in ("spots", "median (20th-80th)", "spots/s", "peak", "ratio"):
@@ -308,6 +341,8 @@ def _why(line: Line) -> str:
 def _spread(line: Line) -> str:
     if line["p20_ms"] is None or line["p80_ms"] is None:
         return seconds(line["median_ms"])
+    if line["rounds"] == 1:
+        return f"{seconds(line['median_ms'])} (one call)"
     unit, factor = _unit(line["median_ms"])
     middle, low, high = (_digits(line[name] / factor) for name in ("median_ms", "p20_ms", "p80_ms"))
     return f"{middle} {unit} ({low}-{high})"
@@ -342,7 +377,7 @@ def write_pictures(lines: Iterable[Line], folder: str | os.PathLike) -> list[Pat
         for quantity, field in MEASURED.items():
             if any(line[field] for line in chosen(members)):
                 figures[picture_path(folder, device, quantity)] = scaling_figure(members, quantity)
-        floors = [line for line in members if line["of_floor"]]
+        floors = [line for line in chosen(members) if line["of_floor"]]
         if floors:
             figures[picture_path(folder, device, "floor")] = floor_figure(floors)
     for path, figure in figures.items():
@@ -360,12 +395,14 @@ def picture_path(folder: str | os.PathLike, device: str, content: str) -> Path:
 def chosen(lines: Iterable[Line]) -> list[Line]:
     """Of one device, what tables and pictures for a reader show, in order.
 
-    Per workload the layout, K and genes that were measured most, since the others are studies beside it; per provider
-    its fastest arithmetic.
+    Per workload the layout, K and genes that were measured most, in all workloads where two are equal, since the others
+    are studies beside it; per provider its fastest arithmetic.
     """
-    kept = []
-    for members in _grouped(_in_order(lines), ("workload",)).values():
-        kept += max(_grouped(members, ("layout", "k", "genes")).values(), key=len)
+    lines, kept = _in_order(lines), []
+    often = {setting: len(members) for setting, members in _grouped(lines, tuple(STUDIED)).items()}
+    for members in _grouped(lines, ("workload",)).values():
+        groups = _grouped(members, tuple(STUDIED))
+        kept += groups[max(groups, key=lambda setting: (len(groups[setting]), often[setting]))]
     fastest = {provider: _fastest(members) for (provider,), members in _grouped(kept, ("provider",)).items()}
     return [line for line in kept if line["dtype"] == fastest[line["provider"]]]
 
@@ -388,6 +425,9 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
     lines = chosen(lines)
     groups = {name: members for (name,), members in _grouped(lines, ("workload",)).items()}
     groups = {name: members for name, members in groups.items() if any(line[MEASURED[quantity]] for line in members)}
+    # One size alone is no line; a table says it better.
+    several = {name: members for name, members in groups.items() if len({line["spots"] for line in members}) > 1}
+    groups = several or groups
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
     entries = max(len(_grouped(members, ("provider",))) for members in groups.values())
@@ -469,12 +509,18 @@ def _draw_cross(axes: Axes, look: Look, place: tuple[int, float | None]) -> None
 
 
 def floor_figure(lines: list[Line]) -> Figure:
-    """How much of the time the floor is, of the largest size of each series; 100 % cannot be beaten."""
-    largest = [max(members, key=lambda line: line["spots"]) for members in _grouped(lines, SERIES).values()]
-    rows = _in_order(largest)
+    """How much of the time the floor is; 100 % cannot be beaten. Of lines that know it: per workload the largest size
+    that every series has, or the largest of each.
+    """
+    rows = []
+    for members in _grouped(_in_order(lines), ("workload",)).values():
+        every = list(_grouped(members, SERIES).values())
+        common = set.intersection(*({line["spots"] for line in series} for series in every))
+        for series in every:
+            rows += [max((line for line in series if not common or line["spots"] in common), key=lambda x: x["spots"])]
     figure = Figure(figsize=(9.0, 0.3 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
-    shares = [100 / line["of_floor"] for line in rows]
+    shares = [100 * line["of_floor"] for line in rows]
     axes.barh(range(len(rows)), shares, height=0.7, color=[look_of(line["provider"]).color for line in rows])
     for row, share in enumerate(shares):
         axes.text(share + 1, row, f"{share:.0f} %", va="center", fontsize=9)
@@ -482,13 +528,28 @@ def floor_figure(lines: list[Line]) -> Figure:
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set(xlim=(0, max(110.0, 1.15 * max(shares))), ylim=(len(rows) - 0.4, -0.6))
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_xlabel("floor in % of the time taken (100 %: as fast as counts and rates allow)", fontsize=9.5)
-    axes.set_title(lines[0]["device"], fontsize=11, loc="left")
+    axes.set_xlabel("floor in % of the time taken", fontsize=9.5)
+    told = f"Share of the floor, {rows[0]['device']}\n{textwrap.fill(_rates(rows), 110)}"
+    figure.suptitle(told, fontsize=10, x=0.01, horizontalalignment="left")
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _rates(lines: list[Line]) -> str:
+    """What the floors of the lines were set over."""
+
+    def measured(field: str) -> str:
+        lowest, highest = (_digits(bound(line[field] for line in lines) / 1e9) for bound in (min, max))
+        return lowest if lowest == highest else f"{lowest} to {highest}"
+
+    products, traffic = map(measured, RATES)
+    return (
+        f"Floor: counted matrix products of the factored algorithm at {products} GFLOP/s, or its traffic at {traffic} "
+        "GB/s where that takes longer; rates measured in the same runs."
+    )
 
 
 def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> None:
@@ -514,8 +575,9 @@ def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> No
 
 
 def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:
-    """Of one device: its table, the picture of time, links to the others, and what all was measured with."""
-    device = lines[0]["device"]
+    """Of one device: its table, the picture of time, links to the others, ours by size and setting, and what all was
+    measured with."""
+    device, shown, studies = lines[0]["device"], chosen(lines), studies_of(lines)
 
     def link(content: str) -> str:
         name = picture_path("", device, content).name
@@ -524,8 +586,82 @@ def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:
 
     more = ", ".join(filter(None, map(link, ("memory", "floor"))))
     picture = link("time").replace("[time]", f"![Time against spots on {device}]")
-    told = _told(chosen(lines)) + (f" More pictures: {more}." if more else "")
-    return "\n\n".join(filter(None, (f"**{device}**", table(*_table_of(chosen(lines))), picture, told)))
+    studied = [line for members in studies.values() for line in members]
+    told = _told(shown, studied) + (f" More pictures: {more}." if more else "")
+    bullets = "\n".join(_told_study(field, members) for field, members in studies.items())
+    parts = (f"**{device}**", table(*_table_of(shown)), picture, _by_size(shown), bullets, told)
+    return "\n\n".join(filter(None, parts))
+
+
+def largest_of_ours(lines: list[Line]) -> Line | None:
+    """Of :func:`chosen` lines, the largest slide of the first workload that ours did; of several, the fastest."""
+    mine = [line for line in lines if line["provider"] in OURS and line["median_ms"]]
+    main = [line for line in mine if line["workload"] == mine[0]["workload"]]
+    return max(main, key=lambda line: (line["spots"], -line["median_ms"]), default=None)
+
+
+def _by_size(lines: list[Line]) -> str:
+    """A table of what ours costs at every size; empty where it was not measured at three."""
+    best = largest_of_ours(lines)
+    if best is None:
+        return ""
+    same = [line for line in lines if line["median_ms"] and all(line[field] == best[field] for field in SERIES)]
+    if len(same) < NEEDED:
+        return ""
+    exponents = {quantity: _exponents(same, quantity).values() for quantity in MEASURED}
+    time, memory = (", ".join(map(_exponent, exponents[quantity])) for quantity in ("time", "memory"))
+    peaks = ["" if line["peak_bytes"] is None else size(line["peak_bytes"]) for line in same]
+    rows = [
+        ["time", *(seconds(line["median_ms"]) for line in same), time],
+        ["per spot", *(seconds(line["median_ms"] / line["spots"]) for line in same), ""],
+        ["peak memory", *peaks, memory],
+    ]
+    head = f"{named(best['provider'])}: {best['workload'].replace('_', ' ')}, spots"
+    return table([head, *(f"{line['spots']:,}" for line in same), "exponent of N"], rows)
+
+
+def studies_of(lines: list[Line]) -> dict[str, list[Line]]:
+    """Of one device: per setting that was varied alone, by ours where it did the largest slide, the lines of the
+    workload and size at which it had most values; and those of the published code where memory was out."""
+    best, found = largest_of_ours(chosen(lines)), {}
+    if best is None:
+        return {}
+    for field in STUDIED:
+        fixed = [name for name in SETTING if name != field]
+        alike = [line for line in _in_order(lines) if all(line[name] == best[name] for name in fixed)]
+        places = _grouped(
+            (line for line in alike if line["provider"] == best["provider"] and line["median_ms"]),
+            ("workload", "spots"),
+        )
+        if not places:
+            continue
+        (workload, spots), members = max(places.items(), key=lambda place: (len(place[1]), -_far(place[0][1])))
+        if len(members) > 1:
+            published = [
+                line
+                for line in alike
+                if (line["workload"], line["spots"], line["provider"]) == (workload, spots, "eager_stflow")
+            ]
+            found[field] = members + [line for line in published if out_of_memory(line)]
+    return found
+
+
+def _told_study(field: str, lines: list[Line]) -> str:
+    """One bullet."""
+    lines = lines if field == "layout" else sorted(lines, key=lambda line: line[field])
+    first = next(line for line in lines if line["median_ms"])
+
+    def told(line: Line) -> str:
+        value = line[field] if field == "layout" else f"{line[field]:,}"
+        return f"{value}: " + ("" if line["median_ms"] else f"{named(line['provider'])} ") + _cell(line)
+
+    what = f"{first['workload'].replace('_', ' ')}, {first['spots']:,} spots, {named(first['provider'])}"
+    return f"* {STUDIED[field]} ({what}): " + "; ".join(map(told, lines)) + "."
+
+
+def _far(spots: int) -> float:
+    """From the size at which settings are compared."""
+    return abs(math.log(spots / STEADY))
 
 
 def _table_of(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
@@ -535,13 +671,13 @@ def _table_of(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     columns = [(workload, spots) for spots in _sizes({line["spots"] for line in main})]
     if workload != "train_step":
         columns += _training_column(lines)
-    exponents = {series[1]: slope["exponent"] for series, slope in _exponents(main, "time").items()}
+    exponents = {series[1]: slope for series, slope in _exponents(main, "time").items()}
     rows = []
     for (provider,), members in _grouped(lines, ("provider",)).items():
         found = {(line["workload"], line["spots"]): line for line in members}
         if any(column in found and _tells(found[column]) for column in columns):
             cells = [_cell(found[column]) if column in found else "" for column in columns]
-            exponent = f"{exponents[provider]:.2f}" if provider in exponents else ""
+            exponent = _exponent(exponents[provider]) if provider in exponents else ""
             rows.append([named(provider), members[0]["dtype"], *cells, exponent])
     names = [f"{name.replace('_', ' ')}, {spots:,} spots" for name, spots in columns]
     return ["", "arithmetic", *names, f"{workload.replace('_', ' ')}: exponent of N"], rows
@@ -575,28 +711,30 @@ def _sizes(measured: set[int]) -> list[int]:
     return sorted(set(near)) or sorted(measured)[-3:]
 
 
-def _told(lines: list[Line]) -> str:
-    """The setting, the machine, the code and the date of the lines; what repeats them."""
+def _told(lines: list[Line], studied: list[Line]) -> str:
+    """The setting of the lines; the load, the code and the date of both; what repeats them."""
+    everything = [*lines, *studied]
 
     def values(field: str) -> str:
         return ", ".join(sorted({str(line[field]) for line in lines}))
 
     def versions(name: str) -> str:
-        return ", ".join(sorted({str(line["versions"][name]) for line in lines if line["versions"].get(name)}))
+        return ", ".join(sorted({str(line["versions"][name]) for line in everything if line["versions"].get(name)}))
 
-    names = dict.fromkeys(name for line in lines for name in line["versions"])
+    names = dict.fromkeys(name for line in everything for name in line["versions"])
     software = ", ".join(f"{name} {versions(name)}" for name in names if versions(name))
-    loads = [line["load"] for line in lines if line["load"] is not None]
+    loads = [line["load"] for line in everything if line["load"] is not None]
     load = f"; load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
-    dates = sorted({line["date"][:10] for line in lines})
+    dates = sorted({line["date"][:10] for line in everything})
     dates = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     other = any(computes_another_function(line["provider"]) for line in lines)
-    rounds = ", ".join(map(str, sorted({line["rounds"] for line in lines if line["rounds"]})))
+    commits = ", ".join(sorted({line["commit"] for line in everything}))
+    rounds = ", ".join(map(str, sorted({line["rounds"] for line in everything if line["rounds"]})))
     return (
         f"Median time of {rounds} calls, peak memory above the inputs, in the fastest arithmetic of each. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
-        f"{load}. {software}; commit {values('commit')}; {dates}. Again: `{REPEAT}`."
+        f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."
     )
 
 

@@ -3,6 +3,10 @@
 A case is a workload at one size. Its providers are first checked on a small slide against the float64 reference; on
 the CPU their peak of memory is taken, each in a process of its own; then they are timed in turns, so that a busy
 machine slows all of them alike. A sample is the published loop with everything made once per slide made before.
+
+All calls of a sample do the same work on the same sizes. On the CPU, where they take seconds, a sample is therefore
+warmed up by one of its four calls, and its peak of memory is that of a loop of two: the first call from which
+something is kept, and one that has it beside it. What is timed is whole samples.
 """
 
 from __future__ import annotations
@@ -25,11 +29,11 @@ from stflow_fast.errors import first_line
 from stflow_fast.ops.backend import Workload as Wanted
 from stflow_fast.ops.backend import use_backend, why_not_triton
 
-from . import measure
+from . import floor, measure
 from .baselines.eager_stflow import dense_neighbors
 from .providers import PROVIDERS
 from .slides import LAYOUTS, BenchmarkSlide, benchmark_slide
-from .workload import FEATURE_DIM
+from .workload import FEATURE_DIM, SAMPLE_STEPS
 
 NETWORK = DenoiserConfig(n_genes=1, feature_dim=FEATURE_DIM)
 """The default one; a case has genes and neighbours of its own."""
@@ -42,6 +46,9 @@ FEW_SPOTS = 64
 
 CHECK_SEED = 101
 INPUT_SETS = 3
+STEADY_STEPS = 3
+"""Times of the loop that holds as much memory as a whole sample: two calls."""
+
 TIME = 0.3
 """Of one denoiser call and of a training step."""
 
@@ -52,13 +59,21 @@ WITHOUT_AUTOCAST = ("eager_stflow",)
 GRAPH_TOLERANCE = 1e-6
 """Of the geometry; one wrong neighbour is an error of 1."""
 
+LEFT_OUT = "left out: "
+TIME_IS_UP = f"{LEFT_OUT}the time is up; raise --minutes"
+
 LINE: dict[str, Any] = {
     **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "threads")),
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "first_call_s")),
-    **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s", "of_floor")),
+    **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
+    **dict.fromkeys(("of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
     **{"relative_error": None, "tolerance": None, "check": "not compared", "note": "", "load": None},
 }
-"""The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty."""
+"""The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty.
+
+``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
+function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
+"""
 
 
 class Case(NamedTuple):
@@ -78,8 +93,9 @@ class Plan:
 
     Attributes:
         memory_budget: bytes that one provider may take.
-        rounds: calls of each provider that are timed.
-        seconds: what one figure may take, by the trend of the smaller sizes.
+        rounds: calls of each provider that are timed, at most.
+        seconds: a figure that would take longer is left out, by the trend of the smaller sizes; and as long may the
+            turns of a case take together, after the first, which is always made.
         network: the denoiser but for its genes and neighbours, which are a case's.
         deadline: of ``time.monotonic``; what would end behind it is left out.
     """
@@ -105,6 +121,12 @@ class Job(abc.ABC):
     judged = True
     """Whether a reference computes the same."""
 
+    memory_calls, warm_calls = 1.0, 1.0
+    """What a figure takes beside its timed calls, in such calls."""
+
+    sample_steps = SAMPLE_STEPS
+    """Of samples prepared from now on."""
+
     @abc.abstractmethod
     def why_not(self, spots: int, memory_budget: int) -> str | None:
         """One line that says why it cannot run there, or None."""
@@ -116,6 +138,10 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def call(self, turn: int) -> Any:
         """What is timed, on one of the sets of inputs."""
+
+    def warm_up(self) -> None:
+        """Once before anything is timed."""
+        self.call(0)
 
     @abc.abstractmethod
     def result(self) -> Tensor:
@@ -133,6 +159,11 @@ class NetworkJob(Job):
         plain = "tf32" if plan.device.type == "cuda" else "float32"
         self.dtype = plain if case.dtype == "bf16" and name in WITHOUT_AUTOCAST else case.dtype
         self._step = None
+        # On a GPU, the first sample captures what the others replay.
+        self._warmed_by_one = case.workload == "sample" and plan.device.type == "cpu"
+        if self._warmed_by_one:
+            calls = SAMPLE_STEPS - 1
+            self.memory_calls, self.warm_calls = (STEADY_STEPS - 1) / calls, 1 / calls
 
     def why_not(self, spots: int, memory_budget: int) -> str | None:
         lacks = self.provider.why_not(self.device, spots, memory_budget)
@@ -149,6 +180,7 @@ class NetworkJob(Job):
         if self.workload == "train_step":
             slide = slide.to(self.device)
             self.target = slide.x_1.to(dtype)
+        self.provider.sample_steps = self.sample_steps
         with self._precision():
             _, self.prepare_s = measure.clocked(lambda: self.provider.prepare(slide), self.device)
 
@@ -163,6 +195,12 @@ class NetworkJob(Job):
                 self._step = measure.adam_step(self.provider.model, lambda: self._loss(self._x_t))
             self._x_t = x
             return self._step()
+
+    def warm_up(self) -> None:
+        if not self._warmed_by_one:
+            return super().warm_up()
+        with self._precision():
+            self.provider.denoise(self.sets[0], TIME)
 
     def result(self) -> Tensor:
         if self.workload == "train_step":
@@ -314,12 +352,13 @@ def expected_result(plan: Plan, case: Case) -> Tensor:
 
 
 def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
-    """Fields of a line: the peak of a provider's second call on the CPU, or that memory does not suffice. Only for a
+    """Fields of a line: the peak of a provider's call on the CPU, or that memory does not suffice. Only for a
     process of its own."""
     torch.set_num_threads(plan.threads)
     try:
         with measure.limited(plan.memory_budget):
             job = job_of(plan, case, name)
+            job.sample_steps = STEADY_STEPS
             # Code first, which is not counted; what is compiled wants a whole block.
             few = ops.COMPILED_BLOCK if job.judged else FEW_SPOTS
             job.prepare(min(few, case.spots), case.layout)
@@ -357,6 +396,8 @@ class Entrant:
         self.line = {**LINE, **case._asdict(), "provider": name, "threads": plan.threads}
         self.warm: list[float] = []
         self.cold: list[float] = []
+        self.rates: floor.Rates | None = None  # where there is a floor
+        self.owed = 0.0  # seconds of warming it up and its first turn, as far as a trend tells
 
     @property
     def runs(self) -> bool:
@@ -378,7 +419,7 @@ class Entrant:
         plan, case = self.plan, self.case
         self.job = job_of(plan, case, self.name)
         self.job.prepare(case.spots, case.layout)
-        _, seconds = measure.clocked(lambda: self.job.call(0), plan.device)
+        _, seconds = measure.clocked(self.job.warm_up, plan.device)
         self.line["prepare_ms"] = None if self.job.prepare_s is None else 1e3 * self.job.prepare_s
         self.line["first_call_s"] = (self.line["first_call_s"] or 0.0) + (self.job.prepare_s or 0.0) + seconds
 
@@ -406,6 +447,11 @@ class Entrant:
         self.line |= {"spots_per_s": 1e3 * self.case.spots / median, "dtype": self.job.dtype}
         if self.cold:
             self.line["cold_l2_ms"] = measure.times_of(self.cold)[0]
+        if self.rates:
+            counted = floor.work(self.case.workload, self.plan.config(self.case), self.case.spots)
+            least = floor.floor_ms(counted, self.rates, 2 if self.job.dtype == "bf16" else 4)
+            self.line |= {"of_floor": least / median, "peak_flops_per_s": self.rates.flops_per_s}
+            self.line["peak_copy_bytes_per_s"] = self.rates.bytes_per_s
 
 
 class Suite:
@@ -414,6 +460,7 @@ class Suite:
     def __init__(self, plan: Plan, write: Callable[[dict[str, Any]], None], begin: Callable[[str], None]) -> None:
         self.plan, self._write, self._begin = plan, write, begin
         self.common = measure.provenance(plan.device)
+        self._rates = functools.cache(functools.partial(floor.measured_rates, plan.device))
         self._verdicts: dict[tuple, Verdict] = {}
         self._trends: dict[tuple, list[tuple[int, float]]] = {}
 
@@ -422,15 +469,28 @@ class Suite:
         for case in cases:
             self.run_case(case, providers[case.workload])
 
+    def recall(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Let figures of an earlier run tell how long larger ones take."""
+        for line in sorted(lines, key=lambda line: line["spots"]):
+            if line["median_ms"]:
+                case = Case(*(line[field] for field in Case._fields))
+                self._note_time(case, line["provider"], line["median_ms"])
+
     def run_case(self, case: Case, names: Iterable[str]) -> None:
-        entrants = [entrant for name in names if (entrant := self._admitted(case, name))]
+        entrants: list[Entrant] = []
+        for name in names:
+            if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
+                entrants.append(entrant)
         for entrant in entrants:
             self._tell(case, entrant.name)
             entrant.attempt(entrant.start)
             if self.plan.device.type == "cuda":
                 entrant.attempt(entrant.measure_device_memory)
         self._tell(case, "all in turns")
+        begun = time.monotonic()
         for turn in range(self.plan.rounds):
+            if turn and not self._time_for_another(begun, turn):
+                break
             for entrant in entrants:
                 entrant.attempt(functools.partial(entrant.time, turn))
         for entrant in entrants:
@@ -438,15 +498,23 @@ class Suite:
             entrant.job = None
             if entrant.runs:
                 # The shortest: on a busy machine a median bends the trend.
-                points = self._trends.setdefault(_kind(case, entrant.name), [])
-                points.append((case.spots, min(entrant.warm) / 1e3))
+                self._note_time(case, entrant.name, min(entrant.warm))
             self._end(entrant.line)
 
-    def _admitted(self, case: Case, name: str) -> Entrant | None:
-        """None where its line is written already: it cannot run, or is wrong."""
+    def _note_time(self, case: Case, name: str, milliseconds: float) -> None:
+        self._trends.setdefault(_kind(case, name), []).append((case.spots, milliseconds / 1e3))
+
+    def _time_for_another(self, begun: float, turns: int) -> bool:
+        """Whether one more turn of all fits, by the mean of those made since ``begun``."""
+        now = time.monotonic()
+        each = (now - begun) / turns
+        return now - begun + each <= self.plan.seconds and now + each <= self.plan.deadline
+
+    def _admitted(self, case: Case, name: str, owed: float) -> Entrant | None:
+        """None where its line is written already: it cannot run, or is wrong. ``owed`` to those before it."""
         entrant = Entrant(self.plan, case, name)
         self._tell(case, name)
-        parts = [self._leave_out, self._judge]
+        parts = [functools.partial(self._leave_out, owed=owed), self._judge, self._measure_rates]
         if self.plan.device.type == "cpu" and measure.STATUS.exists():
             parts.append(self._measure_peak)
         for part in parts:
@@ -456,17 +524,19 @@ class Suite:
         self._end(entrant.line)
         return None
 
-    def _leave_out(self, entrant: Entrant) -> None:
+    def _leave_out(self, entrant: Entrant, owed: float) -> None:
         plan, case = self.plan, entrant.case
-        entrant.line["note"] = job_of(plan, case, entrant.name).why_not(case.spots, plan.memory_budget) or ""
-        seconds = expected_seconds(self._trends.get(_kind(case, entrant.name), []), case.spots)
-        seconds = (seconds or 0.0) * (plan.rounds + 2)  # the first call and the one for the memory
+        job = job_of(plan, case, entrant.name)
+        entrant.line["note"] = job.why_not(case.spots, plan.memory_budget) or ""
         if entrant.line["note"]:
             return
-        if time.monotonic() + seconds > plan.deadline:
-            entrant.line["note"] = "left out: the time is up; raise --minutes"
+        call = expected_seconds(self._trends.get(_kind(case, entrant.name), []), case.spots) or 0.0
+        entrant.owed = call * (1 + job.warm_calls)
+        seconds = entrant.owed + call * job.memory_calls
+        if time.monotonic() + owed + seconds > plan.deadline:
+            entrant.line["note"] = TIME_IS_UP
         elif seconds > plan.seconds:
-            entrant.line["note"] = f"left out: some {seconds:.0f} s expected; raise --seconds"
+            entrant.line["note"] = f"{LEFT_OUT}some {seconds:.0f} s expected; raise --seconds"
 
     def _judge(self, entrant: Entrant) -> None:
         """Once for all sizes."""
@@ -479,6 +549,12 @@ class Suite:
         del entrant.line["seconds"]
         if is_first:  # what is compiled was compiled there
             entrant.line["first_call_s"] = verdict.seconds
+
+    def _measure_rates(self, entrant: Entrant) -> None:
+        """While there is memory for it."""
+        job = job_of(self.plan, entrant.case, entrant.name)
+        if job.judged and entrant.case.workload != "graph":
+            entrant.rates = self._rates(PRECISION[job.dtype])
 
     def _measure_peak(self, entrant: Entrant) -> None:
         """Before anything large is made here: what dies of it does so elsewhere."""

@@ -28,7 +28,7 @@ def sizes(variable: str, default: str) -> list[int]:
     return parse_sizes(os.environ.get(variable, default))
 
 
-SPOTS = sizes("STFLOW_BENCH_SPOTS", "1000,10000")
+SPOTS = sizes("STFLOW_BENCH_SPOTS", "1000,3000")
 ROUNDS = sizes("STFLOW_BENCH_ROUNDS", "3")[0]
 THREADS = sizes("STFLOW_BENCH_THREADS", str(torch.get_num_threads()))[0]
 

@@ -275,7 +275,7 @@ def demo(
 def benchmark(
     workload: Annotated[
         str, typer.Option(help="Of sample, train_step, denoise and graph, with commas between.")
-    ] = "sample,train_step",
+    ] = "sample",
     spots: Annotated[str, typer.Option(help="Sizes of the slides, such as 1e3,1e4,605471.")] = "1e3,3e3,1e4",
     providers: Annotated[str | None, typer.Option(help="What to compare; what suits the device when left out.")] = None,
     genes: Annotated[str, typer.Option(help="Sizes of the gene panel.")] = "50",
@@ -286,9 +286,14 @@ def benchmark(
     memory_budget: Annotated[
         str | None, typer.Option(help="What one provider may take; most of what is free when left out.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Timed calls; 3 on a CPU, 20 on a GPU when left out.")] = None,
-    seconds: Annotated[float, typer.Option(help="Leave out a figure that would take longer.")] = 30.0,
-    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.5,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timed calls, at most; 2 on a CPU, 20 on a GPU when left out.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Leave out a figure that would take longer; repeat calls within it.")
+    ] = 45.0,
+    minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.75,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: leave out what --out holds of this commit.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
     redraw: Annotated[
         bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")
@@ -302,7 +307,7 @@ def benchmark(
         command.redraw(out)
         return
     options = command.Options(
-        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes
+        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes, resume
     )
     if code := command.run(options, out):
         raise typer.Exit(code)

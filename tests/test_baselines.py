@@ -197,6 +197,7 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert providers["flash_attention"].why_not_training("cpu") is None
     assert providers["triton_graph"].why_not_one_call() == "a CUDA graph is of a whole sample"
     assert providers["triton"].why_not_one_call() is None
+    assert providers["reference_compiled"].why_not_training("cpu") == "training is never compiled"
 
 
 def test_why_not_without_compiler_or_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

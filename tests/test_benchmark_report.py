@@ -32,6 +32,10 @@ def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 10
     }
 
 
+def share(of_floor: float) -> dict:
+    return {"of_floor": of_floor, "peak_flops_per_s": 2e11, "peak_copy_bytes_per_s": 2e10}
+
+
 def out_of_memory(provider: str, spots: int) -> dict:
     return line(provider, spots, None, note="it needs 60.3 GiB, over the budget of 16.0 GiB")
 
@@ -145,6 +149,11 @@ def test_the_table_says_what_each_costs_and_why_the_others_did_not_run():
     assert "needs 64.7 GB" in row("dense_attention", "1,000")
     assert "there is no CUDA device" in row("triton", "10,000")
     assert "red check" in row("message_passing", "10,000")
+    assert "sample, reference (visium_jittered, 8, 50, float32): time N^1.00 (10,000 to 100,000)" in text
+
+
+def test_one_call_has_no_spread():
+    assert "100 ms (one call)" in shown(report.terminal_table([line(rounds=1)]))
 
 
 def test_no_ratio_to_another_run():
@@ -174,7 +183,7 @@ def test_every_provider_has_a_look_of_its_own():
 
 
 def test_pictures_per_device_and_floors_where_they_are_known(tmp_path):
-    gpu = [line("triton", spots, 0.001 * spots, device="A GPU", of_floor=2.0) for spots in SPOTS]
+    gpu = [line("triton", spots, 0.001 * spots, device="A GPU", **share(0.5)) for spots in SPOTS]
     written = report.write_pictures([*some_lines(), *gpu], tmp_path)
     names = [path.name for path in written]
     assert names == [
@@ -188,6 +197,32 @@ def test_pictures_per_device_and_floors_where_they_are_known(tmp_path):
         assert min(edge.min() for edge in (image[0], image[-1], image[:, 0], image[:, -1])) > 0.9
     axes = report.floor_figure(gpu).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [50.0]
+
+
+def test_shares_of_the_floor_are_compared_at_the_largest_common_size():
+    ours = [line("reference", spots, **share(0.5 if spots == 30_000 else 0.4)) for spots in SPOTS]
+    eager = [line("eager_stflow", spots, **share(0.1)) for spots in SPOTS[:3]]
+    (axes,) = (figure := report.floor_figure([*ours, *eager])).axes
+    assert [bar.get_width() for bar in axes.patches] == [pytest.approx(10), pytest.approx(50)]
+    assert all("30,000" in label.get_text() for label in axes.get_yticklabels())
+    assert "at 200 GFLOP/s" in figure.get_suptitle()
+    slower = report.floor_figure([*ours, *[{**entry, "peak_flops_per_s": 1e11} for entry in eager]])
+    assert "at 100 to 200 GFLOP/s" in slower.get_suptitle().replace("\n", " ")
+
+
+def test_a_share_of_the_floor_without_its_rates_is_refused(tmp_path):
+    path = write(tmp_path / "cpu.jsonl", [line(of_floor=0.5)])
+    with pytest.raises(InputError, match=r"of_floor needs peak_flops_per_s and peak_copy_bytes_per_s"):
+        report.load(path)
+
+
+def test_what_was_left_out_hides_nothing_that_was_measured(tmp_path):
+    later, latest = "2026-11-26T00:00:00+00:00", "2026-11-27T00:00:00+00:00"
+    for note in ("left out: the time is up; raise --minutes", "left out: some 64 s expected; raise --seconds"):
+        lines = [line(), line(ms=None, note=note, date=later)]
+        assert [entry["median_ms"] for entry in report.load(write(tmp_path / "a.jsonl", lines))] == [100.0]
+    failed = out_of_memory("reference", 10_000) | {"date": latest}
+    assert report.load(write(tmp_path / "a.jsonl", [*lines, failed])) == [failed]
 
 
 def test_a_reader_sees_the_setting_measured_most_in_each_ones_fastest_arithmetic():
@@ -212,10 +247,36 @@ def test_the_readme_is_rewritten_between_the_marks_alone_and_the_same_each_time(
     for part in ("Some CPU, 2 cores", "torch 2.13.0", "0123456789ab", "2026-11-25", "load average", "`make bench`"):
         assert part in inside
     assert "| published algorithm | float32 | 100 ms, 10.0 MB | needs 64.7 GB |" in inside
-    assert "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB | 1.00 s, 100 MB | 1.00 |" in inside
+    assert (
+        "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB | 1.00 s, 100 MB | 1.00 (10,000 to 100,000) |" in inside
+    )
     assert "Triton" not in inside
     assert "(results/some-cpu-2-cores-time.png)" in inside
     assert (results / "some-cpu-2-cores-time.png").is_file()
+
+
+def test_the_readme_tells_ours_by_size_and_by_setting(results):
+    sizes = (1_000, 10_000, 100_000, 605_471)
+    ours = [line("reference", spots, 0.03 * spots) for spots in sizes]
+    compiled = [line("reference_compiled", spots, 0.02 * spots) for spots in sizes[:3]]
+    genes = [line("reference", ms=ms, genes=count, workload="denoise") for count, ms in ((18_000, 900.0), (50, 90.0))]
+    eager = out_of_memory("eager_stflow", 10_000) | {"genes": 18_000, "workload": "denoise"}
+    neighbours = [line("reference", ms=100.0 * k, k=k, commit="fedcba987654") for k in (4, 16)]
+    write(results / "cpu.jsonl", [*ours, *compiled, *genes, eager, *neighbours])
+    report.redraw(results, readme := results.parent / "README.md")
+    text = readme.read_text()
+    assert "| stflow-fast, plain torch: sample, spots | 1,000 | 10,000 | 100,000 | 605,471 | exponent of N |" in text
+    assert "| time | 30.0 ms | 300 ms | 3.00 s | 18.2 s | 1.00 (10,000 to 605,471) |" in text
+    assert "| per spot | 30.0 us | 30.0 us | 30.0 us | 30.0 us |" in text
+    assert "| peak memory | 1.00 MB | 10.0 MB | 100 MB | 605 MB | 1.00 (10,000 to 605,471) |" in text
+    place = "10,000 spots, stflow-fast, plain torch"
+    assert (
+        f"* Genes (denoise, {place}): 50: 90.0 ms, 10.0 MB; 18,000: 900 ms, 10.0 MB; "
+        "18,000: published algorithm needs 64.7 GB." in text
+    )
+    assert f"* Neighbours (sample, {place}): 4: 400 ms, 10.0 MB; 8: 300 ms, 10.0 MB; 16: 1.60 s, 10.0 MB." in text
+    assert "* Layout" not in text
+    assert "commit 0123456789ab, fedcba987654" in text
 
 
 @pytest.mark.parametrize(
