@@ -25,7 +25,8 @@ class EdgeShape:
 
     Attributes:
         rows: M, edges in a tile; ``spots`` whole spots fit into it where they must, ``keys`` keys are taken at a time
-            by the key-owned backward, at least 16 and else those whose arriving edges fill two tiles.
+            by the key-owned backward, at least 16, else those whose arriving edges fill two tiles, and at most 32: the
+            members of 64 would be the left side of a wgmma, in registers.
         z_parts: parts of the attention MLP's hidden vector, of ``z_pad`` columns, taken one after another.
         e_parts, e_part: programs of the key-owned backward that share the columns of a message, and columns of each.
         k, n_heads, e, z, p, pe, hp, d, dh: as in ``stflow_fast/ops/reference.py``; dh = d / H.
@@ -37,8 +38,8 @@ class EdgeShape:
         batched: a left side of so many rows is multiplied in batches of 16: for more than 32 neighbours, where Hopper's
             wgmma would take 64 rows, may read them from registers, and is reported to reuse those too early
             (``launch.py``). 0 elsewhere.
-        halved: a product of this depth is taken in two halves: 64 in the query-owned backward of exact float32, which
-            spills 40 bytes less so at hidden_dim 128 and more at other depths. 0 elsewhere.
+        halved: a product of this depth is taken in two halves: 64 in the backward of exact float32, whose kernels spill
+            40 and 16 bytes less so at hidden_dim 128; at other depths they spill more. 0 elsewhere.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -160,7 +161,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
     return EdgeShape(
         rows=rows,
         spots=rows // k,
-        keys=max(16, triton.next_power_of_2(max(1, 2 * rows // k))),
+        keys=min(32, max(16, triton.next_power_of_2(max(1, 2 * rows // k)))),
         z_parts=z_parts,
         e_parts=e_parts,
         e_part=e_part,
@@ -187,7 +188,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
         batched=rows if k > 32 and 90 <= arch < 100 and precision != "ieee" else 0,
-        halved=64 if precision == "ieee" and kernel == "edge_attention_bwd_query" and not INTERPRETED else 0,
+        halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,
