@@ -18,8 +18,8 @@ from .summarize import RESULTS, table
 
 MARK = "<!-- tables by python -m benchmarks.roofline -->"
 
-EDGES = 8_000_000
-"""One layer and flow step of a million spots with eight neighbours."""
+SPOTS, EDGES = 1_000_000, 8_000_000
+"""One layer and flow step of a slide with eight neighbours a spot."""
 
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 RATES = {
@@ -63,11 +63,18 @@ def unit_times(work: dict[str, float], precision: str, rows: int) -> dict[str, f
     }
 
 
+def n_rows(row: dict[str, Any]) -> int:
+    """What a kernel treats of the slide: edges, of the key-owned backward for each head, or spots."""
+    if row["kernel"] not in MINIMUM:
+        return SPOTS
+    return EDGES * (4 if "bwd_key" in row["kernel"] else 1)
+
+
 def floors(row: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of each unit, and of handing instructions out, for EDGES edges."""
-    rows = EDGES * (4 if "bwd_key" in row["kernel"] else 1)
-    times = unit_times(row["work_per_row"], row["variant"].split()[1], rows)
-    return {**times, "issue, at least": 1e3 * rows * minimal(row) / ISSUED}
+    """Milliseconds of each unit, and of handing instructions out, where those that it takes at least are known."""
+    times = unit_times(row["work_per_row"], row["variant"].split()[1], n_rows(row))
+    at_least = 1e3 * n_rows(row) * minimal(row) / ISSUED if row["kernel"] in MINIMUM else math.nan
+    return {**times, "issue, at least": at_least}
 
 
 def minimal(row: dict[str, Any]) -> float:
@@ -87,9 +94,9 @@ def floor_table(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         times = floors(row)
-        bound = max(times, key=times.get)
-        issue = 1e3 * EDGES * (4 if "bwd_key" in row["kernel"] else 1) * emitted(row) / ISSUED
-        cells = [f"{times[unit]:.2f}" for unit in units]
+        bound = max((unit for unit in units if not math.isnan(times[unit])), key=times.get)
+        issue = 1e3 * n_rows(row) * emitted(row) / ISSUED
+        cells = ["" if math.isnan(times[unit]) else f"{times[unit]:.2f}" for unit in units]
         compiled = ["unrolled", ""] if math.isnan(issue) else [f"{issue:.2f}", f"{issue / times[bound]:.1f}"]
         body.append([f"`{row['variant']}`", *cells, bound, *compiled])
     return table(["variant, ms", *units, "bound by", "issue, as compiled", "of the floor"], body)
@@ -127,10 +134,15 @@ def main() -> None:
     page = RESULTS / "roofline.md"
     before, _, after = page.read_text().split(MARK)
     plain = [row for row in edge if "dropout" not in row["variant"]]
+    of_spots = [
+        row
+        for row in rows
+        if row["arch"] == 90 and row["default"] and row["kernel"] not in MINIMUM and row["work_per_row"]
+    ]
     tables = [
         f"By commit {commit()}, triton {rows[0]['triton']}.",
         "## Floors of 8M edges (1M spots, K = 8), one layer and step",
-        floor_table(plain),
+        floor_table([*plain, *of_spots]),
         "## What the compiler made of it (sm_90)",
         code_table(edge),
     ]

@@ -209,6 +209,16 @@ def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
     }[name]
 
 
+def streaming(numbers: int, precision: str) -> dict[str, float]:
+    """The work of what reads and writes so many numbers a spot, and nothing else."""
+    return {
+        "matrix_flops": 0,
+        "gates": 0,
+        "bytes_gathered": 0,
+        "bytes_streamed": numbers * element_size(precision),
+    }
+
+
 GATE_TYPES = {"keys": "*i32", "grad_gain": "*fp32", "grad_bias": "*fp32", "n": "i32", "stream": "i32"}
 
 
@@ -240,7 +250,10 @@ def gate_variants(arch: int) -> Iterator[Variant]:
                     default=gate == "swiglu" and columns <= 512 and precision != "fp16",
                     trips=() if kernel is gated_mlp.gate_norm_fwd_kernel else (1,),
                     rows=shape.rows,
-                    work={"gates": shape.z},
+                    work=streaming(
+                        (shape.p + shape.z) * (2 if kernel is gated_mlp.gate_norm_bwd_kernel else 1), precision
+                    )
+                    | {"gates": shape.z},
                 )
 
 
@@ -250,7 +263,8 @@ def other_variants(arch: int) -> Iterator[Variant]:
     numbers = {"COLUMNS": 128, "ROWS": launch.rows, "THRESHOLD": dropout_threshold(0.2), "SCALE": 1.25}
     types = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "n": "i32", "stream": "i32"}
     types |= dict.fromkeys(numbers, "constexpr")
-    yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, {})
+    work = streaming(2 * 128, "bf16")
+    yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, work)
     search = neighbors.nearest_kernel
     launch = launch_of("nearest", arch, "float64")
     numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}
