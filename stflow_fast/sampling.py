@@ -135,23 +135,29 @@ class PreparedSlide:
         Raises:
             InputError: x_0 of another shape, or NaN or infinite; a negative seed.
         """
-        model, graph, solver = self.sampler.model, self.graph, self.sampler.solver
+        graph, solver = self.graph, self.sampler.solver
+        kept = []
+
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            x_1 = self._call(x_t, self.sampler.times[t])
+            if trajectory:
+                kept.append(graph.to_spots(x_1).cpu())
+            return x_1
+
+        with _evaluating(self.sampler.model):
+            rows = solver.solve(predict, self._source(x_0, seed))
+            expression = kept[-1] if trajectory else graph.to_spots(rows).cpu()
+        return Sample(expression, solver.nfe, torch.stack(kept) if trajectory else None)
+
+    def _source(self, x_0: Tensor | None, seed: int) -> Tensor:
+        """Rows of the graph [N, G] of :meth:`draw`'s x_0, on the model's device."""
+        model, graph = self.sampler.model, self.graph
         check_seed(seed)
         if x_0 is None:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        kept = []
-
-        def predict(x_t: Tensor, t: float) -> Tensor:
-            return self._call(x_t, self.sampler.times[t])
-
-        with _evaluating(model):
-            for rows in solver.solve(predict, graph.to_rows(x_0.to(model.image_transform.weight))):
-                if trajectory:
-                    kept.append(graph.to_spots(rows).cpu())
-            expression = kept[-1] if kept else graph.to_spots(rows).cpu()
-        return Sample(expression, solver.nfe, torch.stack(kept) if trajectory else None)
+        return graph.to_rows(x_0.to(model.image_transform.weight))
 
 
 class _Captured:
