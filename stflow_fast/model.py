@@ -260,8 +260,12 @@ class SpatialTransformer(nn.Module):
         with torch.autocast(device.type, enabled=False):
             layers = [LayerState(block.attn.fold()) for block in self.blks]
             narrower = self.config.n_layers * self.config.hidden_dim < self.config.n_genes
-            heads = self._fold_heads(layers) if narrower and not self.config.non_negative else None
+            heads = self._fold_heads(layers) if narrower and self._heads_are_linear else None
         return EncoderState(layers, heads)
+
+    @property
+    def _heads_are_linear(self) -> bool:
+        return not self.config.non_negative and not (self.training and self.config.dropout)
 
     def _fold_heads(self, layers: list[LayerState]) -> LinearHeads:
         heads = [block.gene_updater.head for block in self.blks]
@@ -295,7 +299,7 @@ class SpatialTransformer(nn.Module):
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
         """
         keys = self._dropout_keys(graph, slide_seed) if self.training else None
-        linear = states.heads is not None and (keys is None or self.config.dropout == 0)
+        linear = states.heads is not None and self._heads_are_linear  # states may be of the other mode
         layers = states.linear_layers() if linear else states.layers
         dtype, read, total = x.dtype, [], None if linear else torch.zeros_like(x)
         for index, (block, layer) in enumerate(zip(self.blks, layers, strict=True)):
