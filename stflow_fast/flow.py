@@ -5,11 +5,13 @@ Time t runs from 0 (source) to 1 (data). The network predicts the target x_1 (ar
 
 from __future__ import annotations
 
+import itertools
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .errors import InputError
@@ -29,9 +31,10 @@ class CondOTPath:
         return (1 - t) * x_0 + t * x_1
 
     @staticmethod
-    def velocity(x_t: Tensor, x_1: Tensor, t: float) -> Tensor:
-        """dx/dt = (x_1 - x_t) / (1 - t) towards the (predicted) target x_1; t below 1."""
-        return (x_1 - x_t) / (1 - t)
+    def step(x_t: Tensor, x_1: Tensor, t: float, after: float) -> Tensor:
+        """Euler's x_t + (after - t) dx/dt with dx/dt = (x_1 - x_t) / (1 - t) towards the (predicted) target x_1; t
+        below 1. In one pass: with 18,000 genes, every tensor between costs as much as its share of a denoiser call."""
+        return torch.lerp(x_t, x_1, (after - t) / (1 - t))
 
 
 def time_grid(n_sample_steps: int) -> list[float]:
@@ -59,10 +62,10 @@ class EulerSolver:
         """Number of denoiser calls."""
         return len(self.grid) - 1
 
-    def solve(self, predict: Callable[[Tensor, float], Tensor], x_0: Tensor) -> Iterator[Tensor]:
-        """Yield the target predicted by each of the ``nfe`` calls ``predict(x_t, t)``; the last is the solution."""
+    def solve(self, predict: Callable[[Tensor, float], Tensor], x_0: Tensor) -> Tensor:
+        """The solution, by ``nfe`` calls ``predict(x_t, t)`` of the target x_1: what the last of them predicts."""
         x_t = x_0
-        for t, after in zip(self.grid[:-1], self.grid[1:], strict=True):
-            x_1 = predict(x_t, t)
-            yield x_1
-            x_t = x_t + (after - t) * CondOTPath.velocity(x_t, x_1, t)
+        del x_0  # unless the caller keeps it, its memory is free after the first step
+        for t, after in itertools.pairwise(self.grid[:-1]):
+            x_t = CondOTPath.step(x_t, predict(x_t, t), t, after)
+        return predict(x_t, self.grid[-2])

@@ -56,12 +56,19 @@ class GatedMLP(nn.Module):
         return ops.gated_mlp(x, self.weights, self.activation, p, keys, stream)
 
 
+class Affine(NamedTuple):
+    """Weight [out, in] and bias [out] of a product that several of the model's own may be folded into."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class FoldedAttention(NamedTuple):
     """Everything of an attention's weights that an edge or a spot multiplies with (autograd goes through it)."""
 
     project: Tensor  # [2 * H * P + d, d] of the normalised tokens: query terms, key terms, values
     project_bias: Tensor  # [2 * H * P + d]
-    gene: Tensor  # [P, G]
+    gene: Affine  # [P, G], without a bias: of the expression to the gene terms
     edges: EdgeWeights
     output: MLPWeights  # W_output, its first matrix reading the context
 
@@ -109,17 +116,18 @@ class EdgeAttention(nn.Module):
         return FoldedAttention(
             torch.cat([query, key, value]),
             torch.cat([query_bias + first.bias.repeat(n_heads) + constant, key_bias, value_bias]),
-            by_gene,
+            Affine(by_gene, None),
             edges,
             output._replace(fc1_weight=F.pad(on_context, (0, context_padding(on_context.shape[1])))),
         )
 
     def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> Tensor:
-        """Expression x [n, G] and tokens [n, d] to the terms [A | B | V] [n, 2 * H * P + d]."""
+        """x, whose product ``folded.gene`` is the gene terms, and tokens [n, d] to the terms [A | B | V]
+        [n, 2 * H * P + d]."""
         norm, d = self.layernorm_qkv[0], self.config.hidden_dim
         normed = F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps)
         terms = F.linear(normed, folded.project, folded.project_bias)
-        gene = x @ folded.gene.T
+        gene = F.linear(x, *folded.gene)
         by_head = terms[:, : terms.shape[1] - d].unflatten(1, (2, self.spec.n_heads, -1))
         by_head[:, 0].sub_(gene.unsqueeze(1))
         by_head[:, 1].add_(gene.unsqueeze(1))
@@ -131,10 +139,36 @@ class EdgeAttention(nn.Module):
 
 
 class LayerState(NamedTuple):
-    """What a layer needs beside its inputs, made once for several flow steps."""
+    """What a layer needs beside its inputs."""
 
     folded: FoldedAttention
     messages: Tensor | None = None  # [N, K, E], kept where memory allows
+
+    def reading(self, gene: Affine) -> LayerState:
+        """The same layer for an x whose product ``gene`` is its gene terms."""
+        return self._replace(folded=self.folded._replace(gene=gene))
+
+
+class LinearHeads(NamedTuple):
+    """The gene heads of all layers, folded into what reads their expression; no ReLU or dropout may be behind one.
+
+    With them nothing as wide as the genes is made between the first layer's input and the mean.
+    """
+
+    to_next: list[Affine]  # [P, d] of every layer but the last: what its head reads, to the next layer's gene terms
+    to_mean: Affine  # [G, L * d] what all heads read, to the mean of their expression
+
+
+class EncoderState(NamedTuple):
+    """What :meth:`SpatialTransformer.run` needs of the weights, made once for several flow steps."""
+
+    layers: list[LayerState]
+    heads: LinearHeads | None  # where the L * d numbers of a spot that heads read are fewer than its genes
+
+    def linear_layers(self) -> list[LayerState]:
+        """The layers, each but the first of what the gene head before it reads."""
+        first, *others = self.layers
+        return [first, *map(LayerState.reading, others, self.heads.to_next)]
 
 
 class GeneUpdate(nn.Module):
@@ -148,10 +182,18 @@ class GeneUpdate(nn.Module):
             nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Identity(), nn.Linear(d, config.n_genes)
         )
 
-    def forward(self, tokens: Tensor, keys: DropoutKeys | None) -> Tensor:
-        hidden = ops.apply_dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
-        genes = ops.apply_dropout(self.output[4](hidden), self.config.dropout, keys, STREAM_GENE)
-        return F.relu(genes) if self.config.non_negative else genes
+    @property
+    def head(self) -> nn.Linear:
+        return self.output[4]
+
+    def hidden(self, tokens: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """What the head reads, [n, d]."""
+        return ops.apply_dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
+
+    def genes(self, hidden: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """The head's expression [n, G]; under a ReLU in place, as it is the widest tensor of all."""
+        genes = ops.apply_dropout(self.head(hidden), self.config.dropout, keys, STREAM_GENE)
+        return genes.relu_() if self.config.non_negative else genes
 
 
 class TransformerBlock(nn.Module):
@@ -166,7 +208,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
-        """Expression [N, G] and tokens [N, d] to the next layer's."""
+        """x [N, .] of :meth:`EdgeAttention.project` and tokens [N, d] to what the gene head reads [N, d] and the next
+        layer's tokens."""
         attn, folded = self.attn, layer.folded
         p = attn.config.dropout
 
@@ -176,7 +219,7 @@ class TransformerBlock(nn.Module):
         def finish(tokens: Tensor, context: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor]:
             tokens = tokens + attn.output(context, folded, keys)
             tokens = tokens + self.mlp(tokens, p, keys, STREAM_MLP)
-            return self.gene_updater(tokens, keys), tokens
+            return self.gene_updater.hidden(tokens, keys), tokens
 
         (terms,) = ops.by_rows(project, (x, tokens), keys)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
@@ -208,48 +251,74 @@ class SpatialTransformer(nn.Module):
         prediction[real] = graph.to_spots(rows)
         return prediction
 
-    def layer_states(self) -> list[LayerState]:
+    def layer_states(self) -> EncoderState:
         """Folded weights of every layer; differentiable, and reusable while the parameters stay.
 
         In the parameters' precision, under autocast too: products of weights would be rounded twice.
         """
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
         with torch.autocast(device.type, enabled=False):
-            return [LayerState(block.attn.fold()) for block in self.blks]
+            layers = [LayerState(block.attn.fold()) for block in self.blks]
+            narrower = self.config.n_layers * self.config.hidden_dim < self.config.n_genes
+            heads = self._fold_heads(layers) if narrower and self._heads_are_linear else None
+        return EncoderState(layers, heads)
 
-    def keep_messages(self, states: list[LayerState], graph: SpotGraph, budget: int) -> list[LayerState]:
+    @property
+    def _heads_are_linear(self) -> bool:
+        return not self.config.non_negative and not (self.training and self.config.dropout)
+
+    def _fold_heads(self, layers: list[LayerState]) -> LinearHeads:
+        heads = [block.gene_updater.head for block in self.blks]
+        to_next = []
+        for head, layer in zip(heads[:-1], layers[1:], strict=True):
+            by_gene = layer.folded.gene.weight
+            to_next.append(Affine(by_gene @ head.weight, by_gene @ head.bias))
+        weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
+        return LinearHeads(to_next, Affine(weight, torch.stack([head.bias for head in heads]).mean(dim=0)))
+
+    def keep_messages(self, states: EncoderState, graph: SpotGraph, budget: int) -> EncoderState:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
         kept = []
-        for block, state in zip(self.blks, states, strict=True):
+        for block, state in zip(self.blks, states.layers, strict=True):
             budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, state.folded.edges)
             if budget >= 0:
                 state = state._replace(messages=ops.make_messages(graph.geometry, state.folded.edges, block.attn.spec))
             kept.append(state)
-        return kept
+        return states._replace(layers=kept)
 
     def run(
         self,
         graph: SpotGraph,
         x: Tensor,
         tokens: Tensor,
-        states: list[LayerState],
+        states: EncoderState,
         slide_seed: Tensor | None = None,
     ) -> Tensor:
         """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
 
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
         """
-        keys = None
-        if self.training:
-            if slide_seed is None:
-                slide_seed = torch.randint(2**62, (graph.n_slides,))
-            keys = DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
-        total = torch.zeros_like(x)
-        for index, (block, state) in enumerate(zip(self.blks, states, strict=True)):
+        keys = self._dropout_keys(graph, slide_seed) if self.training else None
+        linear = states.heads is not None and self._heads_are_linear  # states may be of the other mode
+        layers = states.linear_layers() if linear else states.layers
+        dtype, read, total = x.dtype, [], None if linear else torch.zeros_like(x)
+        for index, (block, layer) in enumerate(zip(self.blks, layers, strict=True)):
             layer_keys = None if keys is None else keys.stream(-1 - index)
-            x, tokens = block(x, tokens, state, graph, layer_keys)
-            total = total + x
-        return total / len(self.blks)
+            x, tokens = block(x, tokens, layer, graph, layer_keys)
+            if linear:
+                read.append(x)
+            else:
+                x = block.gene_updater.genes(x, layer_keys)
+                total += x
+        if linear:
+            return F.linear(torch.cat(read, dim=1), *states.heads.to_mean).to(dtype)
+        return total.div_(len(self.blks))
+
+    @staticmethod
+    def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:
+        if slide_seed is None:
+            slide_seed = torch.randint(2**62, (graph.n_slides,))
+        return DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
 
 
 class TimestepEmbedder(nn.Module):
@@ -310,7 +379,7 @@ class Denoiser(nn.Module, Pretrained):
         x_t: Tensor,
         image: Tensor,
         t: Tensor,
-        states: list[LayerState] | None = None,
+        states: EncoderState | None = None,
         slide_seed: Tensor | None = None,
     ) -> Tensor:
         """Predict x_1 of packed slides.
@@ -336,7 +405,7 @@ class Denoiser(nn.Module, Pretrained):
         x_t: Tensor,
         image: Tensor,
         time: Tensor,
-        states: list[LayerState],
+        states: EncoderState,
         slide_seed: Tensor | None = None,
     ) -> Tensor:
         """:meth:`denoise` behind the embedding of the flow time, ``fourier_proj(t)`` [S, d]: device work alone."""

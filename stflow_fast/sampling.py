@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -133,10 +133,7 @@ class PreparedSlide:
         def predict(x_t: Tensor, t: float) -> Tensor:  # no method: a cycle would keep the memory of a slide
             return model.denoise_at(graph, x_t, image, times[t], states)
 
-        def loop(x_0: Tensor) -> Tensor:
-            return deque(solver.solve(predict, x_0), maxlen=1).pop()  # not a list, which would hold every prediction
-
-        self._predict = predict
+        self._predict, loop = predict, functools.partial(solver.solve, predict)
         self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and graph.n_spots else loop
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
@@ -150,18 +147,32 @@ class PreparedSlide:
         Raises:
             InputError: x_0 of another shape, or NaN or infinite; a negative seed.
         """
-        model, graph, solver = self.sampler.model, self.graph, self.sampler.solver
+        with _evaluating(self.sampler.model):
+            if trajectory:
+                return self._trajectory(self._source(x_0, seed))
+            rows = self._loop(self._source(x_0, seed))  # no name for the source, whose memory is free after a step
+            return Sample(self.graph.to_spots(rows).cpu(), self.sampler.solver.nfe)
+
+    def _trajectory(self, source: Tensor) -> Sample:
+        kept = []
+
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            x_1 = self._predict(x_t, t)
+            kept.append(self.graph.to_spots(x_1).cpu())
+            return x_1
+
+        self.sampler.solver.solve(predict, source)
+        return Sample(kept[-1], len(kept), torch.stack(kept))
+
+    def _source(self, x_0: Tensor | None, seed: int) -> Tensor:
+        """Rows of the graph [N, G] of :meth:`draw`'s x_0, on the model's device."""
+        model, graph = self.sampler.model, self.graph
         check_seed(seed)
         if x_0 is None:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        with _evaluating(model):
-            rows = graph.to_rows(x_0.to(model.image_transform.weight))
-            if trajectory:
-                kept = [graph.to_spots(x_1).cpu() for x_1 in solver.solve(self._predict, rows)]
-                return Sample(kept[-1], solver.nfe, torch.stack(kept))
-            return Sample(graph.to_spots(self._loop(rows)).cpu(), solver.nfe)
+        return graph.to_rows(x_0.to(model.image_transform.weight))
 
 
 class _Captured:

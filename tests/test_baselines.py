@@ -31,8 +31,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 def small_config(**settings: int) -> DenoiserConfig:
-    widths = {"hidden_dim": 32, "pairwise_hidden_dim": 16, "n_layers": 2, "n_heads": 2, "n_neighbors": 8}
-    return DenoiserConfig(n_genes=5, feature_dim=7, dropout=0.0, attn_dropout=0.0, **(widths | settings))
+    widths = {"n_genes": 5, "hidden_dim": 32, "pairwise_hidden_dim": 16, "n_layers": 2, "n_heads": 2, "n_neighbors": 8}
+    return DenoiserConfig(feature_dim=7, dropout=0.0, attn_dropout=0.0, **(widths | settings))
 
 
 def prepared(
@@ -74,6 +74,13 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
 @pytest.mark.parametrize("name", ["eager_stflow", "message_passing"])
 def test_published_function_and_all_its_gradients(slide: BenchmarkSlide, name: str) -> None:
     found, expected = prepared(name, slide), prepared("reference", slide)
+    assert relative_error(found.denoise(slide.x_0, 0.3), expected.denoise(slide.x_0, 0.3)) < 1e-9
+    assert_same_gradients(gradients(found, slide), gradients(expected, slide), 1e-9)
+
+
+def test_published_function_and_all_its_gradients_with_more_genes_than_the_heads_read() -> None:
+    slide = of_dtype(benchmark_slide("visium_jittered", 40, seed=1, n_genes=90, feature_dim=7), torch.float64)
+    found, expected = (prepared(name, slide, small_config(n_genes=90)) for name in ("reference", "eager_stflow"))
     assert relative_error(found.denoise(slide.x_0, 0.3), expected.denoise(slide.x_0, 0.3)) < 1e-9
     assert_same_gradients(gradients(found, slide), gradients(expected, slide), 1e-9)
 

@@ -106,6 +106,31 @@ def test_padding_that_is_named_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_a_relu_that_cuts_nothing_changes_nothing(training: bool) -> None:
+    """With more genes than the heads read, heads are folded, but not behind a ReLU or with dropout."""
+    results = []
+    for non_negative in (False, True):
+        model = small(n_genes=40, dropout=0.3, attn_dropout=0.3, non_negative=non_negative).train(training)
+        x, (_, features, coords) = torch.rand(30, 40, generator=torch.Generator().manual_seed(0)).double(), inputs(30)
+        for block in model.backbone.blks:
+            torch.nn.init.constant_(block.gene_updater.head.bias, 20.0)
+        torch.manual_seed(0)  # of dropout
+        prediction = predict(model, x, features, coords)
+        prediction.square().sum().backward()
+        results.append([prediction.detach(), *(p.grad for p in model.parameters())])
+    assert (results[0][0] >= 0).all()
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-7)
+
+
+def test_the_prediction_has_the_precision_of_the_expression_under_autocast() -> None:
+    for n_genes in (7, 40):
+        model = small(n_genes=n_genes).float()
+        _, features, coords = (part.float() for part in inputs(30))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert predict(model, torch.rand(30, n_genes), features, coords).dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
     """Whole, and in blocks of a few spots with a backward that recomputes; with dropout too."""
     model = small(dropout=0.3, attn_dropout=0.3).train(training)
@@ -135,9 +160,9 @@ def test_kept_messages_change_nothing() -> None:
     with torch.no_grad():
         image = model.image_transform(graph.to_rows(features))
         states = model.backbone.layer_states()
-        one_layer = ops.message_bytes(graph.n_spots, 5, states[0].folded.edges)
+        one_layer = ops.message_bytes(graph.n_spots, 5, states.layers[0].folded.edges)
         kept = [model.backbone.keep_messages(states, graph, budget) for budget in (0, one_layer, 10 * one_layer)]
-        assert [sum(state.messages is not None for state in some) for some in kept] == [0, 1, 2]
+        assert [sum(state.messages is not None for state in some.layers) for some in kept] == [0, 1, 2]
         first, *others = (model.denoise(graph, graph.to_rows(x), image, t, some) for some in kept)
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-12)
