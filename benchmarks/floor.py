@@ -40,22 +40,30 @@ class Work(NamedTuple):
 
 
 def layer_work(config: DenoiserConfig) -> Work:
-    """Of one spot in one layer, its K edges included."""
-    d, genes, heads, k = config.hidden_dim, config.n_genes, config.n_heads, config.n_neighbors
+    """Of one spot in one layer, its K edges included, but for what is as wide as the genes."""
+    d, heads, k = config.hidden_dim, config.n_heads, config.n_neighbors
 
     def gated(width: int) -> int:
         return width // 2 if config.activation == "swiglu" else width
 
     message = gated(config.pairwise_hidden_dim)
     terms, context = 2 * heads * d + d, d + heads * message + heads
-    project = d * terms + genes * d
     edges = k * (heads * d * message + heads * message + d)  # message to logit; the two sums over neighbours
     output = context * d + gated(d) * d
     mlp = 4 * d * d + gated(4 * d) * d
-    gene_head = d * d + d * genes
-    # Terms and context are written and read; tokens read twice and written, expression read and written.
-    values = 2 * (terms + context) + 3 * d + 2 * genes + 3 * k
-    return Work(2.0 * (project + edges + output + mlp + gene_head), float(values))
+    gene_hidden = d * d
+    # Terms and context are written and read; tokens read twice and written.
+    values = 2 * (terms + context) + 3 * d + 3 * k
+    return Work(2.0 * (d * terms + edges + output + mlp + gene_hidden), float(values))
+
+
+def gene_work(config: DenoiserConfig, training: bool) -> Work:
+    """Of one spot: expression to the gene terms of every layer and the heads back to it; where that is less, as
+    ``SpatialTransformer.run`` folds the heads into what reads their expression."""
+    d, genes, layers = config.hidden_dim, config.n_genes, config.n_layers
+    if layers * d < genes and not config.non_negative and not (training and config.dropout):
+        return Work(2.0 * ((layers + 1) * genes * d + (layers - 1) * d * d), 2.0 * (genes + layers * d))
+    return Work(2.0 * 2 * layers * genes * d, 2.0 * layers * genes)
 
 
 def work(workload: str, config: DenoiserConfig, spots: int) -> Work:
@@ -64,9 +72,10 @@ def work(workload: str, config: DenoiserConfig, spots: int) -> Work:
     A sample is all of its denoiser calls, each counted anew. A training step is three times a call, since every product
     has two in the backward pass, of its size; patches are embedded too, without a gradient of the features.
     """
-    layer = layer_work(config)
     calls = {"denoise": 1, "sample": SAMPLE_STEPS - 1, "train_step": 3}[workload]
-    flops, values = (calls * config.n_layers * spots * each for each in layer)
+    layer, genes = layer_work(config), gene_work(config, training=workload == "train_step")
+    flops = calls * spots * (config.n_layers * layer.flops + genes.flops)
+    values = calls * spots * (config.n_layers * layer.values + genes.values)
     if workload == "train_step":
         flops += 2 * 2.0 * spots * config.feature_dim * config.hidden_dim
         values += 2.0 * spots * config.feature_dim

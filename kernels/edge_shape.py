@@ -187,7 +187,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
-        batched=rows if k > 32 and 90 <= arch < 100 and precision != "ieee" else 0,
+        batched=rows if k > 32 and rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
         halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,
