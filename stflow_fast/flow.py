@@ -33,7 +33,7 @@ class CondOTPath:
     @staticmethod
     def step(x_t: Tensor, x_1: Tensor, t: float, after: float) -> Tensor:
         """Euler's x_t + (after - t) dx/dt with dx/dt = (x_1 - x_t) / (1 - t) towards the (predicted) target x_1; t
-        below 1. In one pass: with 18,000 genes, every tensor between costs as much as its share of a denoiser call."""
+        below 1. In one pass: with 18,000 genes a step of four tensors took a third of a denoiser call."""
         return torch.lerp(x_t, x_1, (after - t) / (1 - t))
 
 
