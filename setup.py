@@ -40,6 +40,7 @@ setup(
         "matplotlib>=3.7",
         "typer>=0.12",
         "rich>=13",
+        "nvidia-ml-py>=12",
     ],
     extras_require={
         "dev": [

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .slides import LAYOUTS
-from .suite import PRECISION, TIME_IS_UP, Case, Plan, Suite, input_bytes, providers_of
+from .suite import LEFT_OUT, PRECISION, Case, Plan, Suite, input_bytes, providers_of
 from .workload import parse_sizes
 
 WORKLOADS = ("sample", "train_step", "denoise", "graph")
@@ -133,7 +133,7 @@ def run(options: Options, out: Path) -> int:
     except KeyboardInterrupt:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
-    show([*before.values(), *lines], out)
+    show([*(before | {_place(line): line for line in lines}).values()], out)
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]
     for line in red:
@@ -146,16 +146,30 @@ def run(options: Options, out: Path) -> int:
 
 
 def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, the lines of this very code with as many threads; none where the code has changes. What
-    only lacked the time counts as not measured."""
+    """By case and provider, the lines of this very code with as many threads; none where the code has changes, or no
+    commit. What was left out or failed its check counts as not measured."""
     commit = measure.commit()
-    if not path.exists() or commit.endswith(measure.WITH_CHANGES):
+    if not path.exists() or commit.endswith(measure.WITH_CHANGES) or commit == measure.UNKNOWN:
         return {}
     return {
-        (*(line[field] for field in Case._fields), line["provider"]): line
+        _place(line): line
         for line in report.read(path)
-        if (line["commit"], line["threads"]) == (commit, plan.threads) and line["note"] != TIME_IS_UP
+        if (line["commit"], line["threads"]) == (commit, plan.threads)
+        and not line["note"].startswith(LEFT_OUT)
+        and line["check"] != "red"
     }
+
+
+def _place(line: dict[str, Any]) -> tuple:
+    """The case of a line, and its provider."""
+    return (*(line[field] for field in Case._fields), line["provider"])
+
+
+def _drop_what_was_cut_off(file: BinaryIO) -> None:
+    """An interruption may have left half a line, behind which the next one would be lost."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager
@@ -163,13 +177,14 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields what to call with each line; it is in the file when the call returns."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a+b")
+        _drop_what_was_cut_off(file)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     with file:
 
         def write(line: dict[str, Any]) -> None:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.write((json.dumps(line, allow_nan=False) + "\n").encode())
             file.flush()
 
         yield write

@@ -70,14 +70,15 @@ def work(workload: str, config: DenoiserConfig, spots: int) -> Work:
     """Of denoise, sample or train_step.
 
     A sample is all of its denoiser calls, each counted anew. A training step is three times a call, since every product
-    has two in the backward pass, of its size; patches are embedded too, without a gradient of the features.
+    has two in the backward pass, of its size, but that of the source, which needs no gradient; patches are embedded
+    too, without a gradient of the features.
     """
     calls = {"denoise": 1, "sample": SAMPLE_STEPS - 1, "train_step": 3}[workload]
     layer, genes = layer_work(config), gene_work(config, training=workload == "train_step")
     flops = calls * spots * (config.n_layers * layer.flops + genes.flops)
     values = calls * spots * (config.n_layers * layer.values + genes.values)
     if workload == "train_step":
-        flops += 2 * 2.0 * spots * config.feature_dim * config.hidden_dim
+        flops += 2.0 * spots * config.hidden_dim * (2 * config.feature_dim - config.n_genes)
         values += 2.0 * spots * config.feature_dim
     return Work(flops, values)
 

@@ -29,6 +29,7 @@ neighbourhoods."""
 
 STATUS = Path("/proc/self/status")
 WITH_CHANGES = " with changes"
+UNKNOWN = "unknown"
 """Behind a commit whose code is not what was measured."""
 
 EXIT_SECONDS = 5
@@ -262,7 +263,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     if not shutil.which("git") or not git("ls-files", here.name):
-        return os.environ.get("COMMIT", "unknown")
+        return os.environ.get("COMMIT", UNKNOWN)
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.csv")
     return git("rev-parse", "--short=12", "HEAD") + (WITH_CHANGES if changed else "")
 

@@ -31,6 +31,7 @@ from rich.text import Text
 from stflow_fast.errors import InputError, first_line
 from stflow_fast.files import atomic_path
 
+from .measure import file_name
 from .providers import PROVIDERS, Ours
 from .suite import LEFT_OUT
 from .summarize import RESULTS, table
@@ -349,8 +350,9 @@ def _spread(line: Line) -> str:
 
 
 def _run(line: Line) -> tuple:
-    """What two lines must share to be compared: the work, the machine, the code and its threads."""
-    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit"))
+    """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
+    lines have one date."""
+    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
 
 
 def _baselines(lines: Iterable[Line]) -> dict[tuple, float]:
@@ -359,11 +361,6 @@ def _baselines(lines: Iterable[Line]) -> dict[tuple, float]:
         for line in lines
         if line["provider"] == BASELINES.get(line["workload"], "eager_stflow") and line["median_ms"]
     }
-
-
-def slug(device: str) -> str:
-    """As part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_pictures(lines: Iterable[Line], folder: str | os.PathLike) -> list[Path]:
@@ -387,9 +384,7 @@ def write_pictures(lines: Iterable[Line], folder: str | os.PathLike) -> list[Pat
 
 
 def picture_path(folder: str | os.PathLike, device: str, content: str) -> Path:
-    """The device as part of a file's name."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(folder) / f"{slug}-{content}.png"
+    return Path(folder) / f"{file_name(device)}-{content}.png"
 
 
 def chosen(lines: Iterable[Line]) -> list[Line]:
@@ -731,7 +726,8 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
     commits = ", ".join(sorted({line["commit"] for line in everything}))
     rounds = ", ".join(map(str, sorted({line["rounds"] for line in everything if line["rounds"]})))
     return (
-        f"Median time of {rounds} calls, peak memory above the inputs, in the fastest arithmetic of each. "
+        f"Median time of {rounds} calls, without what is made once per slide (ours: neighbours, embedding of the "
+        "patches, messages); peak memory above the inputs, with it; in the fastest arithmetic of each. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
         f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."

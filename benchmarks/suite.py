@@ -46,8 +46,9 @@ FEW_SPOTS = 64
 
 CHECK_SEED = 101
 INPUT_SETS = 3
-STEADY_STEPS = 3
-"""Times of the loop that holds as much memory as a whole sample: two calls."""
+STEADY_STEPS = 4
+"""Times of the loop that holds as much memory as a whole sample: from the second step on there are the source, x_t, a
+prediction, and the next x_t."""
 
 TIME = 0.3
 """Of one denoiser call and of a training step."""
@@ -132,6 +133,10 @@ class Job(abc.ABC):
         """One line that says why it cannot run there, or None."""
 
     @abc.abstractmethod
+    def load(self, spots: int, layout: str) -> None:
+        """Have the inputs in memory, for :meth:`prepare` to find."""
+
+    @abc.abstractmethod
     def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
         """Make the sets of inputs, and what is made once per slide: :attr:`prepare_s`."""
 
@@ -172,6 +177,10 @@ class NetworkJob(Job):
         if self.workload == "denoise":
             lacks = lacks or self.provider.why_not_one_call()
         return lacks
+
+    def load(self, spots: int, layout: str) -> None:
+        slide_of(layout, spots, 0, self.genes, self.feature_dim)
+        noises(spots, self.genes, 0)
 
     def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
         slide = slide_of(layout, spots, seed, self.genes, self.feature_dim)
@@ -259,6 +268,9 @@ class GraphJob(Job):
         if needed <= memory_budget:
             return None
         return f"it needs {needed / 2**30:.1f} GiB, over the budget of {memory_budget / 2**30:.1f} GiB"
+
+    def load(self, spots: int, layout: str) -> None:
+        """Nothing: coordinates are made in a moment, with what is prepared."""
 
     def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
         # The regular lattice is the same in every set, elsewhere in memory.
@@ -352,8 +364,8 @@ def expected_result(plan: Plan, case: Case) -> Tensor:
 
 
 def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
-    """Fields of a line: the peak of a provider's call on the CPU, or that memory does not suffice. Only for a
-    process of its own."""
+    """Fields of a line: the peak above the inputs on the CPU, of what is made once per slide and of a call, or that
+    memory does not suffice. Only for a process of its own."""
     torch.set_num_threads(plan.threads)
     try:
         with measure.limited(plan.memory_budget):
@@ -363,8 +375,13 @@ def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
             few = ops.COMPILED_BLOCK if job.judged else FEW_SPOTS
             job.prepare(min(few, case.spots), case.layout)
             job.call(0)
-            job.prepare(case.spots, case.layout)
-            return {"peak_bytes": measure.resident_peak(lambda: job.call(0))}
+            job.load(case.spots, case.layout)
+
+            def run() -> None:
+                job.prepare(case.spots, case.layout)
+                job.call(0)
+
+            return {"peak_bytes": measure.resident_peak(run)}
     except Exception as error:
         return {"note": what_failed(error, plan.device)}
 
@@ -462,7 +479,7 @@ class Suite:
         self.common = measure.provenance(plan.device)
         self._rates = functools.cache(functools.partial(floor.measured_rates, plan.device))
         self._verdicts: dict[tuple, Verdict] = {}
-        self._trends: dict[tuple, list[tuple[int, float]]] = {}
+        self._trends: dict[tuple, dict[int, float]] = {}  # seconds by spots
 
     def run(self, cases: Iterable[Case], providers: dict[str, tuple[str, ...]]) -> None:
         """Cases of a kind in the order of their sizes; ``providers`` of each workload."""
@@ -502,7 +519,8 @@ class Suite:
             self._end(entrant.line)
 
     def _note_time(self, case: Case, name: str, milliseconds: float) -> None:
-        self._trends.setdefault(_kind(case, name), []).append((case.spots, milliseconds / 1e3))
+        trend = self._trends.setdefault(_kind(case, name), {})
+        trend[case.spots] = milliseconds / 1e3
 
     def _time_for_another(self, begun: float, turns: int) -> bool:
         """Whether one more turn of all fits, by the mean of those made since ``begun``."""
@@ -530,7 +548,8 @@ class Suite:
         entrant.line["note"] = job.why_not(case.spots, plan.memory_budget) or ""
         if entrant.line["note"]:
             return
-        call = expected_seconds(self._trends.get(_kind(case, entrant.name), []), case.spots) or 0.0
+        trend = sorted(self._trends.get(_kind(case, entrant.name), {}).items())
+        call = expected_seconds(trend, case.spots) or 0.0
         entrant.owed = call * (1 + job.warm_calls)
         seconds = entrant.owed + call * job.memory_calls
         if time.monotonic() + owed + seconds > plan.deadline:
@@ -558,7 +577,7 @@ class Suite:
 
     def _measure_peak(self, entrant: Entrant) -> None:
         """Before anything large is made here: what dies of it does so elsewhere."""
-        killed = {"note": f"out of memory: the system ended it, {self.plan.memory_budget:,} bytes were free"}
+        killed = {"note": f"out of memory: the system ended it, at a budget of {self.plan.memory_budget:,} bytes"}
         entrant.line |= measure.in_own_process(peak_of, self.plan, entrant.case, entrant.name) or killed
 
     def _tell(self, case: Case, name: str) -> None:

@@ -150,7 +150,7 @@ class PreparedSlide:
         with _evaluating(self.sampler.model):
             if trajectory:
                 return self._trajectory(self._source(x_0, seed))
-            rows = self._loop(self._source(x_0, seed))  # no name for the source, whose memory is free after a step
+            rows = self._loop(self._source(x_0, seed))
             return Sample(self.graph.to_spots(rows).cpu(), self.sampler.solver.nfe)
 
     def _trajectory(self, source: Tensor) -> Sample:

@@ -360,6 +360,16 @@ def test_what_lacked_the_time_is_measured_later_with_its_opponents(
     assert [line["note"] for line in lines_in(tmp_path)] == ["", suite.TIME_IS_UP, "", ""]
 
 
+def test_half_a_line_is_dropped_before_the_next_is_written(tmp_path: Path, small: None) -> None:
+    options = ("--workload", "denoise", "--providers", "reference", "--spots", "40")
+    run(tmp_path, *options)
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_text()
+    path.write_text(whole + whole[:50])
+    run(tmp_path, *options)
+    assert [line["spots"] for line in lines_in(tmp_path)] == [40, 40]
+
+
 def test_the_peak_of_a_sample_is_that_of_a_shorter_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     job = suite.job_of(small_plan(), CASE, "reference")
     calls: list[None] = []
@@ -368,7 +378,7 @@ def test_the_peak_of_a_sample_is_that_of_a_shorter_loop(monkeypatch: pytest.Monk
     denoise = Denoiser.denoise_at
     monkeypatch.setattr(Denoiser, "denoise_at", lambda *arguments: calls.append(None) or denoise(*arguments))
     job.call(0)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_expected_seconds() -> None:

@@ -35,6 +35,13 @@ def slide(n: int = 40, name: str = "a") -> Slide:
     return Slide(name, features, rng.uniform(size=(n, 2)) * 1000, np.arange(n).astype(str))
 
 
+def test_a_step_keeps_the_type_of_x_t_where_a_network_under_autocast_returns_another() -> None:
+    x_t, x_1 = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bfloat16)
+    stepped = CondOTPath.step(x_t, x_1, 0.0, 0.25)
+    assert stepped.dtype == torch.float32
+    assert torch.equal(stepped, torch.full((3, 2), 0.25))
+
+
 def test_a_step_stays_on_the_path() -> None:
     x_0, x_1 = torch.rand(2, 4, 3).double()
 
