@@ -255,6 +255,9 @@ class Recorded(Job):
     def why_not(self, spots: int, memory_budget: int) -> str | None:
         return None
 
+    def load(self, spots: int, layout: str) -> None:
+        pass
+
     def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
         pass
 
