@@ -55,7 +55,7 @@ CASES = {
     "64 wide": Attention(e=64, z=64, dh=32),
     "as hidden_dim 144": Attention(sizes=(11,), heads=1, e=72, z=72, dh=144, p_mlp=0.2),
     "as hidden_dim 512": Attention(sizes=(5,), k=3, heads=1, e=256, z=256, dh=32),
-    "messages as of hidden_dim 1024": Attention(sizes=(3,), k=2, heads=1, e=512, z=80, dh=256, p_attention=0.2),
+    "messages as of hidden_dim 2048": Attention(sizes=(3,), k=2, heads=1, e=1024, z=80, dh=256, p_attention=0.2),
     "odd widths": Attention(e=24, z=12, dh=5),
     "odd widths, other way round": Attention(e=12, z=24, dh=24),
     "5 wide": Attention(e=5, z=5, dh=12, heads=3),
@@ -522,10 +522,10 @@ REFUSALS = {
     "a short list of spots": ("arriving", lambda pair: (pair[0], pair[1][1:]), r"arriving_ptr: must have shape \[10\]"),
     "weights of too many columns": (
         "message_to_logit",
-        lambda weight: weight.repeat(33, 1),
-        r"message_to_logit: must have shape \[E, H \* P\] with E from 1 to 512",
+        lambda weight: weight.repeat(65, 1),
+        r"message_to_logit: must have shape \[E, H \* P\] with E from 1 to 1024",
     ),
-    "no columns": ("message_to_logit", lambda weight: weight[:0], r"message_to_logit: .* with E from 1 to 512"),
+    "no columns": ("message_to_logit", lambda weight: weight[:0], r"message_to_logit: .* with E from 1 to 1024"),
     "kept messages with dropout": (
         "settings",
         lambda settings: settings._replace(edges_are_messages=True, p_mlp=0.1),
