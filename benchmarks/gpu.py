@@ -225,9 +225,10 @@ def main() -> int:
     parser.add_argument("--skip-tests", action="store_true")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    if arguments.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the file of a kernel is loaded
-    elif not torch.cuda.is_available():
+    if arguments.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"  # as a new process: torch's compiler has loaded Triton already
+        os.execv(sys.executable, sys.orig_argv)
+    if not arguments.rehearse and not torch.cuda.is_available():
         print("benchmarks.gpu: there is no CUDA device; --rehearse runs the same path on the CPU", file=sys.stderr)
         return 2
     tests = "skipped" if arguments.rehearse or arguments.skip_tests else run_tests()
