@@ -162,7 +162,7 @@ def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
 
 def _place(line: dict[str, Any]) -> tuple:
     """The case of a line, and its provider."""
-    return (*(line[field] for field in Case._fields), line["provider"])
+    return (*Case.of(line), line["provider"])
 
 
 def _drop_what_was_cut_off(file: BinaryIO) -> None:

@@ -87,6 +87,11 @@ class Case(NamedTuple):
     genes: int
     dtype: str
 
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Case:
+        """That a line is of."""
+        return cls(*(line[field] for field in cls._fields))
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -490,8 +495,7 @@ class Suite:
         """Let figures of an earlier run tell how long larger ones take."""
         for line in sorted(lines, key=lambda line: line["spots"]):
             if line["median_ms"]:
-                case = Case(*(line[field] for field in Case._fields))
-                self._note_time(case, line["provider"], line["median_ms"])
+                self._note_time(Case.of(line), line["provider"], line["median_ms"])
 
     def run_case(self, case: Case, names: Iterable[str]) -> None:
         entrants: list[Entrant] = []
