@@ -33,7 +33,7 @@ from stflow_fast.graph import TIE_TOLERANCE
 from . import dropout, edge_attention, gated_mlp, neighbors
 from .conventions import Settings, Sizes, dropout_threshold
 from .edge_shape import WHOLE_SPOTS, EdgeShape, edge_shape, shared_bytes
-from .launch import INTERPRETED, SHARED_MEMORY, Launch, element_size, halves_of, launch_of
+from .launch import INTERPRETED, RESERVED, SHARED_MEMORY, Launch, element_size, halves_of, launch_of
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -129,7 +129,7 @@ def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
                 ):
                     continue
                 variant = _edge_variant(name, arch, precision, case, tile)
-                if variant.default or variant.estimate is None or variant.estimate + 1024 <= SHARED_MEMORY[arch]:
+                if variant.default or variant.estimate is None or variant.estimate + RESERVED <= SHARED_MEMORY[arch]:
                     yield variant
 
 
@@ -356,11 +356,11 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"needs {shared} bytes of shared memory; {estimate} were estimated")
     if estimate is not None and FROM_REGISTERS in row["instructions"]:
         found.append("wgmma reads a left side from registers")
-    if row["default"] and 2 * (shared + 1024) > most:
+    if row["default"] and 2 * (shared + RESERVED) > most:
         found.append(f"needs {shared} bytes of shared memory; two programs do not fit")
-    elif row["default"] and estimate is not None and estimate + 1024 > most:
+    elif row["default"] and estimate is not None and estimate + RESERVED > most:
         found.append(f"is refused, for {estimate} bytes of shared memory were estimated")
-    elif shared + 1024 > most:
+    elif shared + RESERVED > most:
         found.append(f"needs {shared} bytes of shared memory; there is no room for it")
     return found
 

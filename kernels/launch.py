@@ -35,7 +35,10 @@ WIDEST = 2**30
 
 
 SHARED_MEMORY = {arch: kib << 10 for arch, kib in ((80, 164), (86, 100), (89, 100), (90, 228), (100, 228), (120, 100))}
-"""Bytes of a multiprocessor by compute capability; a program reserves 1 KiB beside its own."""
+"""Bytes of a multiprocessor by compute capability."""
+
+RESERVED = 1024
+"""Bytes of shared memory that each program takes beside its own."""
 
 
 class Launch(NamedTuple):
