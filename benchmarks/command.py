@@ -21,8 +21,9 @@ from stflow_fast.progress import figures_bar
 from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
+from .jobs import PRECISION, Case, Plan, input_bytes, providers_of
 from .slides import LAYOUTS
-from .suite import LEFT_OUT, PRECISION, Case, Plan, Suite, input_bytes, providers_of
+from .suite import LEFT_OUT, Suite
 from .workload import parse_sizes
 
 WORKLOADS = ("sample", "train_step", "denoise", "graph")

@@ -33,9 +33,10 @@ from stflow_fast.errors import first_line
 from .command import appending
 from .gpu_measure import Figure, Scale, scale_of
 from .gpu_sections import Case, plan
+from .jobs import GRAPHS, Plan
+from .jobs import Case as SuiteCase
 from .measure import commit, file_name, free_memory
-from .suite import GRAPHS, Plan, Suite
-from .suite import Case as SuiteCase
+from .suite import Suite
 from .summarize import table
 
 TESTS = ("tests/test_kernel_gpu.py", "tests/test_kernel_neighbors.py", "tests/test_flow.py")

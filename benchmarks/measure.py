@@ -105,8 +105,33 @@ def peak(function: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_peak(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that the device itself says is in use, by anybody, during a call; None without pynvml."""
+@contextlib.contextmanager
+def device_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields what tells afterwards the most memory that the device itself said was in use meanwhile, by anybody; None
+    where it does not answer. It is asked every millisecond."""
+    used = _memory_in_use(device)
+    if used is None:
+        yield lambda: None
+        return
+    seen, done = [used()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(used())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: max(seen)
+    finally:
+        done.set()
+        watcher.join()
+        seen.append(used())
+
+
+def _memory_in_use(device: torch.device) -> Callable[[], int] | None:
+    """What asks the driver for the bytes; None where it does not answer, or pynvml is not installed, as where the
+    package came without its dependencies (``make gpu``)."""
     try:
         import pynvml
     except ImportError:
@@ -114,22 +139,10 @@ def device_peak(function: Callable[[], Any], device: torch.device) -> int | None
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        seen, done = [pynvml.nvmlDeviceGetMemoryInfo(handle).used], threading.Event()
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError:
         return None
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            seen.append(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        clocked(function, device)
-    finally:
-        done.set()
-        watcher.join()
-    return max(*seen, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
 
 
 def out_of_memory(function: Callable[[], Any]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import measure, suite
+from . import jobs, measure, suite
 from .command import CPU_GRAPHS, CPU_PROVIDERS
 from .workload import N_GENES, ROUNDS, SPOTS
 
@@ -27,12 +27,12 @@ RUNS = [
 @pytest.mark.parametrize(("workload", "name", "spots"), RUNS)
 def test_provider(benchmark: BenchmarkFixture, workload: str, name: str, spots: int) -> None:
     device = torch.device("cpu")
-    plan = suite.Plan(device, int(0.9 * measure.free_memory(device)), ROUNDS)
-    case = suite.Case(workload, "visium", spots, 8, N_GENES, "float32")
-    job = suite.job_of(plan, case, name)
+    plan = jobs.Plan(device, int(0.9 * measure.free_memory(device)), ROUNDS)
+    case = jobs.Case(workload, "visium", spots, 8, N_GENES, "float32")
+    job = jobs.job_of(plan, case, name)
     if lacks := job.why_not(spots, plan.memory_budget):
         pytest.skip(lacks)
-    assert suite.check(plan, case, name).check != "red"
+    assert jobs.check(plan, case, name).check != "red"
     peak = measure.in_own_process(suite.peak_of, plan, case, name)
     benchmark.extra_info.update(spots=spots, provider=name, peak_bytes=peak and peak.get("peak_bytes"))
     job.prepare(spots, case.layout)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stflow_fast.benchmarks import floor
 from stflow_fast.benchmarks.floor import Rates, Work
-from stflow_fast.benchmarks.suite import Case, Plan, job_of
+from stflow_fast.benchmarks.jobs import Case, Plan, job_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from stflow_fast import DenoiserConfig

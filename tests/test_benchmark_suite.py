@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from stflow_fast.benchmarks import command, measure, report, suite
+from stflow_fast.benchmarks import command, jobs, measure, report, suite
+from stflow_fast.benchmarks.jobs import Case, Job, Plan
 from stflow_fast.benchmarks.providers import PROVIDERS, EagerSTFlow
-from stflow_fast.benchmarks.suite import LINE, Case, Job, Plan, Suite
+from stflow_fast.benchmarks.suite import LINE, Suite
 from typer.testing import CliRunner
 
 from stflow_fast import Denoiser, DenoiserConfig, cli
@@ -150,14 +154,14 @@ def test_what_is_wrong_gets_no_time(
 
 
 def test_a_wrong_neighbour_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = suite.GRAPHS["dense_cdist"]
+    right = jobs.GRAPHS["dense_cdist"]
 
     def one_wrong(*arguments: Any) -> torch.Tensor:
         table = right(*arguments).clone()
         table[7, 2] = table[7, 3]
         return table
 
-    monkeypatch.setitem(suite.GRAPHS, "dense_cdist", one_wrong)
+    monkeypatch.setitem(jobs.GRAPHS, "dense_cdist", one_wrong)
     monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
     wrong, good = lines_of(small_plan(), [CASE._replace(workload="graph")], ("dense_cdist", "scipy_kdtree"))
     assert (wrong["check"], wrong["relative_error"], wrong["median_ms"]) == ("red", 1.0, None)
@@ -247,7 +251,7 @@ def test_a_process_that_died_has_no_answer() -> None:
 
 
 class Recorded(Job):
-    dtype, judged = "float32", False
+    arithmetic, judged = "float32", False
 
     def __init__(self, name: str, said: list[Any], fails: Exception | None = None) -> None:
         self.name, self.said, self.fails = name, said, fails
@@ -272,13 +276,14 @@ class Recorded(Job):
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    def jobs(**fails: Exception) -> list[Any]:
+    def record(**fails: Exception) -> list[Any]:
         said: list[Any] = []
-        monkeypatch.setattr(suite, "job_of", lambda plan, case, name: Recorded(name, said, fails.get(name)))
+        for module in (jobs, suite):
+            monkeypatch.setattr(module, "job_of", lambda plan, case, name: Recorded(name, said, fails.get(name)))
         monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
         return said
 
-    return jobs
+    return record
 
 
 def test_providers_take_turns(recorded: Callable[..., list[Any]]) -> None:
@@ -374,9 +379,9 @@ def test_half_a_line_is_dropped_before_the_next_is_written(tmp_path: Path, small
 
 
 def test_the_peak_of_a_sample_is_that_of_a_shorter_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = suite.job_of(small_plan(), CASE, "reference")
+    job = jobs.job_of(small_plan(), CASE, "reference")
     calls: list[None] = []
-    job.sample_steps = suite.STEADY_STEPS
+    job.sample_steps = jobs.STEADY_STEPS
     job.prepare(40, "visium")
     denoise = Denoiser.denoise_at
     monkeypatch.setattr(Denoiser, "denoise_at", lambda *arguments: calls.append(None) or denoise(*arguments))
@@ -390,6 +395,73 @@ def test_expected_seconds() -> None:
     assert suite.expected_seconds([(1, 9.0), (10, 1.0), (100, 100.0)], 1000) == pytest.approx(10_000)
 
 
+class Driver:
+    """Of a device whose memory in use is what a test says."""
+
+    used = 5
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pynvml = pytest.importorskip("pynvml")
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", self._answer)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-ab"))
+
+    def _answer(self, handle: str) -> SimpleNamespace:
+        assert handle == "GPU-12-ab"
+        return SimpleNamespace(used=self.used)
+
+
+def test_the_memory_that_the_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, device = Driver(monkeypatch), torch.device("cuda")
+    with measure.device_memory(device) as most:
+        driver.used = 9
+        time.sleep(0.05)
+        driver.used = 7
+    assert most() == 9
+    with measure.device_memory(device) as most:
+        driver.used = 11  # may be over before it is asked again, but for the last time
+    assert most() == 11
+
+
+def test_a_device_that_does_not_answer_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    pynvml = sys.modules["pynvml"]
+
+    def silent(handle: str) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", silent)
+    with measure.device_memory(torch.device("cuda")) as most:
+        driver.used = 9
+    assert most() is None
+
+
+def test_on_a_gpu_memory_is_that_of_making_and_of_two_calls(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = recorded()
+    Driver(monkeypatch)
+    monkeypatch.setattr(measure, "clocked", lambda function, device: (function(), 1.0))
+    monkeypatch.setattr(measure, "flush_l2", lambda device: said.append("flush"))
+    monkeypatch.setattr(measure, "event_ms", lambda function: (function(), 2.0)[1])
+    monkeypatch.setattr(measure, "peak", lambda function, device: (function(), len(said))[1])
+    monkeypatch.setattr(measure, "device_name", lambda device: "a GPU")
+    for name in ("empty_cache", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 8)
+    plan = dataclasses.replace(small_plan(rounds=2), device=torch.device("cuda"))
+    (line,) = lines_of(plan, [CASE], ("a",))
+    assert said == [("a", 0), ("a", 0), "flush", ("a", 0), ("a", 0), "flush", ("a", 1), ("a", 1)]
+    assert (line["note"], line["peak_bytes"], line["reserved_bytes"], line["device_bytes"]) == ("", 2, 8, 5)
+    assert (line["median_ms"], line["cold_l2_ms"]) == (2.0, 2.0)
+
+
+def test_what_does_not_run_in_a_dtype_is_measured_beside_it_and_says_its_own() -> None:
+    case = CASE._replace(dtype="bf16")
+    published, ours = (jobs.job_of(small_plan(), case, name) for name in ("eager_stflow", "reference"))
+    assert (published.arithmetic, ours.arithmetic) == ("float32", "bf16")
+
+
 def test_after_the_deadline_nothing_runs(recorded: Callable[..., list[Any]]) -> None:
     said = recorded()
     (line,) = lines_of(small_plan(deadline=-math.inf), [CASE], ("a",))
@@ -399,17 +471,17 @@ def test_after_the_deadline_nothing_runs(recorded: Callable[..., list[Any]]) -> 
 
 @pytest.mark.parametrize("workload", ["sample", "train_step", "graph"])
 def test_inputs_rotate_and_are_not_zero(workload: str) -> None:
-    job = suite.job_of(
+    job = jobs.job_of(
         small_plan(),
         CASE._replace(workload=workload, layout="uniform"),
         "reference" if workload != "graph" else "scipy_kdtree",
     )
     job.prepare(40, "uniform")
-    assert len(job.sets) == suite.INPUT_SETS
+    assert len(job.sets) == jobs.INPUT_SETS
     assert all((values != 0).all() for values in job.sets)
     assert not any(torch.equal(job.sets[0], other) for other in job.sets[1:])
     if workload == "sample":
-        drawn = [job.call(turn) for turn in range(suite.INPUT_SETS + 1)]
+        drawn = [job.call(turn) for turn in range(jobs.INPUT_SETS + 1)]
         assert torch.equal(drawn[0], drawn[-1])
         assert not torch.equal(drawn[0], drawn[1])
 

@@ -1,0 +1,344 @@
+"""What is measured: a provider in a workload, behind one call that is timed and a check that comes before.
+
+All calls of a sample do the same work on the same sizes. On the CPU, where they take seconds, a sample is therefore
+warmed up by one of its four calls, and its peak of memory is that of a loop of two: the first call from which
+something is kept, and one that has it beside it. What is timed is whole samples.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stflow_fast import DenoiserConfig, SpotGraph, ops
+from stflow_fast.ops.backend import Workload as Wanted
+from stflow_fast.ops.backend import use_backend, why_not_triton
+
+from . import measure
+from .baselines.eager_stflow import dense_neighbors
+from .providers import PROVIDERS
+from .slides import LAYOUTS, BenchmarkSlide, benchmark_slide
+from .workload import FEATURE_DIM, SAMPLE_STEPS
+
+NETWORK = DenoiserConfig(n_genes=1, feature_dim=FEATURE_DIM)
+"""The default one; a case has genes and neighbours of its own."""
+
+CHECK_SPOTS = 600
+"""More than one block of what is compiled."""
+
+CHECK_SEED = 101
+INPUT_SETS = 3
+STEADY_STEPS = 4
+"""Times of the loop that holds as much memory as a whole sample: from the second step on there are the source, x_t, a
+prediction, and the next x_t."""
+
+TIME = 0.3
+"""Of one denoiser call and of a training step."""
+
+PRECISION = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"}
+WITHOUT_AUTOCAST = ("eager_stflow",)
+"""The published code does not run under it."""
+
+GRAPH_TOLERANCE = 1e-6
+"""Of the geometry; one wrong neighbour is an error of 1."""
+
+
+class Case(NamedTuple):
+    """One workload at one size."""
+
+    workload: str
+    layout: str
+    spots: int
+    k: int
+    genes: int
+    dtype: str
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Case:
+        """That a line is of."""
+        return cls(*(line[field] for field in cls._fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a suite is run.
+
+    Attributes:
+        memory_budget: bytes that one provider may take.
+        rounds: calls of each provider that are timed, at most.
+        seconds: a figure that would take longer is left out, by the trend of the smaller sizes; and as long may the
+            turns of a case take together, after the first, which is always made.
+        network: the denoiser but for its genes and neighbours, which are a case's.
+        deadline: of ``time.monotonic``; what would end behind it is left out.
+    """
+
+    device: torch.device
+    memory_budget: int
+    rounds: int = 5
+    seconds: float = 30.0
+    network: DenoiserConfig = NETWORK
+    check_spots: int = CHECK_SPOTS
+    deadline: float = math.inf
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+
+    def config(self, case: Case) -> DenoiserConfig:
+        return dataclasses.replace(self.network, n_genes=case.genes, n_neighbors=case.k)
+
+
+class Job(abc.ABC):
+    """One provider of one case: what is made once per slide, what is timed, and what judges it."""
+
+    arithmetic: str
+    """Of :data:`PRECISION`: a case's dtype, but for what does not run in it."""
+
+    prepare_s: float | None = None
+    judged = True
+    """Whether a reference computes the same."""
+
+    memory_calls, warm_calls = 1.0, 1.0
+    """What measuring memory and warming up take, in timed calls."""
+
+    sample_steps = SAMPLE_STEPS
+    """Of samples prepared from now on."""
+
+    @abc.abstractmethod
+    def why_not(self, spots: int, memory_budget: int) -> str | None:
+        """One line that says why it cannot run there, or None."""
+
+    @abc.abstractmethod
+    def load(self, spots: int, layout: str) -> None:
+        """Have the inputs in memory, for :meth:`prepare` to find."""
+
+    @abc.abstractmethod
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        """Make the sets of inputs, and what is made once per slide: :attr:`prepare_s`."""
+
+    @abc.abstractmethod
+    def call(self, turn: int) -> Any:
+        """What is timed, on one of the sets of inputs."""
+
+    def warm_up(self) -> None:
+        """Once before anything is timed."""
+        self.call(0)
+
+    @abc.abstractmethod
+    def result(self) -> Tensor:
+        """What the check compares, once prepared."""
+
+
+class NetworkJob(Job):
+    """A provider of :data:`PROVIDERS` in one of the workloads denoise, sample and train_step."""
+
+    def __init__(self, plan: Plan, case: Case, name: str, dtype: torch.dtype = torch.float32) -> None:
+        self.provider = PROVIDERS[name](plan.config(case)).to(plan.device, dtype)
+        self.judged = self.provider.same_function
+        self.device, self.workload = plan.device, case.workload
+        self.genes, self.feature_dim = case.genes, plan.network.feature_dim
+        plain = "tf32" if plan.device.type == "cuda" else "float32"
+        self.arithmetic = plain if case.dtype == "bf16" and name in WITHOUT_AUTOCAST else case.dtype
+        self._step = None
+        # On a GPU, the first sample captures what the others replay.
+        self._warmed_by_one = case.workload == "sample" and plan.device.type == "cpu"
+        if self._warmed_by_one:
+            calls = SAMPLE_STEPS - 1
+            self.memory_calls, self.warm_calls = (STEADY_STEPS - 1) / calls, 1 / calls
+
+    def why_not(self, spots: int, memory_budget: int) -> str | None:
+        lacks = self.provider.why_not(self.device, spots, memory_budget)
+        if self.workload == "train_step":
+            lacks = lacks or self.provider.why_not_training(self.device)
+        if self.workload == "denoise":
+            lacks = lacks or self.provider.why_not_one_call()
+        return lacks
+
+    def load(self, spots: int, layout: str) -> None:
+        slide_of(layout, spots, 0, self.genes, self.feature_dim)
+        noises(spots, self.genes, 0)
+
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        slide = slide_of(layout, spots, seed, self.genes, self.feature_dim)
+        dtype = self.provider.weight.dtype
+        self.sets = [noise.to(self.device, dtype) for noise in noises(spots, self.genes, seed)]
+        if self.workload == "train_step":
+            slide = slide.to(self.device)
+            self.target = slide.x_1.to(dtype)
+        self.provider.sample_steps = self.sample_steps
+        with self._precision():
+            _, self.prepare_s = measure.clocked(lambda: self.provider.prepare(slide), self.device)
+
+    def call(self, turn: int) -> Any:
+        x = self.sets[turn % len(self.sets)]
+        with self._precision():
+            if self.workload == "denoise":
+                return self.provider.denoise(x, TIME)
+            if self.workload == "sample":
+                return self.provider.sample(x)
+            if self._step is None:
+                self._step = measure.adam_step(self.provider.model, lambda: self._loss(self._x_t))
+            self._x_t = x
+            return self._step()
+
+    def warm_up(self) -> None:
+        if not self._warmed_by_one:
+            return super().warm_up()
+        with self._precision():
+            self.provider.denoise(self.sets[0], TIME)
+
+    def result(self) -> Tensor:
+        if self.workload == "train_step":
+            with self._precision():
+                return measure.gradients(self.provider.model, lambda: self._loss(self.sets[0]))
+        if self.workload == "sample" and self.device.type == "cuda":
+            for turn in range(2):  # before a CUDA graph is replayed, which is what is timed
+                self.call(turn)
+        return self.call(0)
+
+    def _loss(self, x: Tensor) -> Tensor:
+        return self.provider.loss(x, self.target, TIME)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        precision = PRECISION[self.arithmetic]
+        with measure.matrix_products(precision), measure.autocast(precision, self.device):
+            yield
+
+
+def _by_tree(coords: Tensor, k: int, device: torch.device) -> SpotGraph:
+    return SpotGraph.build(coords, k).to(device)
+
+
+def _by_kernel(coords: Tensor, k: int, device: torch.device) -> SpotGraph:
+    with use_backend("triton"):
+        return ops.build_graph(coords, k, None, torch.float32, device)
+
+
+def _by_distances(coords: Tensor, k: int, device: torch.device) -> Tensor:
+    """[N, k] as the published code finds them, in float32."""
+    return dense_neighbors(coords.to(device, torch.float32), torch.zeros(len(coords), device=device), k)
+
+
+GRAPHS: dict[str, Callable[[Tensor, int, torch.device], SpotGraph | Tensor]] = {
+    "scipy_kdtree": _by_tree,
+    "triton": _by_kernel,
+    "dense_cdist": _by_distances,
+}
+
+
+class GraphJob(Job):
+    """One of :data:`GRAPHS`, from coordinates on the host to the table of neighbours on the device."""
+
+    def __init__(self, plan: Plan, case: Case, name: str) -> None:
+        self.device, self.name, self.k, self.arithmetic = plan.device, name, case.k, case.dtype
+
+    def why_not(self, spots: int, memory_budget: int) -> str | None:
+        if self.name == "triton":
+            return why_not_triton(Wanted(self.device, k=self.k), interpreted=True)
+        if self.name == "scipy_kdtree":
+            return None
+        if spots <= self.k:
+            return f"it wants more than {self.k} spots"
+        needed = 9 * spots * spots  # the distances, a masked copy and its mask, as in EagerSTFlow
+        if needed <= memory_budget:
+            return None
+        return f"it needs {needed / 2**30:.1f} GiB, over the budget of {memory_budget / 2**30:.1f} GiB"
+
+    def load(self, spots: int, layout: str) -> None:
+        """Nothing: coordinates are made in a moment, with what is prepared."""
+
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        # The regular lattice is the same in every set, elsewhere in memory.
+        self.sets = [coordinates(layout, spots, seed + i) for i in range(INPUT_SETS)]
+
+    def call(self, turn: int) -> SpotGraph | Tensor:
+        return GRAPHS[self.name](self.sets[turn % len(self.sets)], self.k, self.device)
+
+    def result(self) -> Tensor:
+        """[1], its error: neighbours that differ from the nearest by float64 distances, and the geometry's error."""
+        coords, found = self.sets[0], self.call(0)
+        expected = torch.cdist(coords, coords, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+        expected = expected.sort(dim=1, stable=True).indices[:, : self.k]
+        error = 0.0
+        if isinstance(found, SpotGraph):
+            exact = SpotGraph.build(coords, self.k, dtype=torch.float64)
+            error = measure.relative_error(found.geometry, exact.geometry)
+            found = found.to_spots(found.order[found.neighbors])
+        return torch.tensor([int((found.cpu() != expected).sum()) + error])
+
+
+def providers_of(workload: str) -> tuple[str, ...]:
+    return tuple(GRAPHS if workload == "graph" else PROVIDERS)
+
+
+def job_of(plan: Plan, case: Case, name: str) -> Job:
+    return GraphJob(plan, case, name) if case.workload == "graph" else NetworkJob(plan, case, name)
+
+
+@functools.lru_cache(maxsize=1)
+def slide_of(layout: str, spots: int, seed: int, genes: int, feature_dim: int) -> BenchmarkSlide:
+    """The providers of a case read the same one."""
+    return benchmark_slide(layout, spots, seed, genes, feature_dim)
+
+
+@functools.lru_cache(maxsize=1)
+def noises(spots: int, genes: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return [torch.rand(spots, genes, generator=generator) for _ in range(INPUT_SETS)]
+
+
+def coordinates(layout: str, spots: int, seed: int) -> Tensor:
+    """[N, 2] as :func:`benchmark_slide` makes them, without the rest of a slide."""
+    return LAYOUTS[layout](spots, torch.Generator().manual_seed(seed)).float().double()
+
+
+def input_bytes(case: Case, feature_dim: int = FEATURE_DIM) -> int:
+    """What a case holds of inputs alone."""
+    if case.workload == "graph":
+        return INPUT_SETS * 16 * case.spots
+    return case.spots * (16 + 4 * feature_dim + 4 * (2 + INPUT_SETS) * case.genes)
+
+
+class Verdict(NamedTuple):
+    check: str
+    relative_error: float | None
+    tolerance: float | None
+    seconds: float  # of the first preparation and call
+
+
+def check(plan: Plan, case: Case, name: str) -> Verdict:
+    """A provider's result on a small slide without ties, against the float64 reference. Red without a number is NaN."""
+    layout = "visium_jittered" if case.layout == "visium" else case.layout
+    job = job_of(plan, case, name)
+    if not job.judged:
+        return Verdict("not compared", None, None, 0.0)
+
+    def first_result() -> Tensor:
+        job.prepare(plan.check_spots, layout, CHECK_SEED)
+        return job.result()
+
+    found, seconds = measure.clocked(first_result, plan.device)
+    if case.workload == "graph":
+        error, tolerance = found.item(), GRAPH_TOLERANCE
+    else:
+        tolerance = measure.NETWORK_TOLERANCE[PRECISION[job.arithmetic]]
+        exact = dataclasses.replace(plan, device=torch.device("cpu"))
+        expected = expected_result(exact, case._replace(layout=layout, spots=plan.check_spots, dtype="float32"))
+        error = measure.relative_error(found, expected)
+    return Verdict(
+        "green" if error <= tolerance else "red", error if math.isfinite(error) else None, tolerance, seconds
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def expected_result(plan: Plan, case: Case) -> Tensor:
+    """By the float64 reference; the providers of a workload are held to the same one."""
+    job = NetworkJob(plan, case, "reference", torch.float64)
+    job.prepare(case.spots, case.layout, CHECK_SEED)
+    return job.result()
