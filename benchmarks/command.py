@@ -22,8 +22,11 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .jobs import PRECISION, Case, Plan, input_bytes, providers_of
+from .lines import load, read
+from .pictures import write_pictures
 from .slides import LAYOUTS
 from .suite import LEFT_OUT, Suite
+from .terminal import terminal_table
 from .workload import parse_sizes
 
 WORKLOADS = ("sample", "train_step", "denoise", "graph")
@@ -154,7 +157,7 @@ def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
         return {}
     return {
         _place(line): line
-        for line in report.read(path)
+        for line in read(path)
         if (line["commit"], line["threads"]) == (commit, plan.threads)
         and not line["note"].startswith(LEFT_OUT)
         and line["check"] != "red"
@@ -194,15 +197,15 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 def show(lines: list[dict[str, Any]], folder: Path) -> None:
     """A table of the lines, and pictures of them in the folder."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(report.terminal_table(lines))
-    for written in report.write_pictures(lines, folder):
+    console.print(terminal_table(lines))
+    for written in write_pictures(lines, folder):
         console.print(f"wrote {written}", markup=False, soft_wrap=True)
 
 
 def redraw(folder: Path, readme: Path = Path("README.md")) -> None:
     """Show what was measured before; where the results lie beside or below a README with a section for them, write
     that anew."""
-    show(report.load(folder), folder)
+    show(load(folder), folder)
     has_section = readme.is_file() and report.BEGIN in readme.read_text()
     if has_section and folder.resolve().is_relative_to(readme.parent.resolve()):
         report.redraw(folder, readme)

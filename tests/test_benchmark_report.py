@@ -11,7 +11,11 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.lines import chosen, load, slopes
+from benchmarks.looks import LOOKS, look_of
+from benchmarks.pictures import CROSS, floor_figure, scaling_figure, write_pictures
 from benchmarks.providers import PROVIDERS
+from benchmarks.terminal import terminal_table
 from stflow_fast.errors import InputError
 
 SPOTS = (1_000, 10_000, 30_000, 100_000)
@@ -21,8 +25,8 @@ README = "# Title\r\n\nabove  \n<!-- benchmarks:begin -->\nold 12 ms\n<!-- bench
 def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 100.0, **changed) -> dict:
     return {
         **{"workload": "sample", "provider": provider, "layout": "visium_jittered", "spots": spots, "k": 8},
-        **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": 1.0},
-        **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "first_call_s": 0.1},
+        **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": ms and 1.0},
+        **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "first_call_s": ms and 0.1},
         **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
         **{"spots_per_s": ms and 1e3 * spots / ms, "of_floor": None, "relative_error": 1e-7, "tolerance": 1e-5},
         **{"check": "green" if ms else "not compared", "note": "", "device": "Some CPU, 2 cores", "load": 0.25},
@@ -73,7 +77,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_known_slopes_are_recovered():
     lines = [line(spots=spots, ms=0.02 * spots, peak_bytes=spots**2) for spots in SPOTS]
-    found = {(slope["quantity"], slope["over"]): slope for slope in report.slopes(lines)}
+    found = {(slope["quantity"], slope["over"]): slope for slope in slopes(lines)}
     assert found["time", "all sizes"]["exponent"] == pytest.approx(1.0)
     assert found["memory", "all sizes"]["exponent"] == pytest.approx(2.0)
     assert [found["time", "all sizes"][key] for key in ("points", "least", "most")] == [4, 1_000, 100_000]
@@ -82,29 +86,29 @@ def test_known_slopes_are_recovered():
 
 def test_a_fixed_cost_bends_the_slope_of_all_sizes_alone():
     lines = [line(spots=spots, ms=500 * (spots < 10_000) + 0.02 * spots) for spots in SPOTS]
-    over = {slope["over"]: slope["exponent"] for slope in report.slopes(lines) if slope["quantity"] == "time"}
+    over = {slope["over"]: slope["exponent"] for slope in slopes(lines) if slope["quantity"] == "time"}
     assert over["from 10,000 spots on"] == pytest.approx(1.0)
     assert over["all sizes"] < 0.8
 
 
 def test_two_sizes_have_no_slope_and_neither_do_sizes_of_different_settings():
-    assert report.slopes([line(spots=spots) for spots in SPOTS[:2]]) == []
-    assert report.slopes([line(spots=spots, k=k) for spots, k in zip(SPOTS, (4, 8, 16, 32), strict=True)]) == []
+    assert slopes([line(spots=spots) for spots in SPOTS[:2]]) == []
+    assert slopes([line(spots=spots, k=k) for spots, k in zip(SPOTS, (4, 8, 16, 32), strict=True)]) == []
 
 
 def test_the_newest_line_of_a_figure_counts_wherever_it_stands(tmp_path):
     dates = [f"2026-11-2{day}T04:00:00+00:00" for day in (3, 5, 4)]
     for name, date, ms in zip("abc", dates, (1.0, 2.0, 3.0), strict=True):
         write(tmp_path / f"{name}.jsonl", [line(ms=ms, date=date)])
-    assert [entry["median_ms"] for entry in report.load(tmp_path)] == [2.0]
+    assert [entry["median_ms"] for entry in load(tmp_path)] == [2.0]
     write(tmp_path / "d.jsonl", [line(ms=4.0, k=16)])
-    assert len(report.load(tmp_path)) == 2
+    assert len(load(tmp_path)) == 2
 
 
 def test_files_of_something_else_are_left_out(results):
-    assert len(report.load(results)) == len(some_lines())
+    assert len(load(results)) == len(some_lines())
     with pytest.raises(InputError, match=r"aot\.jsonl: holds no results of the benchmark suite"):
-        report.load(results / "aot.jsonl")
+        load(results / "aot.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -115,25 +119,30 @@ def test_files_of_something_else_are_left_out(results):
         (json.dumps({**line(), "median_ms": "fast"}), "median_ms must be a number or null"),
         (json.dumps({**line(), "workload": "dream"}), "workload must be one of sample, "),
         (json.dumps({key: value for key, value in line().items() if key != "check"}), "has no check"),
+        (
+            json.dumps({key: value for key, value in line().items() if key not in ("prepare_ms", "first_call_s")}),
+            "has no prepare_ms, first_call_s",
+        ),
+        (json.dumps({**line(), "first_call_s": "long"}), "first_call_s must be a number or null"),
     ],
 )
 def test_a_broken_line_is_refused_by_file_and_line(tmp_path, broken, said):
     path = tmp_path / "cpu.jsonl"
     path.write_text("\n".join([json.dumps(line()), "", broken, json.dumps(line())]) + "\n")
     with pytest.raises(InputError, match=rf"cpu\.jsonl, line 3: {said}") as caught:
-        report.load(path)
+        load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_last_line_that_was_cut_off_is_left_out_and_said(tmp_path, capsys):
     path = tmp_path / "cpu.jsonl"
     path.write_text(json.dumps(line()) + "\n" + json.dumps(line(spots=30_000))[:-40])
-    assert [entry["spots"] for entry in report.load(path)] == [10_000]
+    assert [entry["spots"] for entry in load(path)] == [10_000]
     assert "line 2" in capsys.readouterr().err
 
 
 def test_the_table_says_what_each_costs_and_why_the_others_did_not_run():
-    text = shown(report.terminal_table([*some_lines(), line("message_passing", 10_000, None, check="red")]))
+    text = shown(terminal_table([*some_lines(), line("message_passing", 10_000, None, check="red")]))
 
     def row(provider: str, spots: str) -> str:
         words = (line.replace("†", "").split() for line in text.splitlines())
@@ -147,28 +156,40 @@ def test_the_table_says_what_each_costs_and_why_the_others_did_not_run():
     assert "needs 64.7 GB" in row("eager_stflow", "100,000")
     assert "dense_attention †" in text
     assert "needs 64.7 GB" in row("dense_attention", "1,000")
-    assert "there is no CUDA device" in row("triton", "10,000")
+    assert "not run" in row("triton", "10,000")
+    assert "sample, triton (visium_jittered, 8, 50, float32), 10,000 spots: there is no CUDA device" in text
     assert "red check" in row("message_passing", "10,000")
     assert "sample, reference (visium_jittered, 8, 50, float32): time N^1.00 (10,000 to 100,000)" in text
 
 
+def test_the_table_tells_what_comes_before_the_times_within_120_columns():
+    tf32 = {"dtype": "tf32", "check": "not compared", "prepare_ms": 34.5, "first_call_s": 6.78}
+    gpu = line("triton_kept_edges", 1_000_000, 1234.5, workload="train_step", **tf32)
+    text = shown(terminal_table([gpu, line(prepare_ms=None, first_call_s=None)]), width=120)
+    rows = [" ".join(found.split()) for found in text.splitlines()]
+    assert "spots/s prepared first call peak" in next(row for row in rows if row.startswith("workload"))
+    assert "810,045 34.5 ms 6.78 s 1.00 GB" in next(row for row in rows if row.startswith("train_step"))
+    assert "100,000 10.0 MB" in next(row for row in rows if row.startswith("sample"))  # blank where it is not known
+    assert "…" not in text
+
+
 def test_one_call_has_no_spread():
-    assert "100 ms (one call)" in shown(report.terminal_table([line(rounds=1)]))
+    assert "100 ms (one call)" in shown(terminal_table([line(rounds=1)]))
 
 
 def test_no_ratio_to_another_run():
     lines = [line("eager_stflow"), line("reference", commit="another")]
-    assert "1.00x" in shown(report.terminal_table([line("eager_stflow"), line("reference")]))
-    assert shown(report.terminal_table(lines)).count("x ") == 1  # the published code's own
+    assert "1.00x" in shown(terminal_table([line("eager_stflow"), line("reference")]))
+    assert shown(terminal_table(lines)).count("x ") == 1  # the published code's own
 
 
 def test_a_cross_marks_where_memory_ended_and_the_legend_names_it():
-    (axes,) = report.scaling_figure(some_lines(), "time").axes
-    crosses = [drawn for drawn in axes.lines if drawn.get_gid() == report.CROSS]
+    (axes,) = scaling_figure(some_lines(), "time").axes
+    crosses = [drawn for drawn in axes.lines if drawn.get_gid() == CROSS]
     assert {drawn.get_color() for drawn in crosses} == {
-        report.look_of(name).color for name in ("eager_stflow", "dense_attention")
+        look_of(name).color for name in ("eager_stflow", "dense_attention")
     }
-    at_end = next(drawn for drawn in crosses if drawn.get_color() == report.look_of("eager_stflow").color)
+    at_end = next(drawn for drawn in crosses if drawn.get_color() == look_of("eager_stflow").color)
     assert (at_end.get_xdata()[0], at_end.get_ydata()[0]) == (30_000, pytest.approx(900))
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert any("published algorithm" in text and "100,000: needs 64.7 GB" in text for text in labels)
@@ -177,14 +198,14 @@ def test_a_cross_marks_where_memory_ended_and_the_legend_names_it():
 
 
 def test_every_provider_has_a_look_of_its_own():
-    assert set(PROVIDERS) <= set(report.LOOKS)
-    assert len({(look.color, look.marker) for look in report.LOOKS.values()}) == len(report.LOOKS)
-    assert len({look.name for look in report.LOOKS.values()}) == len(report.LOOKS)
+    assert set(PROVIDERS) <= set(LOOKS)
+    assert len({(look.color, look.marker) for look in LOOKS.values()}) == len(LOOKS)
+    assert len({look.name for look in LOOKS.values()}) == len(LOOKS)
 
 
 def test_pictures_per_device_and_floors_where_they_are_known(tmp_path):
     gpu = [line("triton", spots, 0.001 * spots, device="A GPU", **share(0.5)) for spots in SPOTS]
-    written = report.write_pictures([*some_lines(), *gpu], tmp_path)
+    written = write_pictures([*some_lines(), *gpu], tmp_path)
     names = [path.name for path in written]
     assert names == [
         *("some-cpu-2-cores-time.png", "some-cpu-2-cores-memory.png"),
@@ -195,39 +216,39 @@ def test_pictures_per_device_and_floors_where_they_are_known(tmp_path):
         assert image.shape[1] <= 1500
         # Nothing runs over the edge.
         assert min(edge.min() for edge in (image[0], image[-1], image[:, 0], image[:, -1])) > 0.9
-    axes = report.floor_figure(gpu).axes[0]
+    axes = floor_figure(gpu).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [50.0]
 
 
 def test_shares_of_the_floor_are_compared_at_the_largest_common_size():
     ours = [line("reference", spots, **share(0.5 if spots == 30_000 else 0.4)) for spots in SPOTS]
     eager = [line("eager_stflow", spots, **share(0.1)) for spots in SPOTS[:3]]
-    (axes,) = (figure := report.floor_figure([*ours, *eager])).axes
+    (axes,) = (figure := floor_figure([*ours, *eager])).axes
     assert [bar.get_width() for bar in axes.patches] == [pytest.approx(10), pytest.approx(50)]
     assert all("30,000" in label.get_text() for label in axes.get_yticklabels())
     assert "at 200 GFLOP/s" in figure.get_suptitle()
-    slower = report.floor_figure([*ours, *[{**entry, "peak_flops_per_s": 1e11} for entry in eager]])
+    slower = floor_figure([*ours, *[{**entry, "peak_flops_per_s": 1e11} for entry in eager]])
     assert "at 100 to 200 GFLOP/s" in slower.get_suptitle().replace("\n", " ")
 
 
 def test_a_share_of_the_floor_without_its_rates_is_refused(tmp_path):
     path = write(tmp_path / "cpu.jsonl", [line(of_floor=0.5)])
     with pytest.raises(InputError, match=r"of_floor needs peak_flops_per_s and peak_copy_bytes_per_s"):
-        report.load(path)
+        load(path)
 
 
 def test_what_was_left_out_hides_nothing_that_was_measured(tmp_path):
     later, latest = "2026-11-26T00:00:00+00:00", "2026-11-27T00:00:00+00:00"
     for note in ("left out: the time is up; raise --minutes", "left out: some 64 s expected; raise --seconds"):
         lines = [line(), line(ms=None, note=note, date=later)]
-        assert [entry["median_ms"] for entry in report.load(write(tmp_path / "a.jsonl", lines))] == [100.0]
+        assert [entry["median_ms"] for entry in load(write(tmp_path / "a.jsonl", lines))] == [100.0]
     failed = out_of_memory("reference", 10_000) | {"date": latest}
-    assert report.load(write(tmp_path / "a.jsonl", [*lines, failed])) == [failed]
+    assert load(write(tmp_path / "a.jsonl", [*lines, failed])) == [failed]
 
 
 def test_a_reader_sees_the_setting_measured_most_in_each_ones_fastest_arithmetic():
     lines = [*some_lines(), line(ms=50.0, dtype="bf16", spots=100_000), line(ms=1.0, layout="clustered")]
-    kept = [entry for entry in report.chosen(lines) if entry["provider"] == "reference"]
+    kept = [entry for entry in chosen(lines) if entry["provider"] == "reference"]
     assert [(entry["layout"], entry["dtype"]) for entry in kept] == [("visium_jittered", "bf16")]
 
 
@@ -279,9 +300,29 @@ def test_the_readme_tells_ours_by_size_and_by_setting(results):
     assert "commit 0123456789ab, fedcba987654" in text
 
 
+def test_the_readme_tells_what_comes_before_the_times(results):
+    ours = [line("reference", spots, prepare_ms=0.05 * spots, first_call_s=7e3 / spots) for spots in SPOTS]
+    eager = [line("eager_stflow", spots, prepare_ms=0.0396, first_call_s=0.5) for spots in SPOTS[:2]]
+    cannot = line("triton", 1_000, None, note="there is no CUDA device")
+    write(results / "cpu.jsonl", [*ours, *eager, cannot])
+    report.redraw(results, readme := results.parent / "README.md")
+    told = readme.read_text()
+    assert (
+        "* Made once per slide (sample, 10,000 spots): published algorithm: 39.6 us; "
+        "stflow-fast, plain torch: 500 ms.\n"
+        "* First call, with compilation and autotuning (sample, 1,000 spots): published algorithm: 500 ms; "
+        "stflow-fast, plain torch: 7.00 s.\n"
+    ) in told
+    unknown = {"prepare_ms": None, "first_call_s": None}
+    write(results / "cpu.jsonl", [{**entry, **unknown} for entry in ours])
+    report.redraw(results, readme)
+    assert "\n* " not in readme.read_text()
+
+
 @pytest.mark.parametrize(
     "changed",
     [
+        {"prepare_ms": 77.0},
         {"median_ms": 1234.0},
         {"peak_bytes": 77_700_000},
         {"check": "red", "median_ms": None},

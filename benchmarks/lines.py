@@ -1,0 +1,219 @@
+"""Lines of the suite: read and checked, grouped and in order, those that a reader sees, and their exponents."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stflow_fast.errors import InputError, first_line
+
+from .looks import LOOKS, size
+from .suite import LEFT_OUT
+
+Line = dict[str, Any]
+"""One line of the suite: the figures of one provider on one workload and size."""
+
+SETTING = ("layout", "k", "genes", "dtype")
+SERIES = ("workload", "provider", *SETTING, "device")
+KEY = (*SERIES, "spots")
+"""What makes two lines the same figure; of such the newest counts."""
+
+NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "first_call_s", "peak_bytes", "spots_per_s", "of_floor")
+FIELDS = (*KEY, *NUMBERS, "threads", "check", "note", "load", "versions", "commit", "date")
+RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
+"""What a share of the floor rests on."""
+
+MEASURED = {"time": "median_ms", "memory": "peak_bytes"}
+
+WORKLOADS = {
+    "sample": "Sample of a slide (4 calls of the denoiser)",
+    "denoise": "One call of the denoiser",
+    "train_step": "Training step",
+    "graph": "Graph of the spots",
+}
+STUDIED = {"genes": "Genes", "k": "Neighbours", "layout": "Layout"}
+"""Settings that may be varied, each alone, and how a reader meets them."""
+
+DTYPES = ("float32", "tf32", "bf16")
+STEADY = 10_000
+"""Spots from which on the fixed cost of a call no longer bends a slope."""
+
+NEEDED = 3
+"""Sizes without which there is no slope."""
+
+REPEAT = "make bench"
+
+
+def load(path: str | os.PathLike) -> list[Line]:
+    """The suite's lines of a .jsonl file, or of those of a folder that are the suite's; the newest of each figure.
+
+    One that was left out for the time that it would take says nothing new of a figure that was measured before. A last
+    line that an interruption cut off is left out, which is said on standard error.
+
+    Raises:
+        InputError: a line is broken, or there is no result.
+    """
+    path, newest = Path(path), {}
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for line in read(file):
+            key = tuple(line[field] for field in KEY)
+            if key not in newest or _standing(line) >= _standing(newest[key]):
+                newest[key] = line
+    if not newest:
+        raise InputError(f"{path}: holds no results of the benchmark suite; make some with `{REPEAT}`")
+    return list(newest.values())
+
+
+def _standing(line: Line) -> tuple[bool, str]:
+    """Dates are ISO and UTC: their order is that of their text."""
+    return not line["note"].startswith(LEFT_OUT), line["date"]
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a file in their order; none where its first line is not the suite's. Raises InputError as load."""
+    try:
+        content = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or first_line(error)})") from error
+    lines: list[Line] = []
+    for number, text in enumerate(content, start=1):
+        place = f"{file}, line {number}"
+        if not text.strip():
+            continue
+        try:
+            line = _parse(text, place)
+        except InputError as error:
+            if number < len(content):
+                raise
+            print(f"{error}; left out, as an interruption may have cut it off", file=sys.stderr)
+            break
+        if not lines and not line.keys() >= set(KEY):
+            return []
+        _check(line, place)
+        lines.append(line)
+    return lines
+
+
+def _parse(content: str, place: str) -> Line:
+    try:
+        line = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{place}: is not valid JSON ({error}); remove the line") from error
+    if not isinstance(line, dict):
+        raise InputError(f"{place}: is no JSON object; remove the line")
+    return line
+
+
+def _check(line: Line, place: str) -> None:
+    if line.get("workload") not in WORKLOADS:
+        raise InputError(f"{place}: workload must be one of {', '.join(WORKLOADS)}; remove the line")
+    absent = [field for field in FIELDS if field not in line]
+    if absent:
+        raise InputError(f"{place}: has no {', '.join(absent)}; remove the line")
+    for field in ("spots", *NUMBERS):
+        value = line[field]
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise InputError(f"{place}: {field} must be a number or null, not {value!r}; remove the line")
+    if line["of_floor"] and not all(line.get(rate) for rate in RATES):
+        raise InputError(f"{place}: of_floor needs {' and '.join(RATES)}; remove the line")
+
+
+def grouped(lines: Iterable[Line], fields: tuple[str, ...]) -> dict[tuple, list[Line]]:
+    groups: dict[tuple, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[field] for field in fields), []).append(line)
+    return groups
+
+
+def in_order(lines: Iterable[Line]) -> list[Line]:
+    """By workload, size and provider, each in the order of its list."""
+    workloads, providers = list(WORKLOADS), list(LOOKS)
+
+    def place(names: list[str], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    def key(line: Line) -> tuple:
+        provider, dtype = place(providers, line["provider"]), place(list(DTYPES), line["dtype"])
+        return place(workloads, line["workload"]), line["spots"], provider, dtype
+
+    return sorted(lines, key=key)
+
+
+def chosen(lines: Iterable[Line]) -> list[Line]:
+    """Of one device, what tables and pictures for a reader show, in order.
+
+    Per workload the layout, K and genes that were measured most, in all workloads where two are equal, since the others
+    are studies beside it; per provider its fastest arithmetic.
+    """
+    lines, kept = in_order(lines), []
+    often = {setting: len(members) for setting, members in grouped(lines, tuple(STUDIED)).items()}
+    for members in grouped(lines, ("workload",)).values():
+        groups = grouped(members, tuple(STUDIED))
+        kept += groups[max(groups, key=lambda setting: (len(groups[setting]), often[setting]))]
+    fastest = {provider: _fastest(members) for (provider,), members in grouped(kept, ("provider",)).items()}
+    return [line for line in kept if line["dtype"] == fastest[line["provider"]]]
+
+
+def _fastest(lines: list[Line]) -> str:
+    """The dtype with the least time at the first workload's largest size; the first where none ran."""
+    done = [line for line in lines if line["median_ms"]]
+    if not done:
+        return lines[0]["dtype"]
+    same = [line for line in done if line["workload"] == done[0]["workload"]]
+    largest = max(line["spots"] for line in same)
+    return min((line for line in same if line["spots"] == largest), key=lambda line: line["median_ms"])["dtype"]
+
+
+def out_of_memory(line: Line) -> str:
+    """What a provider lacked, in few words; empty where it lacked no memory."""
+    over = re.search(r"needs ([\d.]+) GiB, over the budget", line["note"])
+    if over is None:
+        return "out of memory" if "out of memory" in line["note"] else ""
+    return f"needs {size(float(over[1]) * 2**30)}"
+
+
+def why_not_timed(line: Line) -> str:
+    """Why there is no time, in few words."""
+    return "red check" if line["check"] == "red" else out_of_memory(line) or "not run"
+
+
+def slopes(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """Exponents of time and memory in the spots, by least squares on logarithms, of series with three sizes or more.
+
+    Returns: per series (:data:`SERIES`), quantity and start: ``quantity`` (``"time"`` or ``"memory"``), ``exponent``,
+        ``points``, ``least`` and ``most`` spots, ``over`` (``"all sizes"`` or ``"from 10,000 spots on"``).
+    """
+    found = []
+    for series, members in grouped(lines, SERIES).items():
+        for quantity, field in MEASURED.items():
+            points = sorted((line["spots"], line[field]) for line in members if line[field])
+            for start, over in ((0, "all sizes"), (STEADY, f"from {STEADY:,} spots on")):
+                kept = [point for point in points if point[0] >= start]
+                if len(kept) >= NEEDED:
+                    found.append(
+                        {**dict(zip(SERIES, series, strict=True)), "quantity": quantity, "over": over, **_fit(kept)}
+                    )
+    return found
+
+
+def _fit(points: list[tuple[int, float]]) -> dict[str, Any]:
+    spots, values = np.array(points, dtype=float).T
+    exponent = float(np.polyfit(np.log(spots), np.log(values), 1)[0])
+    return {"exponent": exponent, "points": len(points), "least": points[0][0], "most": points[-1][0]}
+
+
+def exponents_of(lines: Iterable[Line], quantity: str) -> dict[tuple, dict[str, Any]]:
+    """Per series its slope; the one from 10,000 spots on where there is one, which comes second."""
+    return {tuple(slope[field] for field in SERIES): slope for slope in slopes(lines) if slope["quantity"] == quantity}
+
+
+def told_exponent(slope: dict[str, Any]) -> str:
+    """With the sizes that it was fitted to."""
+    return f"{slope['exponent']:.2f} ({slope['least']:,} to {slope['most']:,})"

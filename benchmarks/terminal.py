@@ -1,0 +1,113 @@
+"""Lines as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from .lines import MEASURED, SERIES, SETTING, Line, exponents_of, grouped, in_order, told_exponent, why_not_timed
+from .looks import OTHER_FUNCTION, computes_another_function, digits, seconds, size, unit_of
+
+BASELINES = {"graph": "dense_cdist"}
+"""What the published code does in a workload; elsewhere it is eager_stflow."""
+
+TABLE_NOTE = f"""ratio: time over that of eager_stflow ({BASELINES["graph"]} of a graph) in the same run
+prepared: once per slide, in no median
+first call: preparation and first warm-up; at the least size the check's too, in which code is compiled and tuned
+{OTHER_FUNCTION}: computes another function, over all spots or by dot products"""
+
+
+def terminal_table(lines: Iterable[Line]) -> Table:
+    """Per workload and size what each provider costs, and what became of those that did not run."""
+    lines = in_order(lines)
+    fields = (*SETTING, "threads", "device")
+    varying = [field for field in fields if len({line[field] for line in lines}) > 1]
+    same = [f"{field} {lines[0][field]}" for field in fields if field not in varying]
+    caption = Text("\n".join(["", *_told_notes(lines), *_told_exponents(lines), TABLE_NOTE]), style="table.caption")
+    narrow = {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}  # fits 120 columns
+    result = Table(title=", ".join(same), caption=caption, caption_justify="left", **narrow)
+    for name in ("workload", "provider"):
+        result.add_column(name, no_wrap=True)
+    for name in ("spots", "median (20th-80th)", "spots/s", "prepared", "first call", "peak", "ratio"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for name in (*(["setting"] if varying else []), "check"):
+        result.add_column(name)
+    baselines = _baselines(lines)
+    for (workload, spots), members in grouped(lines, ("workload", "spots")).items():
+        for line in members:
+            setting = [", ".join(str(line[field]) for field in varying)] if varying else []
+            name = line["provider"] + (f" {OTHER_FUNCTION}" if computes_another_function(line["provider"]) else "")
+            cells = (workload, name, f"{spots:,}", *_cost(line, baselines), *setting, line["check"])
+            result.add_row(*map(Text, cells))
+        result.add_section()
+    return result
+
+
+def _cost(line: Line, baselines: dict[tuple, float]) -> list[str]:
+    """Time, spots per second, what comes before, memory, and the time over that of the published code."""
+    prepared = "" if line["prepare_ms"] is None else seconds(line["prepare_ms"])
+    first_call = "" if line["first_call_s"] is None else seconds(1e3 * line["first_call_s"])
+    peak = "" if line["peak_bytes"] is None else size(line["peak_bytes"])
+    if line["median_ms"] is None:
+        return [why_not_timed(line), "", prepared, first_call, peak, ""]
+    published = baselines.get(_run(line))
+    return [
+        _spread(line),
+        "" if line["spots_per_s"] is None else f"{line['spots_per_s']:,.0f}",
+        prepared,
+        first_call,
+        peak,
+        "" if published is None else f"{digits(line['median_ms'] / published)}x",
+    ]
+
+
+def _spread(line: Line) -> str:
+    if line["p20_ms"] is None or line["p80_ms"] is None:
+        return seconds(line["median_ms"])
+    if line["rounds"] == 1:
+        return f"{seconds(line['median_ms'])} (one call)"
+    unit, factor = unit_of(line["median_ms"])
+    middle, low, high = (digits(line[name] / factor) for name in ("median_ms", "p20_ms", "p80_ms"))
+    return f"{middle} {unit} ({low}-{high})"
+
+
+def _run(line: Line) -> tuple:
+    """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
+    lines have one date."""
+    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
+
+
+def _baselines(lines: Iterable[Line]) -> dict[tuple, float]:
+    return {
+        _run(line): line["median_ms"]
+        for line in lines
+        if line["provider"] == BASELINES.get(line["workload"], "eager_stflow") and line["median_ms"]
+    }
+
+
+def _told_notes(lines: list[Line]) -> list[str]:
+    """A row per line that has one."""
+    return [
+        f"{line['workload']}, {line['provider']} ({_setting(line)}), {line['spots']:,} spots: {line['note']}"
+        for line in lines
+        if line["note"]
+    ]
+
+
+def _told_exponents(lines: list[Line]) -> list[str]:
+    """A row per series that has them."""
+    time, memory = (exponents_of(lines, quantity) for quantity in MEASURED)
+    rows = []
+    for series in time:
+        which = dict(zip(SERIES, series, strict=True))
+        more = f", memory N^{told_exponent(memory[series])}" if series in memory else ""
+        what = f"{which['workload']}, {which['provider']} ({_setting(which)})"
+        rows.append(f"{what}: time N^{told_exponent(time[series])}{more}")
+    return rows
+
+
+def _setting(line: Line) -> str:
+    return ", ".join(str(line[field]) for field in SETTING)
