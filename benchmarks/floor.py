@@ -57,27 +57,28 @@ def layer_work(config: DenoiserConfig) -> Work:
     return Work(2.0 * (d * terms + edges + output + mlp + gene_hidden), float(values))
 
 
-def gene_work(config: DenoiserConfig, training: bool) -> Work:
-    """Of one spot: expression to the gene terms of every layer and the heads back to it; where that is less, as
-    ``SpatialTransformer.run`` folds the heads into what reads their expression."""
+def gene_work(config: DenoiserConfig, calls: int, training: bool) -> Work:
+    """Of one spot in a loop of denoiser calls: expression to the gene terms of every layer and the heads back to it;
+    where that is less, with the heads folded (:class:`stflow_fast.model.LinearHeads`)."""
     d, genes, layers = config.hidden_dim, config.n_genes, config.n_layers
     if layers * d < genes and not config.non_negative and not (training and config.dropout):
-        return Work(2.0 * ((layers + 1) * genes * d + (layers - 1) * d * d), 2.0 * (genes + layers * d))
-    return Work(2.0 * 2 * layers * genes * d, 2.0 * layers * genes)
+        to_next, to_first = calls * (layers - 1) * d * d, (calls - 1) * layers * d * d
+        return Work(2.0 * ((layers + 1) * genes * d + to_next + to_first), 2.0 * (genes + calls * layers * d))
+    return Work(2.0 * 2 * calls * layers * genes * d, 2.0 * calls * layers * genes)
 
 
 def work(workload: str, config: DenoiserConfig, spots: int) -> Work:
     """Of denoise, sample or train_step.
 
-    A sample is all of its denoiser calls, each counted anew. A training step is three times a call, since every product
-    has two in the backward pass, of its size, but that of the source, which needs no gradient; patches are embedded
-    too, without a gradient of the features.
+    A training step is three times a call, since every product has two in the backward pass, of its size, but that of
+    the source, which needs no gradient; patches are embedded too, without a gradient of the features.
     """
-    calls = {"denoise": 1, "sample": SAMPLE_STEPS - 1, "train_step": 3}[workload]
-    layer, genes = layer_work(config), gene_work(config, training=workload == "train_step")
-    flops = calls * spots * (config.n_layers * layer.flops + genes.flops)
-    values = calls * spots * (config.n_layers * layer.values + genes.values)
-    if workload == "train_step":
+    training = workload == "train_step"
+    calls, times = SAMPLE_STEPS - 1 if workload == "sample" else 1, 3 if training else 1
+    layer, genes = layer_work(config), gene_work(config, calls, training)
+    flops = times * spots * (calls * config.n_layers * layer.flops + genes.flops)
+    values = times * spots * (calls * config.n_layers * layer.values + genes.values)
+    if training:
         flops += 2.0 * spots * config.hidden_dim * (2 * config.feature_dim - config.n_genes)
         values += 2.0 * spots * config.feature_dim
     return Work(flops, values)

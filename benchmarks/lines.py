@@ -26,7 +26,7 @@ KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "first_call_s", "peak_bytes", "spots_per_s", "of_floor")
-FIELDS = (*KEY, *NUMBERS, "threads", "check", "note", "load", "versions", "commit", "date")
+FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "threads", "check", "note", "load", "versions", "commit", "date")
 RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
 """What a share of the floor rests on."""
 

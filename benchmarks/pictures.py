@@ -101,11 +101,11 @@ def _footnote(lines: list[Line], quantity: str) -> str:
 
 def _draw_panel(axes: Axes, lines: list[Line], quantity: str) -> None:
     exponents = exponents_of(lines, quantity)
-    same_dtype = len({line["dtype"] for line in lines}) == 1
+    same = len({line["arithmetic"] for line in lines}) == 1
     axes.set(xscale="log", yscale="log")
     for (provider,), members in grouped(lines, ("provider",)).items():
         slope = exponents.get(tuple(members[0][field] for field in SERIES))
-        label = named(provider) + ("" if same_dtype else f", {members[0]['dtype']}")
+        label = named(provider) + ("" if same else f", {members[0]['arithmetic']}")
         _draw_series(axes, members, quantity, label + ("" if slope is None else f", N^{slope['exponent']:.2f}"))
     unit = 1e-3 if quantity == "time" else 1e-9
     for axis, scale in ((axes.xaxis, 1.0), (axes.yaxis, unit)):
@@ -168,7 +168,7 @@ def floor_figure(lines: list[Line]) -> Figure:
     axes.barh(range(len(rows)), shares, height=0.7, color=[look_of(line["provider"]).color for line in rows])
     for row, share in enumerate(shares):
         axes.text(share + 1, row, f"{share:.0f} %", va="center", fontsize=9)
-    names = [f"{line['workload']}, {named(line['provider'])}, {line['dtype']}, {line['spots']:,}" for line in rows]
+    names = [f"{line['workload']}, {named(line['provider'])}, {line['arithmetic']}, {line['spots']:,}" for line in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set(xlim=(0, max(110.0, 1.15 * max(shares))), ylim=(len(rows) - 0.4, -0.6))
     axes.axvline(100, color="black", linewidth=0.8)

@@ -269,18 +269,14 @@ class Ours(Provider):
         self.sampling = {"cuda_graph": cuda_graph} | ({} if memory_budget is None else {"memory_budget": memory_budget})
 
     def prepare(self, slide: BenchmarkSlide) -> None:
-        self.slide, self.times = slide, {}
+        self.slide = slide
         with self._running():
             sampler = Sampler(self.model, self.sample_steps, **self.sampling)
             self.prepared = sampler.prepare((slide.features, slide.coords))
 
     def denoise(self, x_t: Tensor, t: float) -> Tensor:
-        prepared, graph = self.prepared, self.prepared.graph
-        with self._running(), torch.no_grad():
-            if t not in self.times:
-                self.times[t] = self._embed_time(t)
-            rows = graph.to_rows(x_t)
-            return graph.to_spots(self.model.denoise_at(graph, rows, prepared.image, self.times[t], prepared.states))
+        with self._running():
+            return self.prepared.denoise(x_t, t)
 
     def sample(self, x_0: Tensor) -> Tensor:
         with self._running():
@@ -293,14 +289,12 @@ class Ours(Provider):
         graph, to_rows = self.prepared.graph, self.prepared.graph.to_rows
         with self._running():
             image = self.model.image_transform(self.slide.features.to(self.weight))
-            time, states = self._embed_time(t), self.model.backbone.layer_states()
+            time = self.model.fourier_proj(torch.tensor([t], dtype=torch.float64))
+            states = self.model.backbone.layer_states()
             return F.mse_loss(self.model.denoise_at(graph, to_rows(x_t), to_rows(image), time, states), to_rows(x_1))
 
     def why_not_one_call(self) -> str | None:
         return "a CUDA graph is of a whole sample" if self.cuda_graph else None
-
-    def _embed_time(self, t: float) -> Tensor:
-        return self.model.fourier_proj(torch.tensor([t], dtype=torch.float64))
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

@@ -194,7 +194,7 @@ def _table_of(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
         if any(column in found and _tells(found[column]) for column in columns):
             cells = [_cell(found[column]) if column in found else "" for column in columns]
             exponent = told_exponent(exponents[provider]) if provider in exponents else ""
-            rows.append([named(provider), members[0]["dtype"], *cells, exponent])
+            rows.append([named(provider), members[0]["arithmetic"], *cells, exponent])
     names = [f"{name.replace('_', ' ')}, {spots:,} spots" for name, spots in columns]
     return ["", "arithmetic", *names, f"{workload.replace('_', ' ')}: exponent of N"], rows
 

@@ -37,6 +37,7 @@ LINE: dict[str, Any] = {
 }
 """The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty.
 
+``arithmetic`` is the dtype that was computed in: the asked one, but for the published code, which has no bf16.
 ``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
 function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
 """
@@ -89,7 +90,7 @@ class Entrant:
     def __init__(self, plan: Plan, case: Case, name: str) -> None:
         self.plan, self.case, self.name = plan, case, name
         self.job: Job | None = None
-        self.line = {**LINE, **case._asdict(), "provider": name, "threads": plan.threads}
+        self.line = {**LINE, **case._asdict(), "provider": name, "arithmetic": case.dtype, "threads": plan.threads}
         self.warm: list[float] = []
         self.cold: list[float] = []
         self.rates: floor.Rates | None = None  # where there is a floor
@@ -140,7 +141,7 @@ class Entrant:
     def finish(self) -> None:
         median, p20, p80 = measure.times_of(self.warm)
         self.line |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "rounds": len(self.warm)}
-        self.line |= {"spots_per_s": 1e3 * self.case.spots / median, "arithmetic": self.job.arithmetic}
+        self.line |= {"spots_per_s": 1e3 * self.case.spots / median}
         if self.cold:
             self.line["cold_l2_ms"] = measure.times_of(self.cold)[0]
         if self.rates:
@@ -221,6 +222,7 @@ class Suite:
     def _leave_out(self, entrant: Entrant, owed: float) -> None:
         plan, case = self.plan, entrant.case
         job = job_of(plan, case, entrant.name)
+        entrant.line["arithmetic"] = job.arithmetic
         entrant.line["note"] = job.why_not(case.spots, plan.memory_budget) or ""
         if entrant.line["note"]:
             return
@@ -264,7 +266,7 @@ class Suite:
 
     def _end(self, line: dict[str, Any]) -> None:
         if line["note"] or line["check"] == "red":
-            kept = {key: line[key] for key in (*Case._fields, "provider", "threads", "note")}
+            kept = {key: line[key] for key in (*Case._fields, "provider", "arithmetic", "threads", "note")}
             kept |= {key: line[key] for key in ("relative_error", "tolerance", "check")}
             line = {**LINE, **kept}
         self._write({**line, "load": round(os.getloadavg()[0], 2), **self.common})

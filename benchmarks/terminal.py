@@ -39,11 +39,15 @@ def terminal_table(lines: Iterable[Line]) -> Table:
     for (workload, spots), members in grouped(lines, ("workload", "spots")).items():
         for line in members:
             setting = [", ".join(str(line[field]) for field in varying)] if varying else []
-            name = line["provider"] + (f" {OTHER_FUNCTION}" if computes_another_function(line["provider"]) else "")
-            cells = (workload, name, f"{spots:,}", *_cost(line, baselines), *setting, line["check"])
+            cells = (workload, _name(line), f"{spots:,}", *_cost(line, baselines), *setting, line["check"])
             result.add_row(*map(Text, cells))
         result.add_section()
     return result
+
+
+def _name(line: Line) -> str:
+    other = f" {OTHER_FUNCTION}" if computes_another_function(line["provider"]) else ""
+    return line["provider"] + other + ("" if line["arithmetic"] == line["dtype"] else f" in {line['arithmetic']}")
 
 
 def _cost(line: Line, baselines: dict[tuple, float]) -> list[str]:

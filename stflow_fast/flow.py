@@ -21,6 +21,9 @@ FIRST_TIME = 0.01
 
 DEFAULT_SAMPLE_STEPS = 5
 
+Predict = Callable[[Tensor, float], Tensor]
+"""x_t and t to the target x_1."""
+
 
 class CondOTPath:
     """The conditional optimal transport path (Lipman et al. 2023): straight lines from x_0 to x_1."""
@@ -62,9 +65,10 @@ class EulerSolver:
         """Number of denoiser calls."""
         return len(self.grid) - 1
 
-    def solve(self, predict: Callable[[Tensor, float], Tensor], x_0: Tensor) -> Tensor:
-        """The solution, by ``nfe`` calls ``predict(x_t, t)`` of the target x_1: what the last of them predicts."""
+    def solve(self, predict: Predict, x_0: Tensor, last: Predict | None = None) -> Tensor:
+        """The solution, by ``nfe`` calls ``predict(x_t, t)`` of the target x_1: what the last of them predicts, which
+        may be another function: where x are coordinates of what is solved for, one that leaves them."""
         x_t = x_0
         for t, after in itertools.pairwise(self.grid[:-1]):
             x_t = CondOTPath.step(x_t, predict(x_t, t), t, after)
-        return predict(x_t, self.grid[-2])
+        return (last or predict)(x_t, self.grid[-2])

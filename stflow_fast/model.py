@@ -68,7 +68,7 @@ class FoldedAttention(NamedTuple):
 
     project: Tensor  # [2 * H * P + d, d] of the normalised tokens: query terms, key terms, values
     project_bias: Tensor  # [2 * H * P + d]
-    gene: Affine  # [P, G], without a bias: of the expression to the gene terms
+    gene: Affine | None  # [P, G], without a bias: of the expression to the gene terms; None of what is such terms
     edges: EdgeWeights
     output: MLPWeights  # W_output, its first matrix reading the context
 
@@ -122,12 +122,12 @@ class EdgeAttention(nn.Module):
         )
 
     def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> Tensor:
-        """x, whose product ``folded.gene`` is the gene terms, and tokens [n, d] to the terms [A | B | V]
-        [n, 2 * H * P + d]."""
+        """x, whose product ``folded.gene`` is the gene terms or which is them, and tokens [n, d] to the terms
+        [A | B | V] [n, 2 * H * P + d]."""
         norm, d = self.layernorm_qkv[0], self.config.hidden_dim
         normed = F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps)
         terms = F.linear(normed, folded.project, folded.project_bias)
-        gene = F.linear(x, *folded.gene)
+        gene = x if folded.gene is None else F.linear(x, *folded.gene)
         by_head = terms[:, : terms.shape[1] - d].unflatten(1, (2, self.spec.n_heads, -1))
         by_head[:, 0].sub_(gene.unsqueeze(1))
         by_head[:, 1].add_(gene.unsqueeze(1))
@@ -144,19 +144,21 @@ class LayerState(NamedTuple):
     folded: FoldedAttention
     messages: Tensor | None = None  # [N, K, E], kept where memory allows
 
-    def reading(self, gene: Affine) -> LayerState:
-        """The same layer for an x whose product ``gene`` is its gene terms."""
+    def reading(self, gene: Affine | None) -> LayerState:
+        """The same layer for an x whose product ``gene`` is its gene terms, or, of None, which is them."""
         return self._replace(folded=self.folded._replace(gene=gene))
 
 
 class LinearHeads(NamedTuple):
     """The gene heads of all layers, folded into what reads their expression; no ReLU or dropout may be behind one.
 
-    With them nothing as wide as the genes is made between the first layer's input and the mean.
+    With them nothing as wide as the genes is made between the first layer's gene terms and the mean; and as gene terms
+    and Euler's steps are linear too, nothing between the first terms and the last mean of a sample.
     """
 
     to_next: list[Affine]  # [P, d] of every layer but the last: what its head reads, to the next layer's gene terms
     to_mean: Affine  # [G, L * d] what all heads read, to the mean of their expression
+    to_first: Affine  # [P, L * d] the same, to that mean's gene terms in the first layer
 
 
 class EncoderState(NamedTuple):
@@ -166,9 +168,8 @@ class EncoderState(NamedTuple):
     heads: LinearHeads | None  # where the L * d numbers of a spot that heads read are fewer than its genes
 
     def linear_layers(self) -> list[LayerState]:
-        """The layers, each but the first of what the gene head before it reads."""
-        first, *others = self.layers
-        return [first, *map(LayerState.reading, others, self.heads.to_next)]
+        """The layers: the first of its gene terms, the others of what the gene head before them reads."""
+        return list(map(LayerState.reading, self.layers, [None, *self.heads.to_next]))
 
 
 class GeneUpdate(nn.Module):
@@ -274,7 +275,8 @@ class SpatialTransformer(nn.Module):
             by_gene = layer.folded.gene.weight
             to_next.append(Affine(by_gene @ head.weight, by_gene @ head.bias))
         weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
-        return LinearHeads(to_next, Affine(weight, torch.stack([head.bias for head in heads]).mean(dim=0)))
+        bias, by_gene = torch.stack([head.bias for head in heads]).mean(dim=0), layers[0].folded.gene.weight
+        return LinearHeads(to_next, Affine(weight, bias), Affine(by_gene @ weight, by_gene @ bias))
 
     def keep_messages(self, states: EncoderState, graph: SpotGraph, budget: int) -> EncoderState:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
@@ -299,26 +301,41 @@ class SpatialTransformer(nn.Module):
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
         """
         keys = self._dropout_keys(graph, slide_seed) if self.training else None
-        linear = states.heads is not None and self._heads_are_linear  # states may be of the other mode
-        layers = states.linear_layers() if linear else states.layers
-        dtype, read, total = x.dtype, [], None if linear else torch.zeros_like(x)
-        for index, (block, layer) in enumerate(zip(self.blks, layers, strict=True)):
-            layer_keys = None if keys is None else keys.stream(-1 - index)
+        if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
+            read = self.run_folded(graph, self.gene_terms(x, states), tokens, states, keys)
+            return F.linear(read, *states.heads.to_mean).to(x.dtype)
+        total = torch.zeros_like(x)
+        for index, (block, layer) in enumerate(zip(self.blks, states.layers, strict=True)):
+            layer_keys = _keys_of_layer(keys, index)
             x, tokens = block(x, tokens, layer, graph, layer_keys)
-            if linear:
-                read.append(x)
-            else:
-                x = block.gene_updater.genes(x, layer_keys)
-                total += x
-        if linear:
-            return F.linear(torch.cat(read, dim=1), *states.heads.to_mean).to(dtype)
+            x = block.gene_updater.genes(x, layer_keys)
+            total += x
         return total.div_(len(self.blks))
+
+    def gene_terms(self, x: Tensor, states: EncoderState) -> Tensor:
+        """Expression [N, G], rows of anything, to all that the layers read of it where heads are folded: [N, P]."""
+        return F.linear(x, *states.layers[0].folded.gene).to(x.dtype)
+
+    def run_folded(
+        self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None = None
+    ) -> Tensor:
+        """:meth:`run` between :meth:`gene_terms` x [N, P] and what all gene heads read, [N, L * d]: see
+        :class:`LinearHeads`."""
+        read = []
+        for index, (block, layer) in enumerate(zip(self.blks, states.linear_layers(), strict=True)):
+            x, tokens = block(x, tokens, layer, graph, _keys_of_layer(keys, index))
+            read.append(x)
+        return torch.cat(read, dim=1)
 
     @staticmethod
     def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:
         if slide_seed is None:
             slide_seed = torch.randint(2**62, (graph.n_slides,))
         return DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
+
+
+def _keys_of_layer(keys: DropoutKeys | None, index: int) -> DropoutKeys | None:
+    return None if keys is None else keys.stream(-1 - index)
 
 
 class TimestepEmbedder(nn.Module):

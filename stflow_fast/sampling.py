@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .errors import InputError
-from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, time_grid
+from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, Predict, time_grid
 from .graph import SpotGraph
-from .model import Denoiser
+from .model import Denoiser, EncoderState
 from .priors import Prior, check_seed, slide_seed
 from .slides import Slide
 
@@ -98,6 +98,11 @@ class Sampler:
             # One for all slides: what is freed on a stream is free for that stream alone.
             self.stream = torch.cuda.Stream() if cuda_graph and model.image_transform.weight.is_cuda else None
 
+    def embed_time(self, t: float) -> Tensor:
+        """[1, d]; those of the grid are made already."""
+        known = self.times.get(t)
+        return self.model.fourier_proj(torch.tensor([t], dtype=torch.float64)) if known is None else known
+
     def prepare(self, slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> PreparedSlide:
         """Make what all draws of a slide share: neighbours, geometry, ``image_transform``, edge messages.
 
@@ -124,17 +129,30 @@ class PreparedSlide:
     def __init__(self, sampler: Sampler, features: Tensor, coords: Tensor, slide_id: str) -> None:
         _check(sampler.model, features, coords, slide_id)
         self.sampler, self.slide_id = sampler, slide_id
-        model, solver, times = sampler.model, sampler.solver, sampler.times
+        model, solver = sampler.model, sampler.solver
         with _evaluating(model):
-            self.graph = graph = model.build_graph(coords)
-            self.image = image = _embed(model, graph, features)
-            self.states = states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
+            self.graph = model.build_graph(coords)
+            self.image = _embed(model, self.graph, features)
+            self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
+        call = _plain_call if self.states.heads is None else _folded_call
+        self._call = call = call(sampler, self.graph, self.image, self.states)
 
-        def predict(x_t: Tensor, t: float) -> Tensor:  # no method: a cycle would keep the memory of a slide
-            return model.denoise_at(graph, x_t, image, times[t], states)
+        def loop(x_0: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
+            return solver.solve(call.target, call.enter(x_0), last=call.leave)
 
-        self._predict, loop = predict, functools.partial(solver.solve, predict)
-        self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and graph.n_spots else loop
+        self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and self.graph.n_spots else loop
+
+    def denoise(self, x_t: Tensor, t: float) -> Tensor:
+        """One call of the denoiser: the prediction of x_1 [N, G] from x_t [N, G] at flow time t in [0, 1], spots in the
+        caller's order, on the model's device.
+
+        Raises:
+            InputError: x_t of another shape.
+        """
+        model = self.sampler.model
+        _check_shape("x_t", x_t, (self.graph.n_spots, model.config.n_genes), self.slide_id)
+        with _evaluating(model):
+            return self._call.leave(self._call.enter(x_t.to(model.image_transform.weight)), t)
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
         """One sample (the published loop: ``n_sample_steps - 1`` calls).
@@ -150,29 +168,61 @@ class PreparedSlide:
         with _evaluating(self.sampler.model):
             if trajectory:
                 return self._trajectory(self._source(x_0, seed))
-            rows = self._loop(self._source(x_0, seed))
-            return Sample(self.graph.to_spots(rows).cpu(), self.sampler.solver.nfe)
+            x_1 = self._loop(self._source(x_0, seed))
+            return Sample(x_1.cpu(), self.sampler.solver.nfe)
 
     def _trajectory(self, source: Tensor) -> Sample:
         kept = []
 
         def predict(x_t: Tensor, t: float) -> Tensor:
-            x_1 = self._predict(x_t, t)
-            kept.append(self.graph.to_spots(x_1).cpu())
+            x_1 = self._call.leave(self._call.enter(x_t), t)
+            kept.append(x_1.cpu())
             return x_1
 
         self.sampler.solver.solve(predict, source)
         return Sample(kept[-1], len(kept), torch.stack(kept))
 
     def _source(self, x_0: Tensor | None, seed: int) -> Tensor:
-        """Rows of the graph [N, G] of :meth:`draw`'s x_0, on the model's device."""
+        """:meth:`draw`'s x_0 [N, G], on the model's device."""
         model, graph = self.sampler.model, self.graph
         check_seed(seed)
         if x_0 is None:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        return graph.to_rows(x_0.to(model.image_transform.weight))
+        return x_0.to(model.image_transform.weight)
+
+
+class _Call(NamedTuple):
+    """A denoiser call in two parts, with spots in the caller's order outside, and a loop of calls between them."""
+
+    enter: Callable[[Tensor], Tensor]  # x_t [N, G] to its state, rows of the graph
+    target: Predict  # state and t to the state of the x_1 that is predicted
+    leave: Predict  # state and t to that x_1 [N, G] itself
+
+
+def _plain_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: EncoderState) -> _Call:
+    """A state is x_t in rows of the graph."""
+
+    def target(x_t: Tensor, t: float) -> Tensor:
+        return sampler.model.denoise_at(graph, x_t, image, sampler.embed_time(t), states)
+
+    return _Call(graph.to_rows, target, lambda x_t, t: graph.to_spots(target(x_t, t)))
+
+
+def _folded_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: EncoderState) -> _Call:
+    """A state is all that the network reads of x_t, [N, P]: products as wide as the genes are made before the loop and
+    behind it, and the only ones to be ordered are as wide as the network."""
+    backbone, heads = sampler.model.backbone, states.heads
+
+    def read(terms: Tensor, t: float) -> Tensor:
+        return backbone.run_folded(graph, terms, image + sampler.embed_time(t), states)
+
+    return _Call(
+        lambda x_t: graph.to_rows(backbone.gene_terms(x_t, states)),
+        lambda terms, t: F.linear(read(terms, t), *heads.to_first),
+        lambda terms, t: F.linear(graph.to_spots(read(terms, t)), *heads.to_mean).to(terms.dtype),
+    )
 
 
 class _Captured:
@@ -332,8 +382,7 @@ def _inputs(slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> t
 
 
 def _check(model: Denoiser, features: Tensor, coords: Tensor, slide_id: str) -> None:
-    where = f"slide {slide_id}: " if slide_id else ""
-    config = model.config
+    where, config = _where(slide_id), model.config
     if features.ndim != 2 or features.shape[1] != config.feature_dim:
         size = features.shape[-1] if features.ndim else 0
         raise InputError(
@@ -349,11 +398,18 @@ def _check(model: Denoiser, features: Tensor, coords: Tensor, slide_id: str) -> 
 
 
 def _check_source(x_0: Tensor, shape: tuple[int, int], slide_id: str) -> None:
-    where = f"slide {slide_id}: " if slide_id else ""
-    if tuple(x_0.shape) != shape:
-        raise InputError(f"{where}x_0: must have shape {list(shape)}, not {list(x_0.shape)}")
+    _check_shape("x_0", x_0, shape, slide_id)
     if not x_0.isfinite().all():
-        raise InputError(f"{where}x_0: has values that are NaN or infinite")
+        raise InputError(f"{_where(slide_id)}x_0: has values that are NaN or infinite")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, int], slide_id: str) -> None:
+    if tuple(x.shape) != shape:
+        raise InputError(f"{_where(slide_id)}{name}: must have shape {list(shape)}, not {list(x.shape)}")
+
+
+def _where(slide_id: str) -> str:
+    return f"slide {slide_id}: " if slide_id else ""
 
 
 def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:

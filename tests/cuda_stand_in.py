@@ -77,6 +77,7 @@ class StandIn:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as from another device, never the same memory
         # A torch built for the CPU has none.
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.workspaces.clear, raising=False)
 

@@ -26,6 +26,7 @@ def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 10
     return {
         **{"workload": "sample", "provider": provider, "layout": "visium_jittered", "spots": spots, "k": 8},
         **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": ms and 1.0},
+        "arithmetic": changed.get("dtype", "float32"),
         **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "first_call_s": ms and 0.1},
         **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
         **{"spots_per_s": ms and 1e3 * spots / ms, "of_floor": None, "relative_error": 1e-7, "tolerance": 1e-5},
@@ -171,6 +172,14 @@ def test_the_table_tells_what_comes_before_the_times_within_120_columns():
     assert "810,045 34.5 ms 6.78 s 1.00 GB" in next(row for row in rows if row.startswith("train_step"))
     assert "100,000 10.0 MB" in next(row for row in rows if row.startswith("sample"))  # blank where it is not known
     assert "…" not in text
+
+
+def test_an_arithmetic_other_than_the_dtype_asked_for_is_named():
+    lines = [line(dtype="bf16", ms=10.0), line("eager_stflow", dtype="bf16", arithmetic="tf32")]
+    text = shown(terminal_table(lines))
+    assert "eager_stflow in tf32" in text
+    assert "reference in" not in text
+    assert "0.100x" in text  # they took turns, so their ratio holds
 
 
 def test_one_call_has_no_spread():

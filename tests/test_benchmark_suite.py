@@ -85,7 +85,7 @@ def test_the_whole_command_writes_a_line_per_figure(tmp_path: Path, small: None)
         if line["provider"] == "reference_compiled":
             assert line["note"] == "slides below 512 spots are not compiled"
             continue
-        assert line["note"] == ""
+        assert (line["note"], line["arithmetic"]) == ("", "float32")
         assert 0 < line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
         assert line["spots_per_s"] == pytest.approx(1e3 * line["spots"] / line["median_ms"])
         assert (line["rounds"], line["cold_l2_ms"], line["device_bytes"]) == (2, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -24,9 +25,9 @@ from stflow_fast.slides import Slide
 from .cuda_stand_in import StandIn
 
 
-def model() -> Denoiser:
+def model(n_genes: int = 5) -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(DenoiserConfig(n_genes=5, feature_dim=6, hidden_dim=16, pairwise_hidden_dim=16, n_layers=2))
+    return Denoiser(DenoiserConfig(n_genes=n_genes, feature_dim=6, hidden_dim=16, pairwise_hidden_dim=16, n_layers=2))
 
 
 def slide(n: int = 40, name: str = "a") -> Slide:
@@ -68,6 +69,53 @@ def test_a_perfect_prediction_is_reached_from_anywhere_along_a_straight_line(n_s
     for t, x_t in visited:
         along = (t - 0.01) / 0.99
         torch.testing.assert_close(x_t, x_0 + along * (x_1 - x_0))
+
+
+@pytest.mark.parametrize("n_genes", [5, 40])
+def test_a_sample_is_the_published_loop(n_genes: int) -> None:
+    """Also with more genes than the gene heads read, where the loop is of gene terms and not of genes."""
+    network, spots = model(n_genes).double().eval(), slide()
+    features, coords = torch.from_numpy(spots.features), torch.from_numpy(spots.coords)
+    x_t = torch.rand(len(coords), n_genes, generator=torch.Generator().manual_seed(1)).double()
+    prepared = Sampler(network, 4).prepare(spots)
+    assert (prepared.states.heads is not None) == (n_genes == 40)
+    found, followed = prepared.draw(x_t), prepared.draw(x_t, trajectory=True)
+    grid, predictions = time_grid(4), []
+    for t, after in itertools.pairwise(grid):
+        times = torch.tensor([t]).double()
+        with torch.no_grad():
+            x_1 = network.inference(x_t[None], features.double()[None], coords[None], times)[0]
+        torch.testing.assert_close(prepared.denoise(x_t, t), x_1, rtol=1e-10, atol=1e-12)
+        x_t = x_t + (after - t) * (x_1 - x_t) / (1 - t)
+        predictions.append(x_1)
+    torch.testing.assert_close(found.expression, predictions[-1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(followed.expression, predictions[-1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(followed.trajectory, torch.stack(predictions), rtol=1e-10, atol=1e-12)
+
+
+def test_one_call_between_the_times_of_the_grid() -> None:
+    network = model().eval()
+    prepared, x_t = Sampler(network).prepare(slide()), torch.rand(40, 5)
+    with torch.no_grad():
+        rows = network.denoise(
+            prepared.graph, prepared.graph.to_rows(x_t), prepared.image, torch.tensor([0.3]).double()
+        )
+    assert torch.equal(prepared.denoise(x_t, 0.3), prepared.graph.to_spots(rows))
+    with pytest.raises(InputError, match=r"slide a: x_t: must have shape \[40, 5\], not \[39, 5\]"):
+        prepared.denoise(x_t[1:], 0.3)
+
+
+def test_the_solution_may_leave_the_coordinates_that_it_was_solved_in() -> None:
+    solver = EulerSolver(time_grid(4))
+    x_0 = torch.rand(3, 2).double()
+
+    def predict(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        return x_t.square() + t
+
+    def doubled(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        return 2 * predict(x_t, t)
+
+    assert torch.equal(solver.solve(predict, x_0, last=doubled), 2 * solver.solve(predict, x_0))
 
 
 def test_a_grid_needs_two_times() -> None:
