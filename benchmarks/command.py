@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -21,11 +22,11 @@ from stflow_fast.progress import figures_bar
 from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
-from .jobs import PRECISION, Case, Plan, input_bytes, providers_of
+from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
 from .lines import load, read
 from .pictures import write_pictures
 from .slides import LAYOUTS
-from .suite import LEFT_OUT, Suite
+from .suite import Suite
 from .terminal import terminal_table
 from .workload import parse_sizes
 
@@ -36,6 +37,8 @@ CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
 pairs' attention of the published kind takes minutes, and materialised dot products more than flash attention's."""
 
 INTERRUPTED = 130
+COMMITTED = Path("benchmarks/results")
+"""Beside a README with a section of benchmarks, the lines that it is drawn from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +105,15 @@ def order_of(options: Options) -> Order:
         for dtype, n_genes in (itertools.product(dtypes, genes) if workload != "graph" else [("float32", genes[0])])
         for layout, k, n in itertools.product(layouts, ks, spots)
     ]
+    if max(ks) >= CHECK_SPOTS:
+        raise InputError(f"--k: at most {CHECK_SPOTS - 1}, for providers are checked on slides of {CHECK_SPOTS} spots")
     # If the time does not suffice for all, it is the large ones that are left out.
     cases.sort(key=lambda case: case.spots)
     for case in cases:
-        if (needed := input_bytes(case)) > plan.memory_budget:
+        held = case._replace(spots=max(case.spots, CHECK_SPOTS))
+        if (needed := input_bytes(held)) > plan.memory_budget:
             raise InputError(
-                f"--spots: the inputs of {case.spots:,} spots with {case.genes:,} genes take {needed / 2**30:.1f} GiB, "
+                f"--spots: the inputs of {held.spots:,} spots with {case.genes:,} genes take {needed / 2**30:.1f} GiB, "
                 f"and the budget is {plan.memory_budget / 2**30:.1f} GiB; lower --spots or --genes, or raise "
                 "--memory-budget"
             )
@@ -137,7 +143,8 @@ def run(options: Options, out: Path) -> int:
     except KeyboardInterrupt:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
-    show([*(before | {_place(line): line for line in lines}).values()], out)
+    show([*(before | {_place(line): line for line in lines}).values()])
+    show_pictures(load(path), out)
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]
     for line in red:
@@ -150,18 +157,19 @@ def run(options: Options, out: Path) -> int:
 
 
 def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, the lines of this very code with as many threads; none where the code has changes, or no
-    commit. What was left out or failed its check counts as not measured."""
-    commit = measure.commit()
-    if not path.exists() or commit.endswith(measure.WITH_CHANGES) or commit == measure.UNKNOWN:
+    """By case and provider, the lines of this very code with as many threads. Those without a time count where it would
+    be refused for the same reason now."""
+    if not path.exists():
         return {}
-    return {
-        _place(line): line
-        for line in read(path)
-        if (line["commit"], line["threads"]) == (commit, plan.threads)
-        and not line["note"].startswith(LEFT_OUT)
-        and line["check"] != "red"
-    }
+    same_code = functools.cache(measure.same_code)
+
+    def stands(line: dict[str, Any]) -> bool:
+        if line["threads"] != plan.threads or line["check"] == "red" or not same_code(line["commit"]):
+            return False
+        case = Case.of(line)
+        return not line["note"] or line["note"] == why_not(plan, case, job_of(plan, case, line["provider"]))
+
+    return {_place(line): line for line in read(path) if stands(line)}
 
 
 def _place(line: dict[str, Any]) -> tuple:
@@ -170,10 +178,17 @@ def _place(line: dict[str, Any]) -> tuple:
 
 
 def _drop_what_was_cut_off(file: BinaryIO) -> None:
-    """An interruption may have left half a line, behind which the next one would be lost."""
+    """An interruption may have left half a line, behind which the next one would be lost; or a whole one but for its
+    end."""
     file.seek(0)
     content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    begun = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[begun:])
+    except ValueError:
+        file.truncate(begun)
+    else:
+        file.write(b"\n")
 
 
 @contextlib.contextmanager
@@ -194,21 +209,31 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
 
 
-def show(lines: list[dict[str, Any]], folder: Path) -> None:
-    """A table of the lines, and pictures of them in the folder."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(terminal_table(lines))
+def show(lines: list[dict[str, Any]]) -> None:
+    """A table of the lines."""
+    Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(lines))
+
+
+def show_pictures(lines: list[dict[str, Any]], folder: Path) -> None:
     for written in write_pictures(lines, folder):
-        console.print(f"wrote {written}", markup=False, soft_wrap=True)
+        _say_written(written)
 
 
-def redraw(folder: Path, readme: Path = Path("README.md")) -> None:
-    """Show what was measured before; where the results lie beside or below a README with a section for them, write
-    that anew."""
-    show(load(folder), folder)
-    has_section = readme.is_file() and report.BEGIN in readme.read_text()
-    if has_section and folder.resolve().is_relative_to(readme.parent.resolve()):
+def redraw(folder: Path | None, readme: Path = Path("README.md")) -> None:
+    """Show what was measured before. Where the results are those that a README has a section for, which they are where
+    no folder is named, write that anew."""
+    committed = readme.parent / COMMITTED
+    folder = folder or committed
+    lines = load(folder)
+    show(lines)
+    show_pictures(lines, folder)
+    if folder.resolve() == committed.resolve() and readme.is_file() and report.BEGIN in readme.read_text():
         report.redraw(folder, readme)
+        _say_written(readme)
+
+
+def _say_written(path: Path) -> None:
+    Console().print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def _names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:

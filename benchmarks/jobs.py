@@ -1,8 +1,8 @@
 """What is measured: a provider in a workload, behind one call that is timed and a check that comes before.
 
 All calls of a sample do the same work on the same sizes. On the CPU, where they take seconds, a sample is therefore
-warmed up by one of its four calls, and its peak of memory is that of a loop of two: the first call from which
-something is kept, and one that has it beside it. What is timed is whole samples.
+warmed up by one of its four calls, and its peak of memory is that of a loop of three (:data:`STEADY_STEPS`). What is
+timed is whole samples.
 """
 
 from __future__ import annotations
@@ -279,6 +279,12 @@ def providers_of(workload: str) -> tuple[str, ...]:
 
 def job_of(plan: Plan, case: Case, name: str) -> Job:
     return GraphJob(plan, case, name) if case.workload == "graph" else NetworkJob(plan, case, name)
+
+
+def why_not(plan: Plan, case: Case, job: Job) -> str | None:
+    """One line that says why it cannot run, or cannot be checked, within the plan's memory; or None."""
+    lacks = job.why_not(case.spots, plan.memory_budget)
+    return lacks or (job.why_not(plan.check_spots, plan.memory_budget) if job.judged else None)
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,12 +21,12 @@ Line = dict[str, Any]
 """One line of the suite: the figures of one provider on one workload and size."""
 
 SETTING = ("layout", "k", "genes", "dtype")
-SERIES = ("workload", "provider", *SETTING, "device")
+SERIES = ("workload", "provider", *SETTING, "threads", "device")
 KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "first_call_s", "peak_bytes", "spots_per_s", "of_floor")
-FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "threads", "check", "note", "load", "versions", "commit", "date")
+FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "check", "note", "load", "versions", "commit", "date")
 RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
 """What a share of the floor rests on."""
 
@@ -45,8 +45,14 @@ DTYPES = ("float32", "tf32", "bf16")
 STEADY = 10_000
 """Spots from which on the fixed cost of a call no longer bends a slope."""
 
+PUBLISHED = {"graph": "dense_cdist"}
+"""What the published code does in a workload; elsewhere it is eager_stflow."""
+
 NEEDED = 3
 """Sizes without which there is no slope."""
+
+SPREAD_CALLS = 5
+"""Without so many there are no percentiles to show."""
 
 REPEAT = "make bench"
 
@@ -150,9 +156,10 @@ def chosen(lines: Iterable[Line]) -> list[Line]:
     """Of one device, what tables and pictures for a reader show, in order.
 
     Per workload the layout, K and genes that were measured most, in all workloads where two are equal, since the others
-    are studies beside it; per provider its fastest arithmetic.
+    are studies beside it; per provider its fastest arithmetic. Of the number of threads that was measured most.
     """
-    lines, kept = in_order(lines), []
+    by_threads = grouped(lines, ("threads",)).values()
+    lines, kept = in_order(max(by_threads, key=len)), []
     often = {setting: len(members) for setting, members in grouped(lines, tuple(STUDIED)).items()}
     for members in grouped(lines, ("workload",)).values():
         groups = grouped(members, tuple(STUDIED))
@@ -169,6 +176,21 @@ def _fastest(lines: list[Line]) -> str:
     same = [line for line in done if line["workload"] == done[0]["workload"]]
     largest = max(line["spots"] for line in same)
     return min((line for line in same if line["spots"] == largest), key=lambda line: line["median_ms"])["dtype"]
+
+
+def run_of(line: Line) -> tuple:
+    """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
+    lines have one date."""
+    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
+
+
+def published_times(lines: Iterable[Line]) -> dict[tuple, float]:
+    """By :func:`run_of`, milliseconds of the published code."""
+    return {
+        run_of(line): line["median_ms"]
+        for line in lines
+        if line["provider"] == PUBLISHED.get(line["workload"], "eager_stflow") and line["median_ms"]
+    }
 
 
 def out_of_memory(line: Line) -> str:

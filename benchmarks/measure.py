@@ -32,6 +32,9 @@ WITH_CHANGES = " with changes"
 UNKNOWN = "unknown"
 """Behind a commit whose code is not what was measured."""
 
+CODE = (":/*.py", ":/*.csv")
+"""Git's names of what makes a figure."""
+
 EXIT_SECONDS = 5
 """For a process that has answered to end by itself."""
 
@@ -277,8 +280,19 @@ def commit() -> str:
 
     if not shutil.which("git") or not git("ls-files", here.name):
         return os.environ.get("COMMIT", UNKNOWN)
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.csv")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return git("rev-parse", "--short=12", "HEAD") + (WITH_CHANGES if changed else "")
+
+
+def same_code(before: str) -> bool:
+    """Whether a line of commit ``before`` was measured by the code that is checked out, with no changes since."""
+    now = commit()
+    if not all(re.fullmatch(r"[0-9a-f]+", name) for name in (before, now)):  # unknown, or with changes
+        return False
+    if now == before or not shutil.which("git"):
+        return now == before
+    command = ["git", "diff", "--quiet", before, now, "--", *CODE]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False).returncode == 0
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

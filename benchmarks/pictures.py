@@ -19,6 +19,7 @@ from .lines import (
     NEEDED,
     RATES,
     SERIES,
+    SPREAD_CALLS,
     STEADY,
     WORKLOADS,
     Line,
@@ -92,7 +93,8 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
 
 
 def _footnote(lines: list[Line], quantity: str) -> str:
-    parts = ["Band: 20th to 80th percentile."] if quantity == "time" else []
+    called = max((line["rounds"] or 0 for line in lines), default=0)
+    parts = ["Band: 20th to 80th percentile."] if quantity == "time" and called >= SPREAD_CALLS else []
     parts.append(f"Exponents of N: from {STEADY:,} spots on where there are {NEEDED} sizes.")
     if any(computes_another_function(line["provider"]) for line in lines):
         parts.append(f"{OTHER_FUNCTION} another function.")
@@ -134,7 +136,7 @@ def _draw_series(axes: Axes, lines: list[Line], quantity: str, label: str) -> No
     face = look.color if look.stroke == "-" else "none"
     style = {"marker": look.marker, "markerfacecolor": face, "markersize": 5.5, "linewidth": 1.5}
     axes.plot(spots, values, color=look.color, linestyle=look.stroke, label=label, **style)
-    if quantity == "time" and done:
+    if quantity == "time" and done and min(line["rounds"] for line in done) >= SPREAD_CALLS:
         low, high = zip(*((line["p20_ms"], line["p80_ms"]) for line in done), strict=True)
         if None not in (*low, *high):
             axes.fill_between(spots, low, high, color=look.color, alpha=0.18, linewidth=0)

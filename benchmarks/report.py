@@ -35,10 +35,12 @@ from .lines import (
     in_order,
     load,
     out_of_memory,
+    published_times,
+    run_of,
     told_exponent,
     why_not_timed,
 )
-from .looks import OTHER_FUNCTION, computes_another_function, named, seconds, size
+from .looks import OTHER_FUNCTION, computes_another_function, digits, named, seconds, size
 from .pictures import picture_path, write_pictures
 from .providers import PROVIDERS, Ours
 from .summarize import RESULTS, table
@@ -124,7 +126,7 @@ def studies_of(lines: list[Line]) -> dict[str, list[Line]]:
     if best is None:
         return {}
     for field in STUDIED:
-        fixed = [name for name in SETTING if name != field]
+        fixed = [name for name in (*SETTING, "threads") if name != field]
         alike = [line for line in in_order(lines) if all(line[name] == best[name] for name in fixed)]
         places = grouped(
             (line for line in alike if line["provider"] == best["provider"] and line["median_ms"]),
@@ -188,11 +190,11 @@ def _table_of(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     if workload != "train_step":
         columns += _training_column(lines)
     exponents = {series[1]: slope for series, slope in exponents_of(main, "time").items()}
-    rows = []
+    published, rows = published_times(lines), []
     for (provider,), members in grouped(lines, ("provider",)).items():
         found = {(line["workload"], line["spots"]): line for line in members}
         if any(column in found and _tells(found[column]) for column in columns):
-            cells = [_cell(found[column]) if column in found else "" for column in columns]
+            cells = [_compared(found[column], published) if column in found else "" for column in columns]
             exponent = told_exponent(exponents[provider]) if provider in exponents else ""
             rows.append([named(provider), members[0]["arithmetic"], *cells, exponent])
     names = [f"{name.replace('_', ' ')}, {spots:,} spots" for name, spots in columns]
@@ -224,6 +226,13 @@ def _cell(line: Line) -> str:
     return seconds(line["median_ms"]) + ("" if line["peak_bytes"] is None else f", {size(line['peak_bytes'])}")
 
 
+def _compared(line: Line, published: dict[tuple, float]) -> str:
+    """A cell, with how many times faster than the published code of the same run it is."""
+    theirs = published.get(run_of(line))
+    ratio = "" if not theirs or not line["median_ms"] else f", {digits(theirs / line['median_ms'])}x"
+    return _cell(line) + ("" if line["provider"] == "eager_stflow" else ratio)
+
+
 def _sizes(measured: set[int]) -> list[int]:
     """Those nearest to 10,000, 100,000 and a million spots, within a factor of two; else the three largest."""
     near = [_nearest(measured, wanted) for wanted in SHOWN_SIZES]
@@ -252,7 +261,8 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
     rounds = ", ".join(map(str, sorted({line["rounds"] for line in everything if line["rounds"]})))
     return (
         f"Median time of {rounds} calls, without what is made once per slide (ours: neighbours, embedding of the "
-        "patches, messages); peak memory above the inputs, with it; in the fastest arithmetic of each. "
+        "patches, messages); peak memory above the inputs, with it; in the fastest arithmetic of each; x: times as "
+        "fast as the published algorithm, where both took turns in one run. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
         f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."

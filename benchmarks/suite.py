@@ -1,8 +1,8 @@
 """Runs cases: every provider of a workload at every size, each behind its own check, one line per figure.
 
 A case is a workload at one size. Its providers are first checked on a small slide against the float64 reference; on
-the CPU their peak of memory is taken, each in a process of its own; then they are timed in turns, so that a busy
-machine slows all of them alike. A sample is the published loop with everything made once per slide made before.
+the CPU their peak of memory is taken, each in a process of its own; then all are prepared and timed in turns, so that a
+busy machine slows all of them alike. A sample is the published loop with everything made once per slide made before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stflow_fast import ops
 from stflow_fast.errors import first_line
 
 from . import floor, measure
-from .jobs import PRECISION, STEADY_STEPS, Case, Job, Plan, Verdict, check, job_of
+from .jobs import PRECISION, STEADY_STEPS, Case, Job, Plan, Verdict, check, job_of, why_not
 
 FEW_SPOTS = 64
 """For a first call of what takes the square of them."""
@@ -94,6 +94,7 @@ class Entrant:
         self.warm: list[float] = []
         self.cold: list[float] = []
         self.rates: floor.Rates | None = None  # where there is a floor
+        self.lacked_memory = False
         self.owed = 0.0  # seconds until its first turn is over, as far as a trend tells
 
     @property
@@ -108,8 +109,14 @@ class Entrant:
             part()
         except Exception as error:
             self.line["note"] = what_failed(error, self.plan.device)
+            self.lacked_memory = measure.lacked_memory(error)
         if not self.runs:
             self.job = None
+
+    def begin_anew(self) -> None:
+        self.line["note"], self.lacked_memory = "", False
+        self.warm.clear()
+        self.cold.clear()
 
     def start(self) -> None:
         """Everything that is made before the rounds, on a GPU with an eye on its memory."""
@@ -177,16 +184,36 @@ class Suite:
         for name in names:
             if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
                 entrants.append(entrant)
-        for entrant in entrants:
-            self._tell(case, entrant.name)
-            entrant.attempt(entrant.start)
-        self._tell(case, "all in turns")
+        self._measure(case, entrants)
+
+    def _measure(self, case: Case, entrants: list[Entrant]) -> None:
+        """Those for which memory does not suffice beside the others are measured once more, by themselves."""
+        try:
+            for entrant in entrants:
+                self._tell(case, entrant.name)
+                entrant.attempt(entrant.start)
+            self._tell(case, "all in turns")
+            self._take_turns(entrants)
+        except KeyboardInterrupt:
+            self._finish(case, [entrant for entrant in entrants if entrant.warm])
+            raise
+        crowded = [entrant for entrant in entrants if entrant.lacked_memory and len(entrants) > 1]
+        self._finish(case, [entrant for entrant in entrants if entrant not in crowded])
+        for entrant in crowded:
+            entrant.begin_anew()
+            self._measure(case, [entrant])
+
+    def _take_turns(self, entrants: list[Entrant]) -> None:
+        """Each time another one begins, so that nobody always follows the same."""
         begun = time.monotonic()
         for turn in range(self.plan.rounds):
             if turn and not self._time_for_another(begun, turn):
                 break
-            for entrant in entrants:
+            first = turn % max(1, len(entrants))
+            for entrant in entrants[first:] + entrants[:first]:
                 entrant.attempt(functools.partial(entrant.time, turn))
+
+    def _finish(self, case: Case, entrants: list[Entrant]) -> None:
         for entrant in entrants:
             entrant.attempt(entrant.finish)
             entrant.job = None
@@ -223,7 +250,7 @@ class Suite:
         plan, case = self.plan, entrant.case
         job = job_of(plan, case, entrant.name)
         entrant.line["arithmetic"] = job.arithmetic
-        entrant.line["note"] = job.why_not(case.spots, plan.memory_budget) or ""
+        entrant.line["note"] = why_not(plan, case, job) or ""
         if entrant.line["note"]:
             return
         trend = sorted(self._trends.get(_kind(case, entrant.name), {}).items())

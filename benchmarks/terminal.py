@@ -8,13 +8,24 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .lines import MEASURED, SERIES, SETTING, Line, exponents_of, grouped, in_order, told_exponent, why_not_timed
+from .lines import (
+    MEASURED,
+    PUBLISHED,
+    SERIES,
+    SETTING,
+    SPREAD_CALLS,
+    Line,
+    exponents_of,
+    grouped,
+    in_order,
+    published_times,
+    run_of,
+    told_exponent,
+    why_not_timed,
+)
 from .looks import OTHER_FUNCTION, computes_another_function, digits, seconds, size, unit_of
 
-BASELINES = {"graph": "dense_cdist"}
-"""What the published code does in a workload; elsewhere it is eager_stflow."""
-
-TABLE_NOTE = f"""ratio: time over that of eager_stflow ({BASELINES["graph"]} of a graph) in the same run
+TABLE_NOTE = f"""ratio: time over that of eager_stflow ({PUBLISHED["graph"]} of a graph) in the same run
 prepared: once per slide, in no median
 first call: preparation and first warm-up; at the least size the check's too, in which code is compiled and tuned
 {OTHER_FUNCTION}: computes another function, over all spots or by dot products"""
@@ -35,7 +46,7 @@ def terminal_table(lines: Iterable[Line]) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     for name in (*(["setting"] if varying else []), "check"):
         result.add_column(name)
-    baselines = _baselines(lines)
+    baselines = published_times(lines)
     for (workload, spots), members in grouped(lines, ("workload", "spots")).items():
         for line in members:
             setting = [", ".join(str(line[field]) for field in varying)] if varying else []
@@ -57,7 +68,7 @@ def _cost(line: Line, baselines: dict[tuple, float]) -> list[str]:
     peak = "" if line["peak_bytes"] is None else size(line["peak_bytes"])
     if line["median_ms"] is None:
         return [why_not_timed(line), "", prepared, first_call, peak, ""]
-    published = baselines.get(_run(line))
+    published = baselines.get(run_of(line))
     return [
         _spread(line),
         "" if line["spots_per_s"] is None else f"{line['spots_per_s']:,.0f}",
@@ -71,25 +82,12 @@ def _cost(line: Line, baselines: dict[tuple, float]) -> list[str]:
 def _spread(line: Line) -> str:
     if line["p20_ms"] is None or line["p80_ms"] is None:
         return seconds(line["median_ms"])
-    if line["rounds"] == 1:
-        return f"{seconds(line['median_ms'])} (one call)"
+    if line["rounds"] < SPREAD_CALLS:
+        calls = "one call" if line["rounds"] == 1 else f"{line['rounds']} calls"
+        return f"{seconds(line['median_ms'])} ({calls})"
     unit, factor = unit_of(line["median_ms"])
     middle, low, high = (digits(line[name] / factor) for name in ("median_ms", "p20_ms", "p80_ms"))
     return f"{middle} {unit} ({low}-{high})"
-
-
-def _run(line: Line) -> tuple:
-    """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
-    lines have one date."""
-    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
-
-
-def _baselines(lines: Iterable[Line]) -> dict[tuple, float]:
-    return {
-        _run(line): line["median_ms"]
-        for line in lines
-        if line["provider"] == BASELINES.get(line["workload"], "eager_stflow") and line["median_ms"]
-    }
 
 
 def _told_notes(lines: list[Line]) -> list[str]:

@@ -294,9 +294,15 @@ def benchmark(
     ] = 45.0,
     minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.75,
     resume: Annotated[bool, typer.Option("--resume", help="Go on: leave out what --out holds of this commit.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results, which are added to.")] = Path("benchmark"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results, which are added to; ./benchmark when left out.")
+    ] = None,
     redraw: Annotated[
-        bool, typer.Option("--report", help="Measure nothing: show --out anew; below ./README.md, write its section.")
+        bool,
+        typer.Option(
+            "--report",
+            help="Measure nothing: show --out anew. When left out, ./benchmarks/results and the README's section.",
+        ),
     ] = False,
 ) -> None:
     """Measure time and memory against the published code and other ways to write it."""
@@ -309,7 +315,7 @@ def benchmark(
     options = command.Options(
         workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes, resume
     )
-    if code := command.run(options, out):
+    if code := command.run(options, out or Path("benchmark")):
         raise typer.Exit(code)
 
 

@@ -278,11 +278,29 @@ def test_the_readme_is_rewritten_between_the_marks_alone_and_the_same_each_time(
         assert part in inside
     assert "| published algorithm | float32 | 100 ms, 10.0 MB | needs 64.7 GB |" in inside
     assert (
-        "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB | 1.00 s, 100 MB | 1.00 (10,000 to 100,000) |" in inside
+        "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB, 1.00x | 1.00 s, 100 MB | 1.00 (10,000 to 100,000) |"
+        in inside
     )
     assert "Triton" not in inside
     assert "(results/some-cpu-2-cores-time.png)" in inside
     assert (results / "some-cpu-2-cores-time.png").is_file()
+
+
+def test_a_ratio_is_of_one_run_and_a_slope_of_one_number_of_threads(results):
+    other_run = line("message_passing", ms=50.0, date="2026-11-25T05:00:00+00:00")
+    one_thread = [line("reference", spots, 0.5 * spots, threads=1) for spots in SPOTS]
+    write(results / "device.jsonl", [*some_lines(), other_run, *one_thread])
+    report.redraw(results, results.parent / "README.md")
+    inside = (results.parent / "README.md").read_text()
+    assert "| published network, edge list | float32 | 50.0 ms, 10.0 MB |" in inside
+    assert "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB, 1.00x |" in inside
+
+
+def test_few_calls_have_no_band():
+    for rounds, bands in ((4, 0), (5, 1)):
+        figure = scaling_figure([line(spots=spots, rounds=rounds) for spots in SPOTS], "time")
+        assert len(figure.axes[0].collections) == bands
+        assert ("Band" in figure.get_supxlabel()) == bool(bands)
 
 
 def test_the_readme_tells_ours_by_size_and_by_setting(results):

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -104,13 +105,17 @@ def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme, results = tmp_path / "README.md", tmp_path / "benchmarks" / "results"
     readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     for name in ("reference", "flash_attention"):
         run(results, "--workload", "denoise", "--providers", name)
     assert [line["provider"] for line in lines_in(results)] == ["reference"] * 2 + ["flash_attention"] * 2
     untouched = readme.read_text()
-    assert run(results, "--report").exit_code == 0
+    scratch = tmp_path / "scratch"
+    run(scratch, "--workload", "denoise", "--providers", "reference")
+    assert run(scratch, "--report").exit_code == 0
+    assert readme.read_text() == untouched  # its section is of the committed results alone
+    assert CliRunner().invoke(cli.app, ["benchmark", "--report"], catch_exceptions=False).exit_code == 0
     assert len(lines_in(results)) == 4
     assert readme.read_text() != untouched
     assert readme.read_text().startswith("before")
@@ -186,6 +191,43 @@ def test_an_interrupted_run_keeps_its_lines(tmp_path: Path, small: None, monkeyp
     assert str(next(tmp_path.glob("*.jsonl"))) in said
 
 
+def test_memory_that_sufficed_for_one_is_no_failure(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded()
+    running: set[str] = set()
+
+    def start(self: suite.Entrant) -> None:
+        if running:
+            raise MemoryError
+        running.add(self.name)
+        self.job = Recorded(self.name, [])
+
+    def finish(self: suite.Entrant) -> None:
+        running.clear()
+        self.line["median_ms"] = 1.0
+
+    monkeypatch.setattr(suite.Entrant, "start", start)
+    monkeypatch.setattr(suite.Entrant, "finish", finish)
+    assert [(line["note"], line["median_ms"]) for line in lines_of(small_plan(), [CASE], ("a", "b"))] == [("", 1.0)] * 2
+
+
+def test_an_interruption_keeps_the_turns_that_were_made(
+    recorded: Callable[..., list[Any]],
+) -> None:
+    recorded(b=KeyboardInterrupt())  # in its second turn, which it begins
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        Suite(small_plan(rounds=5), lines.append, lambda what: None).run_case(CASE, ("a", "b"))
+    assert [(line["provider"], line["rounds"], line["note"]) for line in lines] == [("a", 1, ""), ("b", 1, "")]
+
+
+@pytest.mark.parametrize("spots", [3, 4])
+def test_of_a_slide_of_its_neighbours_the_published_code_makes_something_else(spots: int) -> None:
+    (line,) = lines_of(small_plan(), [CASE._replace(spots=spots)], ("eager_stflow",))
+    assert line["note"] == "the published code wants more than 4 spots"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -202,6 +244,8 @@ def test_an_interrupted_run_keeps_its_lines(tmp_path: Path, small: None, monkeyp
         (["--memory-budget", "much"], "--memory-budget: must be a size such as 4GiB"),
         (["--spots", "1e3,many"], "--spots: must be whole numbers"),
         (["--k", "0"], "--k: must be whole numbers"),
+        (["--k", "600"], "--k: at most 599"),
+        (["--spots", "10", "--genes", "1000000", "--memory-budget", "1GiB"], "the inputs of 600 spots"),
         (["--rounds", "0"], "--rounds: must be more than 0"),
         (["--seconds", "nan"], "--seconds: must be more than 0"),
         (["--minutes", "-1"], "--minutes: must be more than 0"),
@@ -289,12 +333,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 def test_providers_take_turns(recorded: Callable[..., list[Any]]) -> None:
     said = recorded()
     lines_of(small_plan(rounds=3), [CASE], ("a", "b"))
-    assert said == [("a", 0), ("b", 0), *((name, turn) for turn in range(3) for name in "ab")]
+    turns = [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]  # nobody always follows the same
+    assert said == [("a", 0), ("b", 0), *turns]
 
 
 def test_what_fails_costs_its_own_line_alone(recorded: Callable[..., list[Any]]) -> None:
     said = recorded(a=RuntimeError("first\nsecond"), b=MemoryError())
-    a, b, c = lines_of(small_plan(rounds=3), [CASE], ("a", "b", "c"))
+    a, c, b = lines_of(small_plan(rounds=3), [CASE], ("a", "b", "c"))  # b once more by itself
+    assert said.count(("b", 1)) == 2
     assert a["note"] == "RuntimeError: first"
     assert re.fullmatch(r"out of memory at [\d,]+ bytes", b["note"])
     assert (c["note"], c["rounds"]) == ("", 3)
@@ -341,7 +387,7 @@ def test_the_time_that_those_before_it_need_is_not_left(
 
 
 def test_what_is_there_is_not_measured_again(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "reference,flash_attention")
     run(tmp_path, *options, "--spots", "40")
     assert len(lines_in(tmp_path)) == 2
@@ -349,7 +395,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, small: None, monkey
     assert [line["spots"] for line in lines_in(tmp_path)] == [40, 40, 60, 60]
     assert run(tmp_path, *options, "--resume").exit_code == 0
     assert len(lines_in(tmp_path)) == 4
-    monkeypatch.setattr(measure, "commit", lambda: "0123456789ab with changes")
+    monkeypatch.setattr(measure, "same_code", lambda before: False)
     run(tmp_path, *options, "--resume")
     assert len(lines_in(tmp_path)) == 8
 
@@ -357,7 +403,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, small: None, monkey
 def test_what_lacked_the_time_is_measured_later_with_its_opponents(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "reference,flash_attention", "--spots", "40")
     run(tmp_path, *options)
     (path,) = tmp_path.glob("*.jsonl")
@@ -376,6 +422,50 @@ def test_half_a_line_is_dropped_before_the_next_is_written(tmp_path: Path, small
     path.write_text(whole + whole[:50])
     run(tmp_path, *options)
     assert [line["spots"] for line in lines_in(tmp_path)] == [40, 40]
+    path.write_text(whole.rstrip())
+    run(tmp_path, *options)
+    assert len(lines_in(tmp_path)) == 2
+
+
+def test_what_was_refused_is_asked_again_under_another_budget(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
+    options = ("--workload", "denoise", "--providers", "dense_softmax", "--spots", "2000", "--resume")
+    for budget, n_lines in (("20MB", 1), ("20MB", 1), ("4GiB", 2), ("4GiB", 2)):
+        assert run(tmp_path, *options, "--memory-budget", budget).exit_code == 0
+        assert len(lines_in(tmp_path)) == n_lines
+    first, second = lines_in(tmp_path)
+    assert "over the budget" in first["note"]
+    assert second["note"] == ""
+
+
+def test_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    def commit(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content)
+        git("add", name)
+        git("commit", "-m", name)
+        return git("rev-parse", "--short=12", "HEAD").strip()
+
+    git("init")
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))
+    first = commit("measure.py", "1")
+    assert measure.same_code(first)
+    commit("results.jsonl", "{}")
+    assert measure.same_code(first)
+    assert not measure.same_code(measure.UNKNOWN)
+    assert not measure.same_code("0123456789ab")
+    last = commit("measure.py", "2")
+    assert not measure.same_code(first)
+    assert measure.same_code(last)
+    (tmp_path / "measure.py").write_text("3")
+    assert not measure.same_code(last)
 
 
 def test_the_peak_of_a_sample_is_that_of_a_shorter_loop(monkeypatch: pytest.MonkeyPatch) -> None:
