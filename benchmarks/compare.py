@@ -47,8 +47,9 @@ REHEARSED = {"sample": 40, "train step": 40, "graph": 100}
 ALLOWED, CONFIDENCE, RESAMPLES = 1.02, 0.95, 10_000
 ROUNDS, LEAST_ROUNDS = 7, 5
 """With five pairs the lower end is the least of five ratios, and equal commits have 1 chance in 32 at most that it is
-above 1; with seven it is the second least, 1 in 16, and one pair that was disturbed does no harm. That is of one workload.
-For any of the three to be called slower, and so by 2 %, chances were 3 in 100 where pairs differ by 6 % (simulated)."""
+above 1; with seven it is the second least, 1 in 16, and one pair that was disturbed does no harm. That is of one
+workload; that any of the three is called slower, and so by 2 %, has 3 chances in 100 where pairs differ by 6 %
+(simulated)."""
 
 CALLS = 3
 CHILD_SECONDS = 600
