@@ -40,7 +40,7 @@ BENCH = $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out b
 
 bench: setup
 	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
-	$(BENCH) --workload sample --spots 1e3,3e3,1e4 --rounds 3 --seconds 150 --providers $(BENCH_ALL)
+	$(BENCH) --workload sample --spots 1e3,3e3,1e4 --rounds 3 --seconds 320 --providers $(BENCH_ALL)
 	$(BENCH) --workload sample --spots 2e4,3e4 --rounds 3 --seconds 600 --providers reference,eager_stflow
 	$(BENCH) --workload sample --spots 1e5,3e5,605471 --providers reference,eager_stflow --seconds 1200
 	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
