@@ -32,7 +32,7 @@ format: setup
 
 # Lines are added to benchmarks/results/<device>.jsonl, and what this commit has there already is left out: what was
 # interrupted, or lacked the time, goes on with the next `make bench`. BENCH_MINUTES are of each line below.
-# All of it took 68 minutes on two cores of an AMD EPYC.
+# Some one and a half hours on two cores of an AMD EPYC.
 # A glance at changes instead: python -m pytest benchmarks --benchmark-json=FILE
 BENCH_MINUTES ?= 25
 # The published network over all pairs takes seconds at 250 spots, and has no memory at 3,000.
@@ -42,8 +42,9 @@ BENCH = $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out b
 bench: setup
 	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
 	$(BENCH) --workload sample --spots 1e3,3e3,1e4 --rounds 3 --seconds 320 --providers $(BENCH_ALL)
-	$(BENCH) --workload sample --spots 2e4,3e4 --rounds 3 --seconds 600 --providers reference,eager_stflow
-	$(BENCH) --workload sample --spots 1e5,3e5,605471 --providers reference,eager_stflow --seconds 1200
+	$(BENCH) --workload sample --spots 2e4,3e4,4e4 --rounds 3 --seconds 600 --providers reference,eager_stflow
+	$(BENCH) --workload sample --spots 1e5,3e5,605471 --seconds 1200 \
+		--providers reference,eager_stflow,message_passing,flex_attention,dense_softmax,dense_attention
 	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
 	$(BENCH) --workload sample,denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow \
 		--rounds 3 --seconds 150

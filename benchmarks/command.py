@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +24,10 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
-from .lines import load, read
+from .lines import OVER_BUDGET, load, read
 from .pictures import write_pictures
 from .slides import LAYOUTS
-from .suite import Suite
+from .suite import LEFT_OUT, Suite
 from .terminal import terminal_table
 from .workload import parse_sizes
 
@@ -157,8 +158,8 @@ def run(options: Options, out: Path) -> int:
 
 
 def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, the lines of this very code with as many threads. Those without a time count where it would
-    be refused for the same reason now."""
+    """By case and provider, the lines of this very code with as many threads. Those without a time count where there
+    would be none now, for the same reason; the budget is by default what is free at the moment."""
     if not path.exists():
         return {}
     same_code = functools.cache(measure.same_code)
@@ -166,8 +167,11 @@ def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
     def stands(line: dict[str, Any]) -> bool:
         if line["threads"] != plan.threads or line["check"] == "red" or not same_code(line["commit"]):
             return False
-        case = Case.of(line)
-        return not line["note"] or line["note"] == why_not(plan, case, job_of(plan, case, line["provider"]))
+        case, note = Case.of(line), line["note"]
+        if expected := re.match(rf"{LEFT_OUT}some (\d+) s expected", note):
+            return int(expected[1]) > plan.seconds
+        now = why_not(plan, case, job_of(plan, case, line["provider"])) if note else ""
+        return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
 
     return {_place(line): line for line in read(path) if stands(line)}
 

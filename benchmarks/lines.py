@@ -51,6 +51,9 @@ PUBLISHED = {"graph": "dense_cdist"}
 NEEDED = 3
 """Sizes without which there is no slope."""
 
+OVER_BUDGET = ", over the budget"
+"""In the notes of what would need too much, behind how much that is."""
+
 SPREAD_CALLS = 5
 """Without so many there are no percentiles to show."""
 
@@ -60,8 +63,8 @@ REPEAT = "make bench"
 def load(path: str | os.PathLike) -> list[Line]:
     """The suite's lines of a .jsonl file, or of those of a folder that are the suite's; the newest of each figure.
 
-    One that was left out for the time that it would take says nothing new of a figure that was measured before. A last
-    line that an interruption cut off is left out, which is said on standard error.
+    One that was left out for the time or the memory that it would take says nothing new of a figure that was measured
+    before. A last line that an interruption cut off is left out, which is said on standard error.
 
     Raises:
         InputError: a line is broken, or there is no result.
@@ -79,7 +82,8 @@ def load(path: str | os.PathLike) -> list[Line]:
 
 def _standing(line: Line) -> tuple[bool, str]:
     """Dates are ISO and UTC: their order is that of their text."""
-    return not line["note"].startswith(LEFT_OUT), line["date"]
+    refused = line["note"].startswith(LEFT_OUT) or OVER_BUDGET in line["note"]
+    return not refused, line["date"]
 
 
 def read(file: Path) -> list[Line]:

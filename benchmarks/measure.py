@@ -28,8 +28,8 @@ NETWORK_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-2, "ieee": 1e-3}
 neighbourhoods."""
 
 STATUS = Path("/proc/self/status")
-WITH_CHANGES = " with changes"
 UNKNOWN = "unknown"
+WITH_CHANGES = " with changes"
 """Behind a commit whose code is not what was measured."""
 
 CODE = (":/*.py", ":/*.csv")

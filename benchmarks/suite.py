@@ -95,6 +95,7 @@ class Entrant:
         self.cold: list[float] = []
         self.rates: floor.Rates | None = None  # where there is a floor
         self.lacked_memory = False
+        self.check_s = 0.0  # where what is compiled was compiled in its check
         self.owed = 0.0  # seconds until its first turn is over, as far as a trend tells
 
     @property
@@ -134,7 +135,7 @@ class Entrant:
         self.job.prepare(case.spots, case.layout)
         _, seconds = measure.clocked(self.job.warm_up, self.plan.device)
         self.line["prepare_ms"] = None if self.job.prepare_s is None else 1e3 * self.job.prepare_s
-        self.line["first_call_s"] = (self.line["first_call_s"] or 0.0) + (self.job.prepare_s or 0.0) + seconds
+        self.line["first_call_s"] = self.check_s + (self.job.prepare_s or 0.0) + seconds
 
     def time(self, turn: int) -> None:
         device = self.plan.device
@@ -274,8 +275,8 @@ class Suite:
         verdict = self._verdicts[kind]
         entrant.line |= verdict._asdict()
         del entrant.line["seconds"]
-        if is_first:  # what is compiled was compiled there
-            entrant.line["first_call_s"] = verdict.seconds
+        if is_first:
+            entrant.check_s = verdict.seconds
 
     def _measure_rates(self, entrant: Entrant) -> None:
         """While there is memory for it."""

@@ -147,9 +147,11 @@ class PreparedSlide:
         caller's order, on the model's device.
 
         Raises:
-            InputError: x_t of another shape.
+            InputError: x_t of another shape, t out of range.
         """
         model = self.sampler.model
+        if not 0 <= t <= 1:
+            raise InputError(f"t: must be in [0, 1], not {t}")
         _check_shape("x_t", x_t, (self.graph.n_spots, model.config.n_genes), self.slide_id)
         with _evaluating(model):
             return self._call.leave(self._call.enter(x_t.to(model.image_transform.weight)), t)

@@ -248,10 +248,11 @@ def test_a_share_of_the_floor_without_its_rates_is_refused(tmp_path):
 
 def test_what_was_left_out_hides_nothing_that_was_measured(tmp_path):
     later, latest = "2026-11-26T00:00:00+00:00", "2026-11-27T00:00:00+00:00"
-    for note in ("left out: the time is up; raise --minutes", "left out: some 64 s expected; raise --seconds"):
+    time_is_up, too_long = "left out: the time is up; raise --minutes", "left out: some 64 s expected; raise --seconds"
+    for note in (time_is_up, too_long, "it needs 60.3 GiB, over the budget of 16.0 GiB"):
         lines = [line(), line(ms=None, note=note, date=later)]
         assert [entry["median_ms"] for entry in load(write(tmp_path / "a.jsonl", lines))] == [100.0]
-    failed = out_of_memory("reference", 10_000) | {"date": latest}
+    failed = line(ms=None, note="out of memory at 123 bytes", date=latest)
     assert load(write(tmp_path / "a.jsonl", [*lines, failed])) == [failed]
 
 

@@ -432,12 +432,27 @@ def test_what_was_refused_is_asked_again_under_another_budget(
 ) -> None:
     monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "dense_softmax", "--spots", "2000", "--resume")
-    for budget, n_lines in (("20MB", 1), ("20MB", 1), ("4GiB", 2), ("4GiB", 2)):
+    for budget, n_lines in (("20MB", 1), ("21MB", 1), ("4GiB", 2), ("4GiB", 2)):
         assert run(tmp_path, *options, "--memory-budget", budget).exit_code == 0
         assert len(lines_in(tmp_path)) == n_lines
     first, second = lines_in(tmp_path)
     assert "over the budget" in first["note"]
     assert second["note"] == ""
+
+
+@pytest.mark.parametrize(("seconds", "n_lines"), [("40", 1), ("60", 2)])
+def test_what_was_left_out_for_its_time_is_asked_again_with_more(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, seconds: str, n_lines: int
+) -> None:
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
+    options = ("--workload", "denoise", "--providers", "reference", "--spots", "40")
+    run(tmp_path, *options)
+    (path,) = tmp_path.glob("*.jsonl")
+    (line,) = lines_in(tmp_path)
+    note = f"{suite.LEFT_OUT}some 50 s expected; raise --seconds"
+    path.write_text(json.dumps({**line, "median_ms": None, "note": note}) + "\n")
+    run(tmp_path, *options, "--resume", "--seconds", seconds)
+    assert len(lines_in(tmp_path)) == n_lines
 
 
 def test_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

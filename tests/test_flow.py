@@ -103,6 +103,8 @@ def test_one_call_between_the_times_of_the_grid() -> None:
     assert torch.equal(prepared.denoise(x_t, 0.3), prepared.graph.to_spots(rows))
     with pytest.raises(InputError, match=r"slide a: x_t: must have shape \[40, 5\], not \[39, 5\]"):
         prepared.denoise(x_t[1:], 0.3)
+    with pytest.raises(InputError, match=r"t: must be in \[0, 1\], not 1.5"):
+        prepared.denoise(x_t, 1.5)
 
 
 def test_the_solution_may_leave_the_coordinates_that_it_was_solved_in() -> None:
