@@ -159,22 +159,27 @@ def _told_study(field: str, lines: list[Line]) -> str:
 
 
 def _told_before(lines: list[Line]) -> list[str]:
-    """A bullet of what is made once per slide, at the size nearest to 10,000 spots, and one of first calls, at the
-    least size: larger ones come after it and find compiled what it compiled."""
+    """A bullet of what is made once per slide, at the size nearest to 10,000 spots, and one of first calls, each at its
+    provider's least size: larger ones come after it and find compiled what it compiled."""
     workload = _main_workload(lines)
     main = [line for line in lines if line["workload"] == workload]
-    prepared = {line["spots"] for line in main if line["prepare_ms"] is not None}
-    called = {line["spots"] for line in main if line["first_call_s"] is not None}
+    sizes = {line["spots"] for line in main if line["prepare_ms"] is not None}
+    prepared = [line for line in main if sizes and line["spots"] == _nearest(sizes, SHOWN_SIZES[0])]
+    called = [line for line in main if line["first_call_s"] is not None]
+    first = [min(members, key=lambda line: line["spots"]) for members in grouped(called, ("provider",)).values()]
 
-    def told(what: str, field: str, factor: float, spots: int) -> str:
-        found = [line for line in main if line["spots"] == spots and line[field] is not None]
-        times = "; ".join(f"{named(line['provider'])}: {seconds(factor * line[field])}" for line in found)
-        return f"* {what} ({workload.replace('_', ' ')}, {spots:,} spots): {times}."
+    def told(what: str, field: str, factor: float, found: list[Line]) -> list[str]:
+        timed = [line for line in found if line[field] is not None]
+        least = min((line["spots"] for line in timed), default=0)
+        times = []
+        for line in timed:
+            where = "" if line["spots"] == least else f" ({line['spots']:,} spots)"
+            times.append(f"{named(line['provider'])}{where}: {seconds(factor * line[field])}")
+        told_of = f"* {what} ({workload.replace('_', ' ')}, {least:,} spots): "
+        return [told_of + "; ".join(times) + "."] if timed else []
 
-    bullets = [told("Made once per slide", "prepare_ms", 1, _nearest(prepared, SHOWN_SIZES[0]))] if prepared else []
-    if called:
-        bullets.append(told("First call, with compilation and autotuning", "first_call_s", 1e3, min(called)))
-    return bullets
+    compiled = f"First call, with compilation, autotuning and, but of {OTHER_FUNCTION}, the check"
+    return told("Made once per slide", "prepare_ms", 1, prepared) + told(compiled, "first_call_s", 1e3, first)
 
 
 def _far(spots: int) -> float:
