@@ -24,10 +24,11 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
-from .lines import OVER_BUDGET, load, read
+from .lines import load, read
 from .pictures import write_pictures
+from .providers import OVER_BUDGET
 from .slides import LAYOUTS
-from .suite import LEFT_OUT, Suite
+from .suite import TOO_LONG, Suite
 from .terminal import terminal_table
 from .workload import parse_sizes
 
@@ -145,7 +146,7 @@ def run(options: Options, out: Path) -> int:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
     show([*(before | {_place(line): line for line in lines}).values()])
-    show_pictures(load(path), out)
+    _say_written(write_pictures(load(path), out))
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]
     for line in red:
@@ -168,7 +169,7 @@ def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
         if line["threads"] != plan.threads or line["check"] == "red" or not same_code(line["commit"]):
             return False
         case, note = Case.of(line), line["note"]
-        if expected := re.match(rf"{LEFT_OUT}some (\d+) s expected", note):
+        if expected := re.fullmatch(TOO_LONG.replace("{:.0f}", r"(\d+)"), note):
             return int(expected[1]) > plan.seconds
         now = why_not(plan, case, job_of(plan, case, line["provider"])) if note else ""
         return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
@@ -218,11 +219,6 @@ def show(lines: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(lines))
 
 
-def show_pictures(lines: list[dict[str, Any]], folder: Path) -> None:
-    for written in write_pictures(lines, folder):
-        _say_written(written)
-
-
 def redraw(folder: Path | None, readme: Path = Path("README.md")) -> None:
     """Show what was measured before. Where the results are those that a README has a section for, which they are where
     no folder is named, write that anew."""
@@ -230,14 +226,15 @@ def redraw(folder: Path | None, readme: Path = Path("README.md")) -> None:
     folder = folder or committed
     lines = load(folder)
     show(lines)
-    show_pictures(lines, folder)
     if folder.resolve() == committed.resolve() and readme.is_file() and report.BEGIN in readme.read_text():
-        report.redraw(folder, readme)
-        _say_written(readme)
+        _say_written([*report.redraw(folder, readme), readme])
+    else:
+        _say_written(write_pictures(lines, folder))
 
 
-def _say_written(path: Path) -> None:
-    Console().print(f"wrote {path}", markup=False, soft_wrap=True)
+def _say_written(paths: Iterable[Path]) -> None:
+    for path in paths:
+        Console().print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def _names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from stflow_fast.ops.backend import use_backend, why_not_triton
 
 from . import measure
 from .baselines.eager_stflow import dense_neighbors
-from .providers import PROVIDERS
+from .providers import PROVIDERS, distance_bytes, over_budget
 from .slides import LAYOUTS, BenchmarkSlide, benchmark_slide
 from .workload import FEATURE_DIM, SAMPLE_STEPS
 
@@ -245,10 +245,7 @@ class GraphJob(Job):
             return None
         if spots <= self.k:
             return f"it wants more than {self.k} spots"
-        needed = 9 * spots * spots  # the distances, a masked copy and its mask, as in EagerSTFlow
-        if needed <= memory_budget:
-            return None
-        return f"it needs {needed / 2**30:.1f} GiB, over the budget of {memory_budget / 2**30:.1f} GiB"
+        return over_budget(distance_bytes(spots), memory_budget)
 
     def load(self, spots: int, layout: str) -> None:
         """Nothing: coordinates are made in a moment, with what is prepared."""

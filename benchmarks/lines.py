@@ -15,6 +15,7 @@ import numpy as np
 from stflow_fast.errors import InputError, first_line
 
 from .looks import LOOKS, size
+from .providers import OVER_BUDGET
 from .suite import LEFT_OUT
 
 Line = dict[str, Any]
@@ -50,9 +51,6 @@ PUBLISHED = {"graph": "dense_cdist"}
 
 NEEDED = 3
 """Sizes without which there is no slope."""
-
-OVER_BUDGET = ", over the budget"
-"""In the notes of what would need too much, behind how much that is."""
 
 SPREAD_CALLS = 5
 """Without so many there are no percentiles to show."""
@@ -199,7 +197,7 @@ def published_times(lines: Iterable[Line]) -> dict[tuple, float]:
 
 def out_of_memory(line: Line) -> str:
     """What a provider lacked, in few words; empty where it lacked no memory."""
-    over = re.search(r"needs ([\d.]+) GiB, over the budget", line["note"])
+    over = re.search(rf"needs ([\d.]+) GiB{OVER_BUDGET}", line["note"])
     if over is None:
         return "out of memory" if "out of memory" in line["note"] else ""
     return f"needs {size(float(over[1]) * 2**30)}"

@@ -32,6 +32,22 @@ KEEP_ALL, KEEP_NONE, KEEP_DEFAULT = 2**62, 0, None
 """Bytes for edge messages kept from one flow step to the next; the default is the program's."""
 
 
+OVER_BUDGET = ", over the budget"
+"""In the notes of what would need too much, behind how much that is."""
+
+
+def over_budget(needed: int, memory_budget: int) -> str | None:
+    """One line where so many bytes are too many, or None."""
+    if needed <= memory_budget:
+        return None
+    return f"it needs {needed / 2**30:.1f} GiB{OVER_BUDGET} of {memory_budget / 2**30:.1f} GiB"
+
+
+def distance_bytes(n: int) -> int:
+    """Of the published search for neighbours: the distances, a masked copy and its mask."""
+    return 9 * n * n
+
+
 class Provider(abc.ABC):
     """One way of denoising a slide. Expression goes in and comes out in the order of the slide's spots.
 
@@ -82,10 +98,7 @@ class Provider(abc.ABC):
             return f"the device is {device.type}; it runs on cpu or cuda"
         if device.type == "cuda" and not torch.cuda.is_available():
             return "there is no CUDA device"
-        lacks, needed = self._lacks(device, n), self.quadratic_bytes(n)
-        if lacks is None and needed > memory_budget:
-            return f"it needs {needed / 2**30:.1f} GiB, over the budget of {memory_budget / 2**30:.1f} GiB"
-        return lacks
+        return self._lacks(device, n) or over_budget(self.quadratic_bytes(n), memory_budget)
 
     def why_not_training(self, device: torch.device | str) -> str | None:
         """The same of :meth:`loss` and its backward, beside what :meth:`why_not` says."""
@@ -190,8 +203,8 @@ class EagerSTFlow(Provider):
         return F.mse_loss(self._published_call(x_t, t), x_1)
 
     def quadratic_bytes(self, n: int) -> int:
-        """The distances, a masked copy and its mask; then the edges."""
-        return max(9 * n * n, edge_bytes(self.config) * self.config.n_neighbors * n)
+        """The distances; then the edges."""
+        return max(distance_bytes(n), edge_bytes(self.config) * self.config.n_neighbors * n)
 
     def _lacks(self, device: torch.device, n: int) -> str | None:
         k = self.config.n_neighbors  # with fewer others, its spots are neighbours of themselves

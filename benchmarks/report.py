@@ -51,8 +51,10 @@ SHOWN_SIZES = (10_000, 100_000, 1_000_000)
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> None:
+def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> list[Path]:
     """Write the README's section between its two marks, and its pictures beside the results, from the results alone.
+
+    Returns: the pictures.
 
     Raises:
         InputError: there is no result, a line is broken, or the README has not both marks once and in order.
@@ -71,6 +73,7 @@ def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> No
     parts = [section(members, pictures, readme) for members in grouped(lines, ("device",)).values()]
     with atomic_path(readme) as temporary:
         temporary.write_bytes("\n\n".join([before + BEGIN, *parts, END + after]).encode())
+    return pictures
 
 
 def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:

@@ -27,6 +27,7 @@ FEW_SPOTS = 64
 
 LEFT_OUT = "left out: "
 TIME_IS_UP = f"{LEFT_OUT}the time is up; raise --minutes"
+TOO_LONG = LEFT_OUT + "some {:.0f} s expected; raise --seconds"
 
 LINE: dict[str, Any] = {
     **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "arithmetic", "threads")),
@@ -264,7 +265,7 @@ class Suite:
         if time.monotonic() + owed + seconds > plan.deadline:
             entrant.line["note"] = TIME_IS_UP
         elif seconds > plan.seconds:
-            entrant.line["note"] = f"{LEFT_OUT}some {seconds:.0f} s expected; raise --seconds"
+            entrant.line["note"] = TOO_LONG.format(seconds)
 
     def _judge(self, entrant: Entrant) -> None:
         """Once for all sizes."""

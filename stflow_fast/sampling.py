@@ -134,8 +134,8 @@ class PreparedSlide:
             self.graph = model.build_graph(coords)
             self.image = _embed(model, self.graph, features)
             self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
-        call = _plain_call if self.states.heads is None else _folded_call
-        self._call = call = call(sampler, self.graph, self.image, self.states)
+        make_call = _plain_call if self.states.heads is None else _folded_call
+        self._call = call = make_call(sampler, self.graph, self.image, self.states)
 
         def loop(x_0: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
             return solver.solve(call.target, call.enter(x_0), last=call.leave)
