@@ -71,8 +71,8 @@ class Order:
     providers: dict[str, tuple[str, ...]]
 
     @property
-    def n_lines(self) -> int:
-        return sum(len(self.providers[case.workload]) for case in self.cases)
+    def places(self) -> set[tuple]:
+        return {(*case, name) for case in self.cases for name in self.providers[case.workload]}
 
     def without(self, lines: Iterable[tuple]) -> Order:
         """All but the cases of which every provider has its line; the others whole, so that all take turns again."""
@@ -127,11 +127,11 @@ def run(options: Options, out: Path) -> int:
     order = order_of(options)
     path = out / f"{measure.file_name(measure.device_name(order.plan.device))}.jsonl"
     before = measured_before(path, order.plan) if options.resume else {}
-    order = order.without(before)
+    ordered, order = order.places, order.without(before)
     lines: list[dict[str, Any]] = []
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        with figures_bar(order.n_lines) as (begin, done), appending(path) as write:
+        with figures_bar(len(order.places)) as (begin, done), appending(path) as write:
 
             def keep(line: dict[str, Any]) -> None:
                 write(line)
@@ -145,7 +145,8 @@ def run(options: Options, out: Path) -> int:
     except KeyboardInterrupt:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
-    show([*(before | {_place(line): line for line in lines}).values()])
+    known = before | {_place(line): line for line in lines}
+    show([line for place, line in known.items() if place in ordered])
     _say_written(write_pictures(load(path), out))
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]

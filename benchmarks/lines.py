@@ -27,7 +27,7 @@ KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "first_call_s", "peak_bytes", "spots_per_s", "of_floor")
-FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "check", "note", "load", "versions", "commit", "date")
+FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "alone", "check", "note", "load", "versions", "commit", "date")
 RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
 """What a share of the floor rests on."""
 
@@ -46,8 +46,8 @@ DTYPES = ("float32", "tf32", "bf16")
 STEADY = 10_000
 """Spots from which on the fixed cost of a call no longer bends a slope."""
 
-PUBLISHED = {"graph": "dense_cdist"}
-"""What the published code does in a workload; elsewhere it is eager_stflow."""
+PUBLISHED = {**dict.fromkeys(WORKLOADS, "eager_stflow"), "graph": "dense_cdist"}
+"""What the published code does in a workload."""
 
 NEEDED = 3
 """Sizes without which there is no slope."""
@@ -182,8 +182,9 @@ def _fastest(lines: list[Line]) -> str:
 
 def run_of(line: Line) -> tuple:
     """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
-    lines have one date."""
-    return tuple(line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
+    lines have one date; and turns, which one that was measured alone shares with nobody."""
+    same = (line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
+    return (*same, line["alone"] and line["provider"])
 
 
 def published_times(lines: Iterable[Line]) -> dict[tuple, float]:
@@ -191,7 +192,7 @@ def published_times(lines: Iterable[Line]) -> dict[tuple, float]:
     return {
         run_of(line): line["median_ms"]
         for line in lines
-        if line["provider"] == PUBLISHED.get(line["workload"], "eager_stflow") and line["median_ms"]
+        if line["provider"] == PUBLISHED[line["workload"]] and line["median_ms"]
     }
 
 

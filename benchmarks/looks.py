@@ -28,6 +28,7 @@ LOOKS = {
     "dense_cdist": Look("all distances", "#b87400", "h"),
     "scipy_kdtree": Look("stflow-fast, k-d tree", "#56b4e9", "p"),
     "reference": Look("stflow-fast, plain torch", "#0072b2", "o"),
+    "reference_kept_edges": Look("stflow-fast, plain torch, edges kept", "#5a4fcf", "^", "--"),
     "reference_compiled": Look("stflow-fast, torch.compile", "#003b5c", "s", "--"),
     "triton": Look("stflow-fast, Triton", "#009e73", "D"),
     "triton_kept_edges": Look("stflow-fast, Triton, edges kept", "#c2185b", "^", "--"),

@@ -16,11 +16,9 @@ from stflow_fast.files import atomic_path
 
 from .lines import (
     MEASURED,
-    NEEDED,
     RATES,
     SERIES,
     SPREAD_CALLS,
-    STEADY,
     WORKLOADS,
     Line,
     chosen,
@@ -28,6 +26,7 @@ from .lines import (
     grouped,
     in_order,
     out_of_memory,
+    told_exponent,
 )
 from .looks import OTHER_FUNCTION, Look, computes_another_function, digits, look_of, named
 from .measure import file_name
@@ -95,7 +94,7 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
 def _footnote(lines: list[Line], quantity: str) -> str:
     called = max((line["rounds"] or 0 for line in lines), default=0)
     parts = ["Band: 20th to 80th percentile."] if quantity == "time" and called >= SPREAD_CALLS else []
-    parts.append(f"Exponents of N: from {STEADY:,} spots on where there are {NEEDED} sizes.")
+    parts.append("Exponents of N, in brackets the spots that they are fitted to.")
     if any(computes_another_function(line["provider"]) for line in lines):
         parts.append(f"{OTHER_FUNCTION} another function.")
     return " ".join(parts)
@@ -108,7 +107,7 @@ def _draw_panel(axes: Axes, lines: list[Line], quantity: str) -> None:
     for (provider,), members in grouped(lines, ("provider",)).items():
         slope = exponents.get(tuple(members[0][field] for field in SERIES))
         label = named(provider) + ("" if same else f", {members[0]['arithmetic']}")
-        _draw_series(axes, members, quantity, label + ("" if slope is None else f", N^{slope['exponent']:.2f}"))
+        _draw_series(axes, members, quantity, label + ("" if slope is None else f", N^{told_exponent(slope)}"))
     unit = 1e-3 if quantity == "time" else 1e-9
     for axis, scale in ((axes.xaxis, 1.0), (axes.yaxis, unit)):
         axis.set_major_formatter(FuncFormatter(lambda value, _, scale=scale: f"{value * scale:,.10g}"))

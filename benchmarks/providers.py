@@ -360,11 +360,13 @@ PROVIDERS: dict[str, Callable[[DenoiserConfig], Provider]] = {
     "flex_attention": FlexAttention,
     "message_passing": MessagePassing,
     "reference": _ours("reference"),
+    "reference_kept_edges": _ours("reference", keep=KEEP_ALL),
     "reference_compiled": _ours("reference", compiled=True),
     "triton": _ours("triton", keep=KEEP_NONE),
     "triton_kept_edges": _ours("triton", keep=KEEP_ALL),
     "triton_graph": _ours("triton", cuda_graph=True),
 }
-"""Name -> factory. Ours keep the messages of edges over the flow steps within the program's default budget; ``triton``
-keeps none, ``triton_kept_edges`` all of them, and both launch kernel after kernel; ``triton_graph`` is what the program
-does on a GPU: it captures the loop of a sample when it is called for the second time, and replays it from then on."""
+"""Name -> factory. Ours keep the messages of edges over the flow steps within the program's default budget, those
+named for it all of them, and ``triton`` none. ``triton`` and ``triton_kept_edges`` launch kernel after kernel;
+``triton_graph`` is what the program does on a GPU: it captures the loop of a sample when it is called for the second
+time, and replays it from then on."""

@@ -22,6 +22,7 @@ from stflow_fast.files import atomic_path
 from .lines import (
     MEASURED,
     NEEDED,
+    PUBLISHED,
     REPEAT,
     SERIES,
     SETTING,
@@ -90,16 +91,24 @@ def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:
     picture = link("time").replace("[time]", f"![Time against spots on {device}]")
     studied = [line for members in studies.values() for line in members]
     told = _told(shown, studied) + (f" More pictures: {more}." if more else "")
-    bullets = "\n".join([*(_told_study(field, members) for field, members in studies.items()), *_told_before(shown)])
+    bullets = "\n".join(
+        [
+            *(_told_study(field, members) for field, members in studies.items()),
+            *_told_beside(shown),
+            *_told_before(shown),
+        ]
+    )
     parts = (f"**{device}**", table(*_table_of(shown)), picture, _by_size(shown), bullets, told)
     return "\n\n".join(filter(None, parts))
 
 
 def largest_of_ours(lines: list[Line]) -> Line | None:
-    """Of :func:`chosen` lines, the largest slide of the first workload that ours did; of several, the fastest."""
+    """Of :func:`chosen` lines, the largest slide of the first workload that ours did; of several, that of the provider
+    with most sizes, and the fastest."""
     mine = [line for line in lines if line["provider"] in OURS and line["median_ms"]]
     main = [line for line in mine if line["workload"] == mine[0]["workload"]]
-    return max(main, key=lambda line: (line["spots"], -line["median_ms"]), default=None)
+    sizes = {provider: len(members) for (provider,), members in grouped(main, ("provider",)).items()}
+    return max(main, key=lambda line: (line["spots"], sizes[line["provider"]], -line["median_ms"]), default=None)
 
 
 def _by_size(lines: list[Line]) -> str:
@@ -114,7 +123,7 @@ def _by_size(lines: list[Line]) -> str:
     time, memory = (", ".join(map(told_exponent, exponents[quantity])) for quantity in ("time", "memory"))
     peaks = ["" if line["peak_bytes"] is None else size(line["peak_bytes"]) for line in same]
     rows = [
-        ["time", *(seconds(line["median_ms"]) for line in same), time],
+        ["time", *map(_time, same), time],
         ["per spot", *(seconds(line["median_ms"] / line["spots"]) for line in same), ""],
         ["peak memory", *peaks, memory],
     ]
@@ -124,7 +133,7 @@ def _by_size(lines: list[Line]) -> str:
 
 def studies_of(lines: list[Line]) -> dict[str, list[Line]]:
     """Of one device: per setting that was varied alone, by ours where it did the largest slide, the lines of the
-    workload and size at which it had most values; and those of the published code where memory was out."""
+    workload and size at which it had most values; and those of the published code."""
     best, found = largest_of_ours(chosen(lines)), {}
     if best is None:
         return {}
@@ -142,23 +151,40 @@ def studies_of(lines: list[Line]) -> dict[str, list[Line]]:
             published = [
                 line
                 for line in alike
-                if (line["workload"], line["spots"], line["provider"]) == (workload, spots, "eager_stflow")
+                if (line["workload"], line["spots"], line["provider"]) == (workload, spots, PUBLISHED[workload])
             ]
-            found[field] = members + [line for line in published if out_of_memory(line)]
+            found[field] = members + [line for line in published if _tells(line)]
     return found
 
 
 def _told_study(field: str, lines: list[Line]) -> str:
     """One bullet."""
     lines = lines if field == "layout" else sorted(lines, key=lambda line: line[field])
-    first = next(line for line in lines if line["median_ms"])
+    first = next(line for line in lines if line["provider"] in OURS)
+    ours = first["provider"]
 
     def told(line: Line) -> str:
         value = line[field] if field == "layout" else f"{line[field]:,}"
-        return f"{value}: " + ("" if line["median_ms"] else f"{named(line['provider'])} ") + _cell(line)
+        return f"{value}: " + ("" if line["provider"] == ours else f"{named(line['provider'])} ") + _cell(line)
 
-    what = f"{first['workload'].replace('_', ' ')}, {first['spots']:,} spots, {named(first['provider'])}"
+    what = f"{first['workload'].replace('_', ' ')}, {first['spots']:,} spots, {named(ours)}"
     return f"* {STUDIED[field]} ({what}): " + "; ".join(map(told, lines)) + "."
+
+
+def _told_beside(lines: list[Line]) -> list[str]:
+    """A bullet per workload that has no column in the table: of every provider its sizes, to the first that memory did
+    not hold."""
+    published, bullets = published_times(lines), []
+    for (workload,), members in grouped(lines, ("workload",)).items():
+        if workload in (_main_workload(lines), "train_step"):
+            continue
+        told = []
+        for (provider,), series in grouped(members, ("provider",)).items():
+            timed = [line for line in series if line["median_ms"]]
+            cells = [f"{line['spots']:,}: {_compared(line, published)}" for line in timed + _lacking(series)[:1]]
+            told += [f"{named(provider)} {', '.join(cells)}"] if cells else []
+        bullets.append(f"* {WORKLOADS[workload]}, by spots: {'; '.join(told)}.")
+    return bullets
 
 
 def _told_before(lines: list[Line]) -> list[str]:
@@ -228,17 +254,26 @@ def _tells(line: Line) -> bool:
     return line["median_ms"] is not None or line["check"] == "red" or bool(out_of_memory(line))
 
 
+def _lacking(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line["median_ms"] is None and out_of_memory(line)]
+
+
+def _time(line: Line) -> str:
+    return seconds(line["median_ms"]) + (" (one call)" if line["rounds"] == 1 else "")
+
+
 def _cell(line: Line) -> str:
+    """Empty of what was not run."""
     if line["median_ms"] is None:
-        return why_not_timed(line)
-    return seconds(line["median_ms"]) + ("" if line["peak_bytes"] is None else f", {size(line['peak_bytes'])}")
+        return why_not_timed(line) if _tells(line) else ""
+    return _time(line) + ("" if line["peak_bytes"] is None else f", {size(line['peak_bytes'])}")
 
 
 def _compared(line: Line, published: dict[tuple, float]) -> str:
     """A cell, with how many times faster than the published code of the same run it is."""
     theirs = published.get(run_of(line))
     ratio = "" if not theirs or not line["median_ms"] else f", {digits(theirs / line['median_ms'])}x"
-    return _cell(line) + ("" if line["provider"] == "eager_stflow" else ratio)
+    return _cell(line) + ("" if line["provider"] == PUBLISHED[line["workload"]] else ratio)
 
 
 def _sizes(measured: set[int]) -> list[int]:
@@ -267,10 +302,12 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
     other = any(computes_another_function(line["provider"]) for line in lines)
     commits = ", ".join(sorted({line["commit"] for line in everything}))
     rounds = ", ".join(map(str, sorted({line["rounds"] for line in everything if line["rounds"]})))
+    arithmetic = {line["arithmetic"] for line in lines}
+    fastest = "in the fastest arithmetic of each; " if len(arithmetic) > 1 else ""
     return (
         f"Median time of {rounds} calls, without what is made once per slide (ours: neighbours, embedding of the "
-        "patches, messages); peak memory above the inputs, with it; in the fastest arithmetic of each; x: times as "
-        "fast as the published algorithm, where both took turns in one run. "
+        f"patches, messages); peak memory above the inputs, with it; {fastest}x: times as fast as the published "
+        "algorithm, where both took turns in one run. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
         f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."

@@ -34,11 +34,12 @@ LINE: dict[str, Any] = {
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "first_call_s")),
     **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
     **dict.fromkeys(("of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
-    **{"relative_error": None, "tolerance": None, "check": "not compared", "note": "", "load": None},
+    **{"alone": False, "relative_error": None, "tolerance": None, "check": "not compared", "note": "", "load": None},
 }
 """The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty.
 
 ``arithmetic`` is the dtype that was computed in: the asked one, but for the published code, which has no bf16.
+``alone`` is what lacked memory beside the others of its case, and took no turns with them.
 ``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
 function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
 """
@@ -116,7 +117,8 @@ class Entrant:
             self.job = None
 
     def begin_anew(self) -> None:
-        self.line["note"], self.lacked_memory = "", False
+        self.line |= {"note": "", "alone": True}
+        self.lacked_memory = False
         self.warm.clear()
         self.cold.clear()
 

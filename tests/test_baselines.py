@@ -23,7 +23,8 @@ from stflow_fast.ops import COMPILED_BLOCK, cpp_compiler, use_backend
 from .golden import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ("eager_stflow", "message_passing", "reference", "reference_compiled", "triton", "triton_kept_edges")
+PLAIN = ("reference", "reference_kept_edges", "reference_compiled")
+PUBLISHED = ("eager_stflow", "message_passing", *PLAIN, "triton", "triton_kept_edges")
 PLENTY = 2**62
 
 needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")

@@ -26,7 +26,7 @@ def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 10
     return {
         **{"workload": "sample", "provider": provider, "layout": "visium_jittered", "spots": spots, "k": 8},
         **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": ms and 1.0},
-        "arithmetic": changed.get("dtype", "float32"),
+        **{"arithmetic": changed.get("dtype", "float32"), "alone": False},
         **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "first_call_s": ms and 0.1},
         **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
         **{"spots_per_s": ms and 1e3 * spots / ms, "of_floor": None, "relative_error": 1e-7, "tolerance": 1e-5},
@@ -186,8 +186,9 @@ def test_one_call_has_no_spread():
     assert "100 ms (one call)" in shown(terminal_table([line(rounds=1)]))
 
 
-def test_no_ratio_to_another_run():
-    lines = [line("eager_stflow"), line("reference", commit="another")]
+@pytest.mark.parametrize("apart", [{"commit": "another"}, {"alone": True}])
+def test_no_ratio_without_turns_in_one_run(apart):
+    lines = [line("eager_stflow"), line("reference", **apart)]
     assert "1.00x" in shown(terminal_table([line("eager_stflow"), line("reference")]))
     assert shown(terminal_table(lines)).count("x ") == 1  # the published code's own
 
@@ -202,7 +203,7 @@ def test_a_cross_marks_where_memory_ended_and_the_legend_names_it():
     assert (at_end.get_xdata()[0], at_end.get_ydata()[0]) == (30_000, pytest.approx(900))
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert any("published algorithm" in text and "100,000: needs 64.7 GB" in text for text in labels)
-    assert any("plain torch" in text and text.endswith("N^1.00") for text in labels)
+    assert any("plain torch" in text and text.endswith("N^1.00 (10,000 to 100,000)") for text in labels)
     assert not any("Triton" in text for text in labels)  # it cannot run here
 
 
@@ -308,10 +309,14 @@ def test_the_readme_tells_ours_by_size_and_by_setting(results):
     sizes = (1_000, 10_000, 100_000, 605_471)
     ours = [line("reference", spots, 0.03 * spots) for spots in sizes]
     compiled = [line("reference_compiled", spots, 0.02 * spots) for spots in sizes[:3]]
+    kept = [line("reference_kept_edges", spots, 0.01 * spots) for spots in sizes[1:]]
     genes = [line("reference", ms=ms, genes=count, workload="denoise") for count, ms in ((18_000, 900.0), (50, 90.0))]
-    eager = out_of_memory("eager_stflow", 10_000) | {"genes": 18_000, "workload": "denoise"}
+    eager = [
+        line("eager_stflow", ms=400.0, workload="denoise"),
+        out_of_memory("eager_stflow", 10_000) | {"genes": 18_000, "workload": "denoise"},
+    ]
     neighbours = [line("reference", ms=100.0 * k, k=k, commit="fedcba987654") for k in (4, 16)]
-    write(results / "cpu.jsonl", [*ours, *compiled, *genes, eager, *neighbours])
+    write(results / "cpu.jsonl", [*ours, *compiled, *kept, *genes, *eager, *neighbours])
     report.redraw(results, readme := results.parent / "README.md")
     text = readme.read_text()
     assert "| stflow-fast, plain torch: sample, spots | 1,000 | 10,000 | 100,000 | 605,471 | exponent of N |" in text
@@ -320,12 +325,29 @@ def test_the_readme_tells_ours_by_size_and_by_setting(results):
     assert "| peak memory | 1.00 MB | 10.0 MB | 100 MB | 605 MB | 1.00 (10,000 to 605,471) |" in text
     place = "10,000 spots, stflow-fast, plain torch"
     assert (
-        f"* Genes (denoise, {place}): 50: 90.0 ms, 10.0 MB; 18,000: 900 ms, 10.0 MB; "
-        "18,000: published algorithm needs 64.7 GB." in text
+        f"* Genes (denoise, {place}): 50: 90.0 ms, 10.0 MB; 50: published algorithm 400 ms, 10.0 MB; "
+        "18,000: 900 ms, 10.0 MB; 18,000: published algorithm needs 64.7 GB." in text
     )
     assert f"* Neighbours (sample, {place}): 4: 400 ms, 10.0 MB; 8: 300 ms, 10.0 MB; 16: 1.60 s, 10.0 MB." in text
     assert "* Layout" not in text
     assert "commit 0123456789ab, fedcba987654" in text
+
+
+def test_the_readme_tells_workloads_that_have_no_column(results):
+    graphs = [
+        *(line("scipy_kdtree", spots, 0.002 * spots, workload="graph", rounds=1) for spots in SPOTS),
+        line("dense_cdist", 1_000, 6.0, workload="graph"),
+        *(out_of_memory("dense_cdist", spots) | {"workload": "graph"} for spots in SPOTS[2:]),
+    ]
+    call = line("reference", ms=80.0, workload="denoise")
+    write(results / "cpu.jsonl", [*some_lines(), *graphs, call])
+    report.redraw(results, readme := results.parent / "README.md")
+    text = readme.read_text()
+    assert "* One call of the denoiser, by spots: stflow-fast, plain torch 10,000: 80.0 ms, 10.0 MB.\n" in text
+    assert (
+        "* Graph of the spots, by spots: all distances 1,000: 6.00 ms, 1.00 MB, 30,000: needs 64.7 GB; "
+        "stflow-fast, k-d tree 1,000: 2.00 ms (one call), 1.00 MB, 3.00x, 10,000: 20.0 ms (one call), 10.0 MB,"
+    ) in text
 
 
 def test_the_readme_tells_what_comes_before_the_times(results):

@@ -209,7 +209,8 @@ def test_memory_that_sufficed_for_one_is_no_failure(
 
     monkeypatch.setattr(suite.Entrant, "start", start)
     monkeypatch.setattr(suite.Entrant, "finish", finish)
-    assert [(line["note"], line["median_ms"]) for line in lines_of(small_plan(), [CASE], ("a", "b"))] == [("", 1.0)] * 2
+    lines = lines_of(small_plan(), [CASE], ("a", "b"))
+    assert [(line["note"], line["median_ms"], line["alone"]) for line in lines] == [("", 1.0, False), ("", 1.0, True)]
 
 
 def test_an_interruption_keeps_the_turns_that_were_made(
