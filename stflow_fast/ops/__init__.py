@@ -7,12 +7,11 @@ of spots, so that what is live is O(N * d) and one block, whatever the slide's s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..graph import SpotGraph
 from ..kernels.conventions import Settings, Sizes, context_padding
@@ -29,6 +28,7 @@ from .backend import (
     use_compile,
 )
 from .dropout import DropoutKeys, dropout
+from .recompute import recomputed
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
 __all__ = [
@@ -53,9 +53,13 @@ BLOCK_BYTES = 8 * 2**20
 thread, 4 denoiser calls, microseconds per spot of the whole sample (least of 3): 564 at 1 MiB, 535 at 2, 520 at 4, 506
 at 8, 542 at 16, 577 at 32."""
 
-TRAINING_BLOCK_BYTES = 128 * 2**20
-"""The same with gradients, where a second block means that every block is computed twice. A window of a few hundred
-spots stays whole: a step takes a sixth less time than with blocks of 8 MiB."""
+WHOLE_BYTES = 128 * 2**20
+"""Live bytes up to which the spots of a training step are one block, which no backward computes again. Seconds of CPU
+per step, whole and in blocks of 16 MiB: 0.40 and 0.50 with 600 spots, 1.8 and 2.0 with 2,500."""
+
+RECOMPUTED_BLOCK_BYTES = 16 * 2**20
+"""Live bytes of one block where there are several with gradients. Seconds of CPU per step of 10,000 spots, one thread:
+8.1 by 32 MiB, 7.7 by 16, 8.0 by 8."""
 
 ROW_BLOCK = 1024
 """Spots in a block of what treats every spot alone, so that its temporaries stay in a core's cache. 10,000 spots, two
@@ -160,8 +164,8 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
         return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
     messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0], dtype=dtype)
     function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages)
-    for start, stop in blocks:
-        messages[start:stop] = function(geometry[start:stop], weights, spec, Dropouts(None, 0.0, 0.0))
+    for rows in blocks:
+        messages[rows] = function(geometry[rows], weights, spec, Dropouts(None, 0.0, 0.0))
     return messages
 
 
@@ -215,19 +219,24 @@ def _attention_in_blocks(
     function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function)
     n_messages, width = weights.message_to_logit.shape
 
-    def run(start: int, stop: int) -> Tensor:
-        rows = slice(start, stop)
-        query, part = terms[rows, :width], dropouts.rows(start, stop)
-        return function(query, terms, graph.neighbors[rows], edges[rows], weights, spec, part)
+    def run(
+        rows: slice, query: Tensor, terms: Tensor, neighbors: Tensor, edges: Tensor, weights: Sequence[Tensor]
+    ) -> Tensor:
+        part = dropouts.rows(rows.start, rows.stop)
+        return function(query, terms, neighbors, edges, EdgeWeights(*weights), spec, part)
+
+    if training and len(blocks) > 1:
+        return recomputed(run, blocks, width, graph.neighbors, terms, edges, weights)
+
+    def run_rows(rows: slice) -> Tensor:
+        return run(rows, terms[rows, :width], terms, graph.neighbors[rows], edges[rows], weights)
 
     if len(blocks) == 1:
-        return run(*blocks[0])
-    if training and blocks:
-        return torch.cat([checkpoint(run, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks])
+        return run_rows(*blocks)
     columns = terms.shape[1] - 2 * width + spec.n_heads * (n_messages + 1)
     context = terms.new_empty(n, columns + context_padding(columns))
-    for start, stop in blocks:
-        context[start:stop] = run(start, stop)
+    for rows in blocks:
+        context[rows] = run_rows(rows)
     return context
 
 
@@ -240,7 +249,7 @@ def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | No
     return backend.name == "triton"
 
 
-def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple[Callable, list[tuple[int, int]]]:
+def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple[Callable, list[slice]]:
     """The function of plain torch that runs a block, and the blocks that cover the spots.
 
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
@@ -251,7 +260,14 @@ def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple
         announce(backend)
         if n >= COMPILED_BLOCK and backend.name == "reference_compiled":
             starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
-            return _compiled(function), [(start, start + COMPILED_BLOCK) for start in starts]
+            return _compiled(function), [slice(start, start + COMPILED_BLOCK) for start in starts]
     per_spot = 3 * workload.k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
-    size = max(1, (TRAINING_BLOCK_BYTES if training else BLOCK_BYTES) // per_spot)
-    return function, [(start, min(start + size, n)) for start in range(0, n, size)]
+    size = max(1, _block_bytes(training, n * per_spot) // per_spot)
+    return function, [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _block_bytes(training: bool, live: int) -> int:
+    """Live bytes of one block, where all spots have so many."""
+    if not training:
+        return BLOCK_BYTES
+    return WHOLE_BYTES if live <= WHOLE_BYTES else RECOMPUTED_BLOCK_BYTES

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from ..kernels.conventions import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, dropout_threshold
 
+MASK_PIECE = 2**18
+"""Elements of a mask that are made at a time. Milliseconds for 4 million, one thread: 5.97 by 2**15, 4.72 by 2**17,
+4.11 by 2**18, 3.88 by 2**20, and 29.4 as a whole."""
+
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
@@ -54,16 +58,24 @@ class DropoutKeys:
     def keep_mask(self, shape: torch.Size, p: float) -> Tensor:
         """Boolean mask of ``shape`` [n, ..., C], true with probability 1 - p; row n depends on key n alone.
 
-        Spots with what lies between, and channels, are mixed already, so half a mixer suffices for each element: 40 %
-        of a training step on the CPU went into a whole one. The comparison reads the high bits, which the last product
-        fills.
+        Spots with what lies between, and channels, are mixed already, so half a mixer suffices for each element. The
+        comparison reads the high bits, which the last product fills. In pieces that stay in a core's cache, in two
+        buffers: tensors of the mask's size are fresh pages on a CPU, which took seven times as long.
         """
         between = torch.arange(math.prod(shape[1:-1]), dtype=torch.int32, device=self.keys.device)
-        row = combine(self.keys.unsqueeze(-1), between)
+        rows = combine(self.keys.unsqueeze(-1), between).view(-1, 1)
         column = hash32(torch.arange(shape[-1], dtype=torch.int32, device=self.keys.device) + 1)
-        mixed = (row.unsqueeze(-1) ^ column).mul_(MULTIPLIER_1)
-        mixed = mixed.bitwise_xor_(mixed >> 15).mul_(MULTIPLIER_2)
-        return (mixed >= dropout_threshold(p)).view(shape)
+        mask = torch.empty(len(rows), shape[-1], dtype=torch.bool, device=self.keys.device)
+        step = max(1, MASK_PIECE // max(1, shape[-1]))
+        buffers = rows.new_empty(2, min(step, len(rows)), shape[-1])
+        for start in range(0, len(rows), step):
+            piece = rows[start : start + step]
+            mixed, shifted = buffers[:, : len(piece)]
+            torch.bitwise_xor(piece, column, out=mixed).mul_(MULTIPLIER_1)
+            torch.bitwise_right_shift(mixed, 15, out=shifted)
+            mixed.bitwise_xor_(shifted).mul_(MULTIPLIER_2)
+            torch.ge(mixed, dropout_threshold(p), out=mask[start : start + step])
+        return mask.view(shape)
 
 
 def dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
