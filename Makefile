@@ -38,7 +38,8 @@ BENCH_MINUTES ?= 45
 BENCH_ALL = reference,reference_kept_edges,reference_compiled,eager_stflow,message_passing,flex_attention,flash_attention,dense_softmax,dense_attention
 # Beside ours and FlexAttention, what takes the square of the spots: for rows that say how much that is.
 BENCH_LARGE = reference,reference_kept_edges,eager_stflow,flex_attention,dense_softmax,dense_attention
-BENCH = $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
+# What torch.compile compiled before would make first calls short.
+BENCH = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
 # Genes first: so that all numbers of them are of one run.
 bench: setup
@@ -51,8 +52,10 @@ bench: setup
 	$(BENCH) --workload sample --spots 1e4 --layout uniform,visium,clustered --providers reference --rounds 3
 	$(BENCH) --workload graph --spots 1e3,1e4,1e5,605471,1e6,3e6 --rounds 3
 	$(BENCH) --workload sample --spots 1e5,3e5,605471 --seconds 1200 --providers $(BENCH_LARGE)
-	$(BENCH) --workload sample --spots 2e4,3e4,4e4 --seconds 600 --providers reference,eager_stflow
+	$(BENCH) --workload sample --spots 2e4,3e4 --seconds 300 --providers reference,eager_stflow,flash_attention,flex_attention
+	$(BENCH) --workload sample --spots 4e4 --rounds 1 --seconds 600 --providers reference,eager_stflow
 	$(BENCH) --workload sample --spots 1e5 --seconds 600 --providers message_passing
+	$(BENCH) --workload sample --spots 1e6,3e6 --seconds 1800 --providers reference,eager_stflow
 	$(BIN)/stflow-fast benchmark --report
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1

@@ -160,14 +160,15 @@ def run(options: Options, out: Path) -> int:
 
 
 def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, the lines of this very code with as many threads. Those without a time count where there
-    would be none now, for the same reason; the budget is by default what is free at the moment."""
+    """By case and provider, the lines of this very code and its libraries, with as many threads. Those without a time
+    count where there would be none now, for the same reason; the budget is by default what is free at the moment."""
     if not path.exists():
         return {}
-    same_code = functools.cache(measure.same_code)
+    same_code, versions = functools.cache(measure.same_code), measure.versions()
 
     def stands(line: dict[str, Any]) -> bool:
-        if line["threads"] != plan.threads or line["check"] == "red" or not same_code(line["commit"]):
+        of_now = line["threads"] == plan.threads and line["versions"] == versions and same_code(line["commit"])
+        if not of_now or line["check"] == "red":
             return False
         case, note = Case.of(line), line["note"]
         if expected := re.fullmatch(TOO_LONG.replace("{:.0f}", r"(\d+)"), note):

@@ -31,8 +31,11 @@ from .workload import FEATURE_DIM, SAMPLE_STEPS
 NETWORK = DenoiserConfig(n_genes=1, feature_dim=FEATURE_DIM)
 """The default one; a case has genes and neighbours of its own."""
 
-CHECK_SPOTS = 600
-"""More than one block of what is compiled."""
+CHECK_SPOTS = 1_100
+"""More than one block of what is compiled, and of what treats every spot alone."""
+
+FEW_SPOTS = 64
+"""For a first call of what takes the square of them."""
 
 CHECK_SEED = 101
 INPUT_SETS = 3
@@ -103,6 +106,9 @@ class Job(abc.ABC):
     judged = True
     """Whether a reference computes the same."""
 
+    compiled_by_size = False
+    """Whether another number of spots is compiled anew."""
+
     memory_calls, warm_calls = 1.0, 1.0
     """What measuring memory and warming up take, in timed calls."""
 
@@ -139,7 +145,7 @@ class NetworkJob(Job):
 
     def __init__(self, plan: Plan, case: Case, name: str, dtype: torch.dtype = torch.float32) -> None:
         self.provider = PROVIDERS[name](plan.config(case)).to(plan.device, dtype)
-        self.judged = self.provider.same_function
+        self.judged, self.compiled_by_size = self.provider.same_function, self.provider.compiled_by_size
         self.device, self.workload = plan.device, case.workload
         self.genes, self.feature_dim = case.genes, plan.network.feature_dim
         plain = "tf32" if plan.device.type == "cuda" else "float32"
@@ -337,6 +343,16 @@ def check(plan: Plan, case: Case, name: str) -> Verdict:
     return Verdict(
         "green" if error <= tolerance else "red", error if math.isfinite(error) else None, tolerance, seconds
     )
+
+
+def small_call(plan: Plan, case: Case, name: str) -> tuple[int, float]:
+    """Spots of a small slide, and seconds of its third call: the second may capture a CUDA graph."""
+    job = job_of(plan, case, name)
+    spots = plan.check_spots if job.judged else FEW_SPOTS
+    job.prepare(spots, case.layout)
+    for turn in range(2):
+        job.call(turn)
+    return spots, measure.clocked(lambda: job.call(2), plan.device)[1]
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,8 +32,9 @@ UNKNOWN = "unknown"
 WITH_CHANGES = " with changes"
 """Behind a commit whose code is not what was measured."""
 
-CODE = (":/*.py", ":/*.csv")
-"""Git's names of what makes a figure."""
+READERS = ("report", "pictures", "terminal", "lines", "looks")
+CODE = (":/*.py", ":/*.csv", ":(top,exclude)tests", *(f":(top,exclude)benchmarks/{name}.py" for name in READERS))
+"""Git's names of what makes a figure: not what checks the code, or shows figures."""
 
 EXIT_SECONDS = 5
 """For a process that has answered to end by itself."""
@@ -110,8 +111,8 @@ def peak(function: Callable[[], Any], device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def device_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields what tells afterwards the most memory that the device itself said was in use meanwhile, by anybody; None
-    where it does not answer. It is asked every millisecond."""
+    """Yields what tells afterwards the most memory that the device itself said was in use meanwhile, by anybody, above
+    what it said at the beginning; None where it does not answer. It is asked every millisecond."""
     used = _memory_in_use(device)
     if used is None:
         yield lambda: None
@@ -125,7 +126,7 @@ def device_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield lambda: max(seen)
+        yield lambda: max(seen) - seen[0]
     finally:
         done.set()
         watcher.join()
@@ -295,14 +296,18 @@ def same_code(before: str) -> bool:
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False).returncode == 0
 
 
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
+    return {**found, "stflow_fast": stflow_fast.__version__}
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """What every figure of a run has in common."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
     return {
         "device": device_name(device),
-        "versions": {**versions, "stflow_fast": stflow_fast.__version__},
+        "versions": versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -57,6 +57,9 @@ class Provider(abc.ABC):
     same_function = True
     """Whether it computes the published function of K neighbours, so that the float64 reference can judge it."""
 
+    compiled_by_size = False
+    """Whether another number of spots is compiled anew."""
+
     sample_steps = SAMPLE_STEPS
     """Times of the grid of :meth:`sample`; to be changed before :meth:`prepare`."""
 
@@ -270,6 +273,8 @@ class DotProduct(Baseline):
 
 class FlexAttention(DotProduct):
     """The network of dot products, over the K neighbours by FlexAttention."""
+
+    compiled_by_size = True
 
     def why_not_training(self, device: torch.device | str) -> str | None:
         return "on the CPU, FlexAttention has no backward" if torch.device(device).type == "cpu" else None

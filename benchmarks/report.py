@@ -37,11 +37,11 @@ from .lines import (
     load,
     out_of_memory,
     published_times,
-    run_of,
+    times_as_fast,
     told_exponent,
     why_not_timed,
 )
-from .looks import OTHER_FUNCTION, computes_another_function, digits, named, seconds, size
+from .looks import OTHER_FUNCTION, computes_another_function, named, seconds, size
 from .pictures import picture_path, write_pictures
 from .providers import PROVIDERS, Ours
 from .summarize import RESULTS, table
@@ -197,13 +197,17 @@ def _told_before(lines: list[Line]) -> list[str]:
     called = [line for line in main if line["first_call_s"] is not None]
     first = [min(members, key=lambda line: line["spots"]) for members in grouped(called, ("provider",)).values()]
 
+    published = published_times(lines)
+
     def told(what: str, field: str, factor: float, found: list[Line]) -> list[str]:
         timed = [line for line in found if line[field] is not None]
         least = min((line["spots"] for line in timed), default=0)
         times = []
         for line in timed:
             where = "" if line["spots"] == least else f" ({line['spots']:,} spots)"
-            times.append(f"{named(line['provider'])}{where}: {seconds(factor * line[field])}")
+            ratio = times_as_fast(line, published, line[field]) if field == "prepare_ms" else ""
+            with_it = f", with it {ratio}" if ratio and line["provider"] in OURS else ""
+            times.append(f"{named(line['provider'])}{where}: {seconds(factor * line[field])}{with_it}")
         told_of = f"* {what} ({workload.replace('_', ' ')}, {least:,} spots): "
         return [told_of + "; ".join(times) + "."] if timed else []
 
@@ -271,9 +275,8 @@ def _cell(line: Line) -> str:
 
 def _compared(line: Line, published: dict[tuple, float]) -> str:
     """A cell, with how many times faster than the published code of the same run it is."""
-    theirs = published.get(run_of(line))
-    ratio = "" if not theirs or not line["median_ms"] else f", {digits(theirs / line['median_ms'])}x"
-    return _cell(line) + ("" if line["provider"] == PUBLISHED[line["workload"]] else ratio)
+    ratio = "" if line["provider"] == PUBLISHED[line["workload"]] else times_as_fast(line, published)
+    return ", ".join(filter(None, (_cell(line), ratio)))
 
 
 def _sizes(measured: set[int]) -> list[int]:

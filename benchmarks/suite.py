@@ -8,6 +8,7 @@ busy machine slows all of them alike. A sample is the published loop with everyt
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import time
@@ -20,10 +21,7 @@ from stflow_fast import ops
 from stflow_fast.errors import first_line
 
 from . import floor, measure
-from .jobs import PRECISION, STEADY_STEPS, Case, Job, Plan, Verdict, check, job_of, why_not
-
-FEW_SPOTS = 64
-"""For a first call of what takes the square of them."""
+from .jobs import FEW_SPOTS, PRECISION, STEADY_STEPS, Case, Job, Plan, Verdict, check, job_of, small_call, why_not
 
 LEFT_OUT = "left out: "
 TIME_IS_UP = f"{LEFT_OUT}the time is up; raise --minutes"
@@ -40,6 +38,7 @@ LINE: dict[str, Any] = {
 
 ``arithmetic`` is the dtype that was computed in: the asked one, but for the published code, which has no bf16.
 ``alone`` is what lacked memory beside the others of its case, and took no turns with them.
+``peak_bytes``, ``reserved_bytes`` and ``device_bytes`` are above what was there before.
 ``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
 function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
 """
@@ -55,7 +54,7 @@ def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
             job.sample_steps = STEADY_STEPS
             # Code first, which is not counted; what is compiled wants a whole block.
             few = ops.COMPILED_BLOCK if job.judged else FEW_SPOTS
-            job.prepare(min(few, case.spots), case.layout)
+            job.prepare(case.spots if job.compiled_by_size else min(few, case.spots), case.layout)
             job.call(0)
             job.load(case.spots, case.layout)
 
@@ -127,10 +126,11 @@ class Entrant:
         if self.plan.device.type != "cuda":
             return self._make()
         torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved()
         with measure.device_memory(self.plan.device) as most:
             # With a second call, in which a CUDA graph is captured; its memory shows in no replay.
             self.line["peak_bytes"] = measure.peak(lambda: (self._make(), self.job.call(0)), self.plan.device)
-        self.line |= {"device_bytes": most(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        self.line |= {"device_bytes": most(), "reserved_bytes": torch.cuda.max_memory_reserved() - reserved}
 
     def _make(self) -> None:
         case = self.case
@@ -188,7 +188,22 @@ class Suite:
         for name in names:
             if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
                 entrants.append(entrant)
-        self._measure(case, entrants)
+        together = self._that_fit(entrants)
+        self._measure(case, together)
+        for entrant in entrants:
+            if entrant not in together:
+                self._measure_alone(case, entrant)
+
+    def _that_fit(self, entrants: list[Entrant]) -> list[Entrant]:
+        """The first ones whose peaks of memory the budget holds together: beyond it, a system may end the process."""
+        peaks = itertools.accumulate(entrant.line["peak_bytes"] or 0 for entrant in entrants)
+        return [x for x, needed in zip(entrants, peaks, strict=True) if needed <= self.plan.memory_budget] or entrants[
+            :1
+        ]
+
+    def _measure_alone(self, case: Case, entrant: Entrant) -> None:
+        entrant.begin_anew()
+        self._measure(case, [entrant])
 
     def _measure(self, case: Case, entrants: list[Entrant]) -> None:
         """Those for which memory does not suffice beside the others are measured once more, by themselves."""
@@ -204,8 +219,7 @@ class Suite:
         crowded = [entrant for entrant in entrants if entrant.lacked_memory and len(entrants) > 1]
         self._finish(case, [entrant for entrant in entrants if entrant not in crowded])
         for entrant in crowded:
-            entrant.begin_anew()
-            self._measure(case, [entrant])
+            self._measure_alone(case, entrant)
 
     def _take_turns(self, entrants: list[Entrant]) -> None:
         """Each time another one begins, so that nobody always follows the same."""
@@ -240,7 +254,8 @@ class Suite:
         """None where its line is written already: it cannot run, or is wrong. ``owed`` to those before it."""
         entrant = Entrant(self.plan, case, name)
         self._tell(case, name)
-        parts = [functools.partial(self._leave_out, owed=owed), self._judge, self._measure_rates]
+        leave_out = functools.partial(self._leave_out, owed=owed)
+        parts = [self._refuse, leave_out, self._judge, self._begin_trend, leave_out, self._measure_rates]
         if self.plan.device.type == "cpu" and measure.STATUS.exists():
             parts.append(self._measure_peak)
         for part in parts:
@@ -250,13 +265,15 @@ class Suite:
         self._end(entrant.line)
         return None
 
+    def _refuse(self, entrant: Entrant) -> None:
+        job = job_of(self.plan, entrant.case, entrant.name)
+        entrant.line["arithmetic"] = job.arithmetic
+        entrant.line["note"] = why_not(self.plan, entrant.case, job) or ""
+
     def _leave_out(self, entrant: Entrant, owed: float) -> None:
+        """By the trend, as far as there is one."""
         plan, case = self.plan, entrant.case
         job = job_of(plan, case, entrant.name)
-        entrant.line["arithmetic"] = job.arithmetic
-        entrant.line["note"] = why_not(plan, case, job) or ""
-        if entrant.line["note"]:
-            return
         trend = sorted(self._trends.get(_kind(case, entrant.name), {}).items())
         call = expected_seconds(trend, case.spots) or 0.0
         cuda = plan.device.type == "cuda"
@@ -280,6 +297,12 @@ class Suite:
         del entrant.line["seconds"]
         if is_first:
             entrant.check_s = verdict.seconds
+
+    def _begin_trend(self, entrant: Entrant) -> None:
+        """Where the first size is a large one."""
+        kind = _kind(entrant.case, entrant.name)
+        if kind not in self._trends and entrant.case.spots > self.plan.check_spots:
+            self._trends[kind] = dict([small_call(self.plan, entrant.case, entrant.name)])
 
     def _measure_rates(self, entrant: Entrant) -> None:
         """While there is memory for it."""
