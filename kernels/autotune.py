@@ -67,7 +67,10 @@ TILES: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "gate_norm": ((4, 8, 16), (4, 8), (2, 4, 8)),
     "nearest": ((8, 16, 32), (1, 2), (0,)),
 }
-"""Rows, warps and programs that are tried. Edge kernels with 64 rows only when named: see launch.TABLE."""
+"""Rows, warps and programs that are tried. Edge kernels with 64 rows, which spill but for OTHERS, only when named."""
+
+OTHERS: dict[tuple[str, str], tuple[Launch, ...]] = {("edge_attention_fwd", "bf16"): (Launch(64, 4),)}
+"""What else is tried, of a kernel and precision: see launch.TABLE."""
 
 HEAD_START = 2_000_000
 """Cycles that the GPU waits before a run, so that what the host does for it is not timed."""
@@ -111,11 +114,12 @@ def choose(times: dict[Launch, Timing], row: Launch) -> Launch:
     return fastest if times[fastest].high < times[row].low else row
 
 
-def candidates(kernel: str, row: Launch, rows: Sequence[int], warps: Sequence[int]) -> list[Launch]:
-    """The table's first; ``rows`` and ``warps`` in place of TILES where they are named."""
-    usual = TILES[kernel]
+def candidates(case: Case, row: Launch, rows: Sequence[int] = (), warps: Sequence[int] = ()) -> list[Launch]:
+    """The table's first; ``rows`` and ``warps`` in place of TILES and OTHERS where they are named."""
+    usual = TILES[case.kernel]
     tried = [Launch(*sizes) for sizes in itertools.product(rows or usual[0], warps or usual[1], usual[2])]
-    return list(dict.fromkeys([row, *tried]))
+    others = () if rows or warps else OTHERS.get((case.kernel, case.precision), ())
+    return list(dict.fromkeys([row, *tried, *others]))
 
 
 @contextlib.contextmanager
@@ -272,7 +276,7 @@ def tune_all(arguments: argparse.Namespace, machine: Machine) -> Iterator[Result
         task = progress.add_task("inputs", total=len(plan))
         for case, row in zip(plan, rows, strict=True):
             progress.update(task, description=str(case))
-            tried = candidates(case.kernel, row.launch, arguments.rows, arguments.warps)[: machine.most_tiles]
+            tried = candidates(case, row.launch, arguments.rows, arguments.warps)[: machine.most_tiles]
             result = tune(case, machine, numbers, tried)
             for launch, why in result.left_out.items():
                 progress.console.print(f"{case}: {launch} is left out: {why}", markup=False)

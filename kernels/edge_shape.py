@@ -35,9 +35,8 @@ class EdgeShape:
         operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
             the other must come through as it is (in tf32 but for 2^-22); ``edge_operand`` those of the edge MLP,
             ``split`` in parts.
-        batched: a left side of so many rows is multiplied in batches of 16: for more than 32 neighbours, where Hopper's
-            wgmma would take 64 rows, may read them from registers, and is reported to reuse those too early
-            (``launch.py``). 0 elsewhere.
+        batched: a left side of so many rows is multiplied in batches of 16: 64 and more, which Hopper's wgmma would
+            take, may read from registers, and is reported to reuse too early (``launch.py``). 0 elsewhere.
         halved: a product of this depth is taken in two halves: 64 in the backward of exact float32, whose kernels spill
             40 and 16 bytes less so at hidden_dim 128; at other depths they spill more. 0 elsewhere.
         fast: gates by tanh.approx.
@@ -187,7 +186,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
-        batched=rows if k > 32 and rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
+        batched=rows if rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
         halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
         fast=precision != "ieee" and not INTERPRETED,

@@ -136,9 +136,13 @@ def overlap(one: Row, other: Row) -> bool:
 # dropout or without. "measured on" and "confirmed on" are what `python -m stflow_fast.kernels.autotune` wrote.
 #
 # No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
-# CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). 64 rows and 4 warps would be 11.9k
-# instructions per edge in the forward (14.8k with 32), and are for whoever has seen them right on a GPU. K above 32
-# needs tiles of 64 rows: there, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma.
+# CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). From 64 rows on, which K above 32
+# needs, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma.
+#
+# In the bf16 forward, 64 rows and 4 warps are so 12,920 instructions per edge (21,266 with dropout, 9,828 of kept
+# messages) and 237 to 255 registers, none spilled; the table's 32 and 4 are 14,928 and 166 (25,604 with dropout). Two
+# programs fit onto a multiprocessor instead of three: 8 warps to hide a gather's latency behind, not 12. Which weighs
+# more, counts do not say: autotune tries both. With wgmma it would be 11,970 and 186.
 TABLE_PATH = Path(__file__).with_name("launch_table.csv")
 TABLE = read_table(TABLE_PATH)
 

@@ -119,6 +119,19 @@ def test_no_wgmma_reads_from_registers_where_a_spot_has_more_than_32_neighbours(
         assert "HGMMA.R" not in row["instructions"]
 
 
+def test_the_forward_of_64_rows_spills_nothing_and_is_without_wgmma(tmp_path: Path) -> None:
+    """It is tried by autotune, beside the table's row."""
+    arguments = ("--arch", "90", "--tile", "64x4", "--match", "edge_attention_fwd bf16", "--default")
+    done = compiled("-m", "stflow_fast.kernels.aot", *arguments, "--json", str(tmp_path / "rows"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert (row["tile"], row["warps"], row["spill_bytes"]) == (64, 4, 0)
+        assert row["instructions"]["HMMA"] > 0
+        assert "HGMMA.R" not in row["instructions"]
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     done = compiled("-m", "stflow_fast.kernels.aot", "--arch", "75")
     assert done.returncode == 2

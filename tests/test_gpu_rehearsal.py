@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import gpu, gpu_sections
 from benchmarks.gpu_measure import Figure, Scale, scale_of
+from benchmarks.providers import PROVIDERS
 from stflow_fast import DenoiserConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +104,40 @@ def test_what_fails_costs_its_own_line_alone(scale: Scale, tmp_path: Path) -> No
     assert (bad["check"], bad["median_ms"], bad["met"]) == ("red", None, [None])
     assert failed["error"] == "RuntimeError: first"
     assert report.red
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("..s. [ 4%]\n..", "no end within 200 s; none had failed until then"),
+        ("..s. [ 4%]\n.F.", "red: failures, and no end within 200 s"),
+        ("", "no end within 200 s; none had failed until then"),
+    ],
+)
+def test_tests_without_end_are_told_from_red_ones(
+    said: str, verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def endless(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout, said.encode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", endless)
+        tests = gpu.run_tests()
+    assert tests == verdict
+    report = gpu.Report(tmp_path, True, tests)
+    assert report.red  # whether the kernels are right is not known
+    report.add(Figure("good", "ours", 1, "bf16", [1.0, 1.0, 1.0], 0.1, 1.0), 8, "")
+    page = report.write_page([])
+    assert f"Tests of the kernels: {verdict}." in page
+    assert ("(tests red)" in page) == verdict.startswith("red")
+
+
+def test_the_suite_leaves_out_large_slides_first_and_ends_before_it_is_interrupted(scale: Scale) -> None:
+    spots = [case.spots for case in gpu.suite_cases(scale.config, (10, 100, 1000), ("float32", "bf16"))]
+    assert spots == [10] * 7 + [100] * 7 + [1000] * 7
+    interrupted_after = int(re.search(r"--signal=INT (\d+)", (ROOT / "Makefile").read_text())[1])
+    assert gpu.LAST_SECTION + gpu.SUITE_SECONDS <= gpu.ALL_SECONDS < interrupted_after
+    assert set(gpu.SUITE_PROVIDERS) <= set(PROVIDERS)
 
 
 def test_floors_of_the_notes() -> None:

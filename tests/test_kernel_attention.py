@@ -36,6 +36,8 @@ pytest.importorskip("triton")
 kernels = pytest.importorskip("stflow_fast.kernels.edge_attention")
 shapes = pytest.importorskip("stflow_fast.kernels.edge_shape")
 launch = pytest.importorskip("stflow_fast.kernels.launch")
+tiles = pytest.importorskip("stflow_fast.kernels.tiles")
+tl = pytest.importorskip("triton.language")
 
 if DEVICE == "cuda":
     pytest.skip("compiled kernels have other precisions: see test_kernel_gpu.py", allow_module_level=True)
@@ -297,6 +299,40 @@ def test_products_may_be_taken_in_batches_and_in_halves(
     monkeypatch.setattr(shapes, "_edge_shape", lambda *arguments: replace(whole(*arguments), **products))
     launched(products.get("batched", 16), 2)
     assert_equals_reference(attention_inputs(case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Attention(sizes=(1, 12), e=24, z=12, dh=5, heads=3, p_mlp=0.2, p_attention=0.2),
+        Attention(sizes=(9,), k=3, activation="gelu", e=12, z=24),
+    ],
+    ids=["swiglu", "gelu"],
+)
+def test_the_edge_mlp_may_multiply_high_and_low_parts(
+    case: Attention, launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU in every precision but ieee. Left out is low times low: 2^-16 there, and up to 2^-14 here, where the
+    interpreter cuts bf16 off, and a low part is up to 2^-7 of its number."""
+    whole = shapes._edge_shape
+    monkeypatch.setattr(shapes, "_edge_shape", lambda *arguments: replace(whole(*arguments), split=True))
+    launched(16, 2)
+    assert_equals_reference(attention_inputs(case), 2**-14)
+
+
+def test_gates_may_be_taken_by_tanh(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in every precision but ieee; there by one instruction, which the interpreter does not have."""
+    whole, calls = shapes._edge_shape, []
+
+    def tanh(b_x: tl.tensor) -> tl.tensor:
+        calls.append(b_x)
+        return 1.0 - 2.0 / (tl.exp(2.0 * b_x) + 1.0)
+
+    monkeypatch.setattr(tiles, "fast_tanh", tanh)
+    monkeypatch.setattr(shapes, "_edge_shape", lambda *arguments: replace(whole(*arguments), fast=True))
+    launched(16, 2)
+    assert_equals_reference(attention_inputs(Attention(sizes=(1, 12), p_mlp=0.2)))
+    assert calls
 
 
 def test_parts_do_not_cancel(in_parts: None) -> None:

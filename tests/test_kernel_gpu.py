@@ -66,11 +66,12 @@ def multiply_in() -> Iterator[Set]:
 
 
 def assert_as_exact_as_torch(found: Result, plain: Result, exact: Result, rounding: float) -> None:
-    """At most twice the error of plain torch in the same precision, and an allowance for rounding."""
+    """At most twice the error of plain torch in the same precision; a tenth of a rounding is for where torch happens to
+    be exact."""
     pairs = {"output": (found.output, plain.output, exact.output)}
     pairs |= {name: (found.gradients[name], plain.gradients[name], exact.gradients[name]) for name in exact.gradients}
     errors = {name: (error(ours, truth), error(theirs, truth)) for name, (ours, theirs, truth) in pairs.items()}
-    assert all(ours <= 2 * theirs + rounding for ours, theirs in errors.values()), errors
+    assert all(ours <= 2 * theirs + rounding / 10 for ours, theirs in errors.values()), errors
 
 
 DEFAULT = Attention(sizes=(1000,), k=8, heads=4, e=64, z=64, dh=32)  # the default model: P = 128, d = 128

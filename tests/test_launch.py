@@ -153,6 +153,18 @@ def test_a_row_gives_way_to_what_is_faster_than_noise(other: autotune.Timing, ch
     assert autotune.choose(times, Launch(32, 4)) == chosen
 
 
+def test_the_forward_of_64_rows_is_tried_where_it_spills_nothing() -> None:
+    row, large = Launch(32, 4), Launch(64, 4)
+    tried = {each: autotune.candidates(autotune.Case("edge_attention_fwd", each), row) for each in ("bf16", "tf32")}
+    assert tried["bf16"][0] == tried["tf32"][0] == row
+    assert large in tried["bf16"]
+    assert large not in tried["tf32"]
+    assert autotune.candidates(autotune.Case("edge_attention_fwd", "bf16"), row, rows=[16], warps=[8]) == [
+        row,
+        Launch(16, 8),
+    ]
+
+
 def test_what_fails_or_computes_something_else_is_left_out_with_the_reason() -> None:
     def run() -> tuple[torch.Tensor, ...]:
         rows = launch.launch_of("dropout", 80, "ieee").rows
