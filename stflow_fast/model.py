@@ -298,7 +298,7 @@ class SpatialTransformer(nn.Module):
     ) -> Tensor:
         """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
 
-        ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
+        ``slide_seed`` [S] int64 seeds dropout in training mode; drawn by the graph's device when None.
         """
         keys = self._dropout_keys(graph, slide_seed) if self.training else None
         if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
@@ -330,7 +330,7 @@ class SpatialTransformer(nn.Module):
     @staticmethod
     def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:
         if slide_seed is None:
-            slide_seed = torch.randint(2**62, (graph.n_slides,))
+            slide_seed = torch.randint(2**62, (graph.n_slides,), device=graph.slide_of.device)
         return DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
 
 
@@ -344,6 +344,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+        self._frequencies: Tensor | None = None
 
     @staticmethod
     def frequencies() -> Tensor:
@@ -354,15 +355,25 @@ class TimestepEmbedder(nn.Module):
         two give the same bits everywhere; one bit moves a float64 prediction by 1e-8.
         """
         half = TIME_FREQUENCIES // 2
-        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half
         frequencies = exponent.double().exp().float()
-        frequencies[ROUNDED_UP] = frequencies[ROUNDED_UP].nextafter(torch.tensor(1.0))
+        frequencies[ROUNDED_UP] = frequencies[ROUNDED_UP].nextafter(frequencies.new_tensor(1.0))
         return frequencies
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        """:meth:`frequencies` on a device, made by the first call there: the copy waits for a GPU.
+
+        No buffer: casting the model would round it, and DistributedDataParallel would send it at every step.
+        """
+        if self._frequencies is None or self._frequencies.device != device:
+            with torch.inference_mode(False):  # or no later call could differentiate by the time
+                self._frequencies = self.frequencies().to(device)
+        return self._frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         """[S] in [0, 1] -> [S, d]. Angles, cosines and sines are float32, as published, whatever the model's dtype."""
         weight = self.mlp[0].weight
-        angles = t.float().to(weight.device).unsqueeze(1) * self.frequencies().to(weight.device)
+        angles = t.float().to(weight.device).unsqueeze(1) * self._frequencies_on(weight.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))
 
 
