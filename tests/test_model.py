@@ -174,6 +174,17 @@ def test_kept_messages_change_nothing() -> None:
         torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kept_messages_take_the_stated_bytes(autocast: bool) -> None:
+    model = small().float()
+    graph = model.build_graph(inputs(53)[2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states = model.backbone.layer_states()
+        stated = ops.message_bytes(graph.n_spots, 5, states.layers[0].folded.edges)
+        kept = model.backbone.keep_messages(states, graph, 2 * stated).layers
+    assert [layer.messages.nbytes for layer in kept] == [stated, stated]
+
+
 def test_compiled_blocks_equal_plain_ones() -> None:
     if ops.cpp_compiler() is None:
         pytest.skip("no C++ compiler here")

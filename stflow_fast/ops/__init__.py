@@ -22,6 +22,7 @@ from .backend import (
     EdgeWork,
     Workload,
     announce,
+    autocast_dtype,
     backend_for,
     circumstances,
     cpp_compiler,
@@ -143,15 +144,18 @@ def gated_mlp(
 
 def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
     """Bytes of the messages of one layer, should a caller keep them."""
-    return n_spots * k * weights.message_to_logit.shape[0] * weights.message_to_logit.element_size()
+    return n_spots * k * weights.message_to_logit.shape[0] * _message_dtype(weights).itemsize
+
+
+def _message_dtype(weights: EdgeWeights) -> torch.dtype:
+    """What messages are kept in."""
+    return autocast_dtype(weights.message_to_logit.device) or weights.message_to_logit.dtype
 
 
 def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -> Tensor:
     """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
     n, k = geometry.shape[:2]
-    dtype = weights.message_to_logit.dtype
-    if torch.is_autocast_enabled(geometry.device.type):
-        dtype = torch.get_autocast_dtype(geometry.device.type)
+    dtype = _message_dtype(weights)
     settings = Settings(*spec)
     work = EdgeWork(("edge_messages",), Sizes(k, *weights.message_to_logit.shape, settings.n_heads), settings)
     if _on_triton(geometry, dtype, work):
@@ -232,9 +236,8 @@ def _attention_in_blocks(
 
 
 def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    backend = backend_for(Workload(x.device, dtype or x.dtype, edges.sizes.k if edges else 1, edges=edges))
+    dtype = autocast_dtype(x.device) or dtype or x.dtype
+    backend = backend_for(Workload(x.device, dtype, edges.sizes.k if edges else 1, edges=edges))
     if edges and backend.name == "triton":
         announce(backend)
     return backend.name == "triton"
