@@ -171,14 +171,14 @@ class PreparedSlide:
             if trajectory:
                 return self._trajectory(self._source(x_0, seed))
             x_1 = self._loop(self._source(x_0, seed))
-            return Sample(x_1.cpu(), self.sampler.solver.nfe)
+            return Sample(_to_host(x_1), self.sampler.solver.nfe)
 
     def _trajectory(self, source: Tensor) -> Sample:
         kept = []
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             x_1 = self._call.leave(self._call.enter(x_t), t)
-            kept.append(x_1.cpu())
+            kept.append(_to_host(x_1))
             return x_1
 
         self.sampler.solver.solve(predict, source)
@@ -192,7 +192,10 @@ class PreparedSlide:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        return x_0.to(model.image_transform.weight)
+        weight = model.image_transform.weight
+        if weight.is_cuda and not x_0.is_cuda:
+            x_0 = x_0.pin_memory()
+        return x_0.to(weight, non_blocking=True)
 
 
 class _Call(NamedTuple):
@@ -412,6 +415,16 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, int], slide_id: str) ->
 
 def _where(slide_id: str) -> str:
     return f"slide {slide_id}: " if slide_id else ""
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """x on the CPU, in memory of its own. From a GPU through a pinned buffer, which the next draw finds free again: the
+    driver copies to other memory piece by piece."""
+    if not x.is_cuda:
+        return x.cpu()
+    staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return staged.clone()
 
 
 def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:

@@ -423,6 +423,21 @@ def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_gra
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_draw_waits_for_the_gpu_once_at_its_end(cuda_graph: bool) -> None:
+    """Neither the source nor the sample is copied from or to memory that is not pinned."""
+    prepared = Sampler(model().cuda(), cuda_graph=cuda_graph).prepare(slide(30))
+    expected = [prepared.draw(seed=0).expression for _ in range(2)][-1]
+    torch.cuda.set_sync_debug_mode("error")  # lets an event or a stream be waited for
+    try:
+        found = prepared.draw(seed=0).expression
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not found.is_pinned()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
 def test_a_replay_under_a_new_autocast_reads_no_freed_weights() -> None:
     """Each draw in an autocast of its own, another slide alive; then in float32, which is captured anew."""
     sampler = Sampler(model().cuda())
