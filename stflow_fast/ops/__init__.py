@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "Workload",
     "apply_dropout",
+    "autocast_dtype",
     "backend_for",
     "build_graph",
     "by_rows",
@@ -47,6 +48,7 @@ __all__ = [
     "message_bytes",
     "use_backend",
     "use_compile",
+    "weights_of_autocast",
 ]
 
 BLOCK_BYTES = 8 * 2**20
@@ -140,6 +142,15 @@ def gated_mlp(
 
     hidden = kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
     return apply_dropout(hidden, p, keys, stream + 1)
+
+
+def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
+    """The weights as :func:`gated_mlp` casts them under the present autocast, of ``dtype``: given these it gives the
+    same bits and casts none. Plain torch leaves the LayerNorm's as they are."""
+    cast = MLPWeights(*(weight.to(dtype) for weight in weights))
+    if _on_triton(weights.fc1_weight):
+        return cast
+    return cast._replace(norm_weight=weights.norm_weight, norm_bias=weights.norm_bias)
 
 
 def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
