@@ -52,15 +52,15 @@ class GatedMLP(nn.Module):
             self.fc1.weight, self.fc1.bias, self.norm.weight, self.norm.bias, self.fc2.weight, self.fc2.bias
         )
 
-    def forward(self, x: Tensor, p: float = 0.0, keys: DropoutKeys | None = None, stream: int = 0) -> Tensor:
-        return ops.gated_mlp(x, self.weights, self.activation, p, keys, stream)
-
 
 class Affine(NamedTuple):
     """Weight [out, in] and bias [out] of a product that several of the model's own may be folded into."""
 
     weight: Tensor
     bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Affine:
+        return Affine(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class FoldedAttention(NamedTuple):
@@ -71,6 +71,12 @@ class FoldedAttention(NamedTuple):
     gene: Affine | None  # [P, G], without a bias: of the expression to the gene terms; None of what is such terms
     edges: EdgeWeights
     output: MLPWeights  # W_output, its first matrix reading the context
+
+    def of_autocast(self, dtype: torch.dtype) -> FoldedAttention:
+        """With the weights in the type that the present autocast, of ``dtype``, brings them to."""
+        edges = self.edges._replace(message_to_logit=self.edges.message_to_logit.to(dtype))
+        project, bias = Affine(self.project, self.project_bias).to(dtype)
+        return FoldedAttention(project, bias, self.gene.to(dtype), edges, ops.weights_of_autocast(self.output, dtype))
 
 
 class EdgeAttention(nn.Module):
@@ -142,7 +148,15 @@ class LayerState(NamedTuple):
     """What a layer needs beside its inputs."""
 
     folded: FoldedAttention
+    mlp: MLPWeights
+    hidden: Affine  # [d, d] the first product of the gene head
+    head: Affine  # [G, d] the last
     messages: Tensor | None = None  # [N, K, E], kept where memory allows
+
+    def of_autocast(self, dtype: torch.dtype) -> LayerState:
+        """As :meth:`FoldedAttention.of_autocast`."""
+        folded, mlp = self.folded.of_autocast(dtype), ops.weights_of_autocast(self.mlp, dtype)
+        return LayerState(folded, mlp, self.hidden.to(dtype), self.head.to(dtype), self.messages)
 
     def reading(self, gene: Affine | None) -> LayerState:
         """The same layer for an x whose product ``gene`` is its gene terms, or, of None, which is them."""
@@ -160,12 +174,28 @@ class LinearHeads(NamedTuple):
     to_mean: Affine  # [G, L * d] what all heads read, to the mean of their expression
     to_first: Affine  # [P, L * d] the same, to that mean's gene terms in the first layer
 
+    def to(self, dtype: torch.dtype) -> LinearHeads:
+        return LinearHeads([each.to(dtype) for each in self.to_next], self.to_mean.to(dtype), self.to_first.to(dtype))
+
 
 class EncoderState(NamedTuple):
     """What :meth:`SpatialTransformer.run` needs of the weights, made once for several flow steps."""
 
     layers: list[LayerState]
     heads: LinearHeads | None  # where the L * d numbers of a spot that heads read are fewer than its genes
+
+    def of_autocast(self) -> EncoderState:
+        """These weights as the present autocast casts them in every call: for several calls under it, without
+        gradients, which are the parameters'. The same without autocast."""
+        weight = self.layers[0].mlp.fc1_weight
+        dtype = ops.autocast_dtype(weight.device)
+        if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone
+            return self
+        return EncoderState([layer.of_autocast(dtype) for layer in self.layers], self.heads and self.heads.to(dtype))
+
+    def with_messages(self, messages: list[Tensor | None]) -> EncoderState:
+        layers = zip(self.layers, messages, strict=True)
+        return self._replace(layers=[layer._replace(messages=kept) for layer, kept in layers])
 
     def linear_layers(self) -> list[LayerState]:
         """The layers: the first of its gene terms, the others of what the gene head before them reads."""
@@ -187,13 +217,14 @@ class GeneUpdate(nn.Module):
     def head(self) -> nn.Linear:
         return self.output[4]
 
-    def hidden(self, tokens: Tensor, keys: DropoutKeys | None) -> Tensor:
+    def hidden(self, tokens: Tensor, layer: LayerState, keys: DropoutKeys | None) -> Tensor:
         """What the head reads, [n, d]."""
-        return ops.apply_dropout(self.output[:3](tokens), self.config.dropout, keys, STREAM_GENE_HIDDEN)
+        hidden = self.output[1:3](F.linear(tokens, *layer.hidden))
+        return ops.apply_dropout(hidden, self.config.dropout, keys, STREAM_GENE_HIDDEN)
 
-    def genes(self, hidden: Tensor, keys: DropoutKeys | None) -> Tensor:
+    def genes(self, hidden: Tensor, layer: LayerState, keys: DropoutKeys | None) -> Tensor:
         """The head's expression [n, G]; under a ReLU in place, as it is the widest tensor of all."""
-        genes = ops.apply_dropout(self.head(hidden), self.config.dropout, keys, STREAM_GENE)
+        genes = ops.apply_dropout(F.linear(hidden, *layer.head), self.config.dropout, keys, STREAM_GENE)
         return genes.relu_() if self.config.non_negative else genes
 
 
@@ -205,6 +236,13 @@ class TransformerBlock(nn.Module):
         self.attn = EdgeAttention(config)
         self.mlp = GatedMLP(config.hidden_dim, 4 * config.hidden_dim, config.hidden_dim, config.activation)
         self.gene_updater = GeneUpdate(config)
+
+    def state(self) -> LayerState:
+        """The weights of the layer's products: those of the attention folded, the others its parameters."""
+        first, head = self.gene_updater.output[0], self.gene_updater.head
+        return LayerState(
+            self.attn.fold(), self.mlp.weights, Affine(first.weight, first.bias), Affine(head.weight, head.bias)
+        )
 
     def forward(
         self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
@@ -219,8 +257,8 @@ class TransformerBlock(nn.Module):
 
         def finish(tokens: Tensor, context: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor]:
             tokens = tokens + attn.output(context, folded, keys)
-            tokens = tokens + self.mlp(tokens, p, keys, STREAM_MLP)
-            return self.gene_updater.hidden(tokens, keys), tokens
+            tokens = tokens + ops.gated_mlp(tokens, layer.mlp, self.mlp.activation, p, keys, STREAM_MLP)
+            return self.gene_updater.hidden(tokens, layer, keys), tokens
 
         (terms,) = ops.by_rows(project, (x, tokens), keys)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
@@ -259,7 +297,7 @@ class SpatialTransformer(nn.Module):
         """
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
         with torch.autocast(device.type, enabled=False):
-            layers = [LayerState(block.attn.fold()) for block in self.blks]
+            layers = [block.state() for block in self.blks]
             narrower = self.config.n_layers * self.config.hidden_dim < self.config.n_genes
             heads = self._fold_heads(layers) if narrower and self._heads_are_linear else None
         return EncoderState(layers, heads)
@@ -269,7 +307,7 @@ class SpatialTransformer(nn.Module):
         return not self.config.non_negative and not (self.training and self.config.dropout)
 
     def _fold_heads(self, layers: list[LayerState]) -> LinearHeads:
-        heads = [block.gene_updater.head for block in self.blks]
+        heads = [layer.head for layer in layers]
         to_next = []
         for head, layer in zip(heads[:-1], layers[1:], strict=True):
             by_gene = layer.folded.gene.weight
@@ -280,13 +318,12 @@ class SpatialTransformer(nn.Module):
 
     def keep_messages(self, states: EncoderState, graph: SpotGraph, budget: int) -> EncoderState:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
-        kept = []
-        for block, state in zip(self.blks, states.layers, strict=True):
-            budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, state.folded.edges)
-            if budget >= 0:
-                state = state._replace(messages=ops.make_messages(graph.geometry, state.folded.edges, block.attn.spec))
-            kept.append(state)
-        return states._replace(layers=kept)
+        messages = []
+        for block, layer in zip(self.blks, states.layers, strict=True):
+            edges = layer.folded.edges
+            budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, edges)
+            messages.append(ops.make_messages(graph.geometry, edges, block.attn.spec) if budget >= 0 else None)
+        return states.with_messages(messages)
 
     def run(
         self,
@@ -298,7 +335,7 @@ class SpatialTransformer(nn.Module):
     ) -> Tensor:
         """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
 
-        ``slide_seed`` [S] int64 seeds dropout in training mode; drawn from torch's generator when None.
+        ``slide_seed`` [S] int64 seeds dropout in training mode; drawn by the graph's device when None.
         """
         keys = self._dropout_keys(graph, slide_seed) if self.training else None
         if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
@@ -308,7 +345,7 @@ class SpatialTransformer(nn.Module):
         for index, (block, layer) in enumerate(zip(self.blks, states.layers, strict=True)):
             layer_keys = _keys_of_layer(keys, index)
             x, tokens = block(x, tokens, layer, graph, layer_keys)
-            x = block.gene_updater.genes(x, layer_keys)
+            x = block.gene_updater.genes(x, layer, layer_keys)
             total += x
         return total.div_(len(self.blks))
 
@@ -330,7 +367,7 @@ class SpatialTransformer(nn.Module):
     @staticmethod
     def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:
         if slide_seed is None:
-            slide_seed = torch.randint(2**62, (graph.n_slides,))
+            slide_seed = torch.randint(2**62, (graph.n_slides,), device=graph.slide_of.device)
         return DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
 
 
@@ -344,6 +381,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+        self._frequencies: Tensor | None = None
 
     @staticmethod
     def frequencies() -> Tensor:
@@ -354,15 +392,25 @@ class TimestepEmbedder(nn.Module):
         two give the same bits everywhere; one bit moves a float64 prediction by 1e-8.
         """
         half = TIME_FREQUENCIES // 2
-        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half
         frequencies = exponent.double().exp().float()
-        frequencies[ROUNDED_UP] = frequencies[ROUNDED_UP].nextafter(torch.tensor(1.0))
+        frequencies[ROUNDED_UP] = frequencies[ROUNDED_UP].nextafter(frequencies.new_tensor(1.0))
         return frequencies
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        """:meth:`frequencies` on a device, made by the first call there: the copy waits for a GPU.
+
+        No buffer: casting the model would round it, and DistributedDataParallel would send it at every step.
+        """
+        if self._frequencies is None or self._frequencies.device != device:
+            with torch.inference_mode(False):  # or no later call could differentiate by the time
+                self._frequencies = self.frequencies().to(device)
+        return self._frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         """[S] in [0, 1] -> [S, d]. Angles, cosines and sines are float32, as published, whatever the model's dtype."""
         weight = self.mlp[0].weight
-        angles = t.float().to(weight.device).unsqueeze(1) * self.frequencies().to(weight.device)
+        angles = t.float().to(weight.device).unsqueeze(1) * self._frequencies_on(weight.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))
 
 

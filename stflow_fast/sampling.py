@@ -97,6 +97,15 @@ class Sampler:
             self.times = dict(zip(self.solver.grid[:-1], model.fourier_proj(times).split(1), strict=True))
             # One for all slides: what is freed on a stream is free for that stream alone.
             self.stream = torch.cuda.Stream() if cuda_graph and model.image_transform.weight.is_cuda else None
+        self._cast: dict[tuple[object, ...], EncoderState] = {}
+
+    def cast_states(self) -> EncoderState:
+        """The folded weights as the present autocast casts them, made by the first draw under it. They stay: a capture
+        casts none, and CUDA graphs read them."""
+        circumstances = ops.circumstances(self.model.image_transform.weight.device)
+        if circumstances not in self._cast:
+            self._cast[circumstances] = self.states.of_autocast()
+        return self._cast[circumstances]
 
     def embed_time(self, t: float) -> Tensor:
         """[1, d]; those of the grid are made already."""
@@ -135,7 +144,10 @@ class PreparedSlide:
             self.image = _embed(model, self.graph, features)
             self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
         make_call = _plain_call if self.states.heads is None else _folded_call
-        self._call = call = make_call(sampler, self.graph, self.image, self.states)
+        messages = [layer.messages for layer in self.states.layers]
+        self._call = call = make_call(
+            sampler, self.graph, self.image, lambda: sampler.cast_states().with_messages(messages)
+        )
 
         def loop(x_0: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
             return solver.solve(call.target, call.enter(x_0), last=call.leave)
@@ -171,14 +183,14 @@ class PreparedSlide:
             if trajectory:
                 return self._trajectory(self._source(x_0, seed))
             x_1 = self._loop(self._source(x_0, seed))
-            return Sample(x_1.cpu(), self.sampler.solver.nfe)
+            return Sample(_to_host(x_1), self.sampler.solver.nfe)
 
     def _trajectory(self, source: Tensor) -> Sample:
         kept = []
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             x_1 = self._call.leave(self._call.enter(x_t), t)
-            kept.append(x_1.cpu())
+            kept.append(_to_host(x_1))
             return x_1
 
         self.sampler.solver.solve(predict, source)
@@ -192,7 +204,10 @@ class PreparedSlide:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
         _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        return x_0.to(model.image_transform.weight)
+        weight = model.image_transform.weight
+        if weight.is_cuda and not x_0.is_cuda:
+            x_0 = x_0.pin_memory()
+        return x_0.to(weight, non_blocking=True)
 
 
 class _Call(NamedTuple):
@@ -203,27 +218,31 @@ class _Call(NamedTuple):
     leave: Predict  # state and t to that x_1 [N, G] itself
 
 
-def _plain_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: EncoderState) -> _Call:
+States = Callable[[], EncoderState]
+"""The states of a slide, as the present autocast casts them."""
+
+
+def _plain_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: States) -> _Call:
     """A state is x_t in rows of the graph."""
 
     def target(x_t: Tensor, t: float) -> Tensor:
-        return sampler.model.denoise_at(graph, x_t, image, sampler.embed_time(t), states)
+        return sampler.model.denoise_at(graph, x_t, image, sampler.embed_time(t), states())
 
     return _Call(graph.to_rows, target, lambda x_t, t: graph.to_spots(target(x_t, t)))
 
 
-def _folded_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: EncoderState) -> _Call:
+def _folded_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: States) -> _Call:
     """A state is all that the network reads of x_t, [N, P]: products as wide as the genes are made before the loop and
     behind it, and the only ones to be ordered are as wide as the network."""
-    backbone, heads = sampler.model.backbone, states.heads
+    backbone = sampler.model.backbone
 
     def read(terms: Tensor, t: float) -> Tensor:
-        return backbone.run_folded(graph, terms, image + sampler.embed_time(t), states)
+        return backbone.run_folded(graph, terms, image + sampler.embed_time(t), states())
 
     return _Call(
-        lambda x_t: graph.to_rows(backbone.gene_terms(x_t, states)),
-        lambda terms, t: F.linear(read(terms, t), *heads.to_first),
-        lambda terms, t: F.linear(graph.to_spots(read(terms, t)), *heads.to_mean).to(terms.dtype),
+        lambda x_t: graph.to_rows(backbone.gene_terms(x_t, states())),
+        lambda terms, t: F.linear(read(terms, t), *states().heads.to_first),
+        lambda terms, t: F.linear(graph.to_spots(read(terms, t)), *states().heads.to_mean).to(terms.dtype),
     )
 
 
@@ -412,6 +431,16 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, int], slide_id: str) ->
 
 def _where(slide_id: str) -> str:
     return f"slide {slide_id}: " if slide_id else ""
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """x on the CPU, in memory of its own. From a GPU through a pinned buffer, which the next draw finds free again: the
+    driver copies to other memory piece by piece."""
+    if not x.is_cuda:
+        return x.cpu()
+    staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return staged.clone()
 
 
 def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:

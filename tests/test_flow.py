@@ -6,23 +6,28 @@ import contextlib
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stflow_fast import use_backend
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
-from stflow_fast.model import Denoiser
+from stflow_fast.model import Denoiser, EncoderState
 from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
 from stflow_fast.sampling import PreparedSlide, Sampler, parse_bytes, sample
 from stflow_fast.slides import Slide
 
 from .cuda_stand_in import StandIn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def model(n_genes: int = 5) -> Denoiser:
@@ -259,6 +264,65 @@ def test_a_prepared_slide_draws_as_sample_does() -> None:
         torch.testing.assert_close(prepared.draw(seed=seed).expression, expected, rtol=0, atol=0)
 
 
+class CastsOf(TorchDispatchMode):
+    """Counts the casts of some tensors, and of what shares their memory."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].untyped_storage().data_ptr() in self._memory
+        return function(*args, **(kwargs or {}))
+
+
+overflows = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # a sigmoid of -90 is 0
+
+
+@overflows
+@pytest.mark.parametrize("n_genes", [5, 40])
+def test_weights_are_cast_once_for_all_steps_and_draws_under_an_autocast(n_genes: int) -> None:
+    pytest.importorskip("triton")
+    counts = {}
+    for n_sample_steps in (3, 5):
+        sampler = Sampler(model(n_genes).to(DEVICE), n_sample_steps, cuda_graph=False)
+        prepared = sampler.prepare(slide(10))
+        folded = [leaf for leaf in tree_leaves(sampler.states) if isinstance(leaf, torch.Tensor)]
+        casts = counts[n_sample_steps] = []
+        for _ in range(2):
+            with use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+                with CastsOf([*folded, *sampler.model.parameters()]) as cast:
+                    prepared.draw()
+                casts.append(cast.count)
+    assert counts[3] == counts[5]
+    assert counts[3][0] > counts[3][1] == 0
+
+
+@overflows
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("n_genes", [5, 40])
+def test_weights_cast_before_give_the_bits_of_weights_cast_in_every_call(
+    monkeypatch: pytest.MonkeyPatch, backend: str, n_genes: int
+) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    network, drawn = model(n_genes).to(DEVICE), slide(10)
+    for budget in (0, "1GiB"):
+        with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16), monkeypatch.context() as patch:
+            found = sample(network, drawn, memory_budget=budget).expression
+            patch.setattr(EncoderState, "of_autocast", lambda states: states)
+            assert torch.equal(found, sample(network, drawn, memory_budget=budget).expression)
+
+
+def test_autocast_leaves_a_model_in_float64_alone() -> None:
+    network, drawn = model().double(), slide(10)
+    expected = sample(network, drawn, memory_budget=0).expression
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(network, drawn, memory_budget=0).expression, expected)
+
+
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
     gc.disable()
@@ -420,6 +484,21 @@ def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_gra
         prepared.draw(seed=1)
     trajectory = prepared.draw(x_0, trajectory=True).trajectory
     torch.testing.assert_close(trajectory[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_draw_waits_for_the_gpu_once_at_its_end(cuda_graph: bool) -> None:
+    """Neither the source nor the sample is copied from or to memory that is not pinned."""
+    prepared = Sampler(model().cuda(), cuda_graph=cuda_graph).prepare(slide(30))
+    expected = [prepared.draw(seed=0).expression for _ in range(2)][-1]
+    torch.cuda.set_sync_debug_mode("error")  # lets an event or a stream be waited for
+    try:
+        found = prepared.draw(seed=0).expression
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not found.is_pinned()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -244,6 +244,27 @@ def test_a_replayed_sample_is_the_launched_one(multiply_in: Set) -> None:
                 assert error(captured.draw(x_0).expression, launched.draw(x_0).expression) <= ROUNDING[precision]
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_training_step_never_waits_for_the_gpu(backend: str, seed: int | None) -> None:
+    torch.manual_seed(0)
+    network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=32, dropout=0.2, attn_dropout=0.2)).cuda().train()
+    graph = network.build_graph(torch.rand(1000, 2))
+    x, features, t = (torch.rand(*shape, device="cuda") for shape in ((1000, 50), (1000, 32), (1,)))
+    slide_seed = None if seed is None else torch.tensor([seed], device="cuda")
+
+    def step() -> None:
+        network.denoise(graph, x, network.image_transform(features), t, slide_seed=slide_seed).sum().backward()
+
+    with ops.use_backend(backend):
+        step()  # compiles the kernels, and makes what stays on the GPU
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def mlp_result(inputs: MLPTensors, dtype: torch.dtype, backend: str) -> Result:
     x, *weights = leaves((inputs.x, *inputs.weights), dtype)
     case, weights = inputs.case, MLPWeights(*weights)

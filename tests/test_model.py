@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import stflow_fast.ops as ops
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.graph import SpotGraph
-from stflow_fast.model import Denoiser
+from stflow_fast.model import Denoiser, TimestepEmbedder
 from stflow_fast.ops.dropout import DropoutKeys, dropout
 
 SMALL = {"n_genes": 7, "feature_dim": 10, "hidden_dim": 16, "pairwise_hidden_dim": 24, "n_layers": 2, "n_neighbors": 5}
@@ -169,6 +175,17 @@ def test_kept_messages_change_nothing() -> None:
         torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kept_messages_take_the_stated_bytes(autocast: bool) -> None:
+    model = small().float()
+    graph = model.build_graph(inputs(53)[2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states = model.backbone.layer_states()
+        stated = ops.message_bytes(graph.n_spots, 5, states.layers[0].folded.edges)
+        kept = model.backbone.keep_messages(states, graph, 2 * stated).layers
+    assert [layer.messages.nbytes for layer in kept] == [stated, stated]
+
+
 def test_compiled_blocks_equal_plain_ones() -> None:
     if ops.cpp_compiler() is None:
         pytest.skip("no C++ compiler here")
@@ -191,6 +208,58 @@ def test_input_gradients(activation: str) -> None:
         return model.denoise(graph, x, model.image_transform(features), torch.tensor([0.3]).double())
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), features.requires_grad_()))
+
+
+class StaysOn(TorchDispatchMode):
+    """Lets no operation read or make anything on another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} <= {self.device}, f"{function} leaves the device"
+        return made
+
+
+def test_a_training_step_takes_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host waits for a GPU, and cannot be captured. The device here is torch's "meta", which autocast
+    does not know."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    model = small(dropout=0.3, attn_dropout=0.3)
+    graph = model.build_graph(inputs(30)[2]).to("meta")
+    model.to("meta").train()
+    x, features, t = (torch.empty(*shape, dtype=torch.float64, device="meta") for shape in ((30, 7), (30, 10), (1,)))
+
+    def step() -> None:
+        model.denoise(graph, x, model.image_transform(features), t).sum().backward()
+
+    step()  # moves what stays on the device from then on
+    with StaysOn("meta"):
+        step()
+
+
+def test_the_embedding_of_the_time_keeps_its_bits_whatever_the_model_goes_through() -> None:
+    embedder, t = TimestepEmbedder(8), torch.tensor([0.37])
+    angles = t.unsqueeze(1) * TimestepEmbedder.frequencies()
+    waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    names = set(embedder.state_dict())
+    with torch.inference_mode():
+        embedder(t)
+    state = embedder.state_dict()
+    with torch.device("meta"):
+        loaded = TimestepEmbedder(8)
+        loaded(t)
+    loaded.load_state_dict(state, assign=True)
+    for module in (embedder, loaded):
+        for dtype in (torch.bfloat16, torch.float64, torch.float32):
+            cast = copy.deepcopy(module).to(dtype)
+            assert torch.equal(cast(t), cast.mlp(waves.to(dtype)))
+            assert set(cast.state_dict()) == names
+        module(t.clone().requires_grad_()).sum().backward()
 
 
 def test_dropout_depends_on_slide_and_spot_alone() -> None:

@@ -21,6 +21,7 @@ from .backend import (
     EdgeWork,
     Workload,
     announce,
+    autocast_dtype,
     backend_for,
     circumstances,
     cpp_compiler,
@@ -35,6 +36,7 @@ __all__ = [
     "Backend",
     "Workload",
     "apply_dropout",
+    "autocast_dtype",
     "backend_for",
     "build_graph",
     "by_rows",
@@ -46,6 +48,7 @@ __all__ = [
     "message_bytes",
     "use_backend",
     "use_compile",
+    "weights_of_autocast",
 ]
 
 BLOCK_BYTES = 8 * 2**20
@@ -145,17 +148,29 @@ def gated_mlp(
     return apply_dropout(hidden, p, keys, stream + 1)
 
 
+def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
+    """The weights as :func:`gated_mlp` casts them under the present autocast, of ``dtype``: given these it gives the
+    same bits and casts none. Plain torch leaves the LayerNorm's as they are."""
+    cast = MLPWeights(*(weight.to(dtype) for weight in weights))
+    if _on_triton(weights.fc1_weight):
+        return cast
+    return cast._replace(norm_weight=weights.norm_weight, norm_bias=weights.norm_bias)
+
+
 def message_bytes(n_spots: int, k: int, weights: EdgeWeights) -> int:
     """Bytes of the messages of one layer, should a caller keep them."""
-    return n_spots * k * weights.message_to_logit.shape[0] * weights.message_to_logit.element_size()
+    return n_spots * k * weights.message_to_logit.shape[0] * _message_dtype(weights).itemsize
+
+
+def _message_dtype(weights: EdgeWeights) -> torch.dtype:
+    """What messages are kept in."""
+    return autocast_dtype(weights.message_to_logit.device) or weights.message_to_logit.dtype
 
 
 def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -> Tensor:
     """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
     n, k = geometry.shape[:2]
-    dtype = weights.message_to_logit.dtype
-    if torch.is_autocast_enabled(geometry.device.type):
-        dtype = torch.get_autocast_dtype(geometry.device.type)
+    dtype = _message_dtype(weights)
     settings = Settings(*spec)
     work = EdgeWork(("edge_messages",), Sizes(k, *weights.message_to_logit.shape, settings.n_heads), settings)
     if _on_triton(geometry, dtype, work):
@@ -241,9 +256,8 @@ def _attention_in_blocks(
 
 
 def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    backend = backend_for(Workload(x.device, dtype or x.dtype, edges.sizes.k if edges else 1, edges=edges))
+    dtype = autocast_dtype(x.device) or dtype or x.dtype
+    backend = backend_for(Workload(x.device, dtype, edges.sizes.k if edges else 1, edges=edges))
     if edges and backend.name == "triton":
         announce(backend)
     return backend.name == "triton"

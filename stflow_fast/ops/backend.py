@@ -122,8 +122,12 @@ def backend_for(workload: Workload) -> Backend:
 
 def circumstances(device: torch.device) -> tuple[object, ...]:
     """What a captured computation depends on beside its inputs."""
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return _BACKEND(), autocast, float32_is_tf32()
+    return _BACKEND(), autocast_dtype(device), float32_is_tf32()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast brings products to on a device; None without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def why_not_triton(workload: Workload, interpreted: bool) -> str | None:

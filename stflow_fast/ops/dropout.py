@@ -82,4 +82,5 @@ def dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tenso
     """Inverted dropout of x [n, ...]: zero with probability p, else scaled by 1 / (1 - p); x itself without keys."""
     if keys is None or p == 0.0:
         return x
-    return x * (keys.stream(stream).keep_mask(x.shape, p) * x.new_tensor(1.0 / (1.0 - p)))
+    scale = x.new_full((), 1.0 / (1.0 - p))  # new_tensor would copy it from the host, and wait for a GPU
+    return x * (keys.stream(stream).keep_mask(x.shape, p) * scale)
