@@ -358,6 +358,33 @@ def test_left_out_by_the_trend(recorded: Callable[..., list[Any]], monkeypatch: 
     assert last["note"] == "left out: some 48 s expected; raise --seconds"
 
 
+def test_a_first_size_that_is_large_is_left_out_by_a_small_one(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded()
+    monkeypatch.setattr(measure, "clocked", lambda function, device: (function(), 2.0))
+    plan = small_plan(seconds=100.0)
+    monkeypatch.setattr(jobs, "FEW_SPOTS", 20)
+    small, large = (lines_of(plan, [CASE._replace(spots=spots)], ("a",))[0] for spots in (40, 40_000))
+    assert small["note"] == ""
+    assert large["note"] == "left out: some 12000 s expected; raise --seconds"  # 2 s at 20 spots, three times
+
+
+def test_what_does_not_fit_beside_the_others_is_measured_alone(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = recorded()
+    monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 400})
+    plan = dataclasses.replace(small_plan(rounds=1), memory_budget=1_000)
+    lines = lines_of(plan, [CASE], ("a", "b", "c"))
+    assert [(line["provider"], line["alone"], line["rounds"]) for line in lines] == [
+        ("a", False, 1),
+        ("b", False, 1),
+        ("c", True, 1),
+    ]
+    assert [name for name, _ in said] == ["a", "b", "a", "b", "c", "c"]
+
+
 def test_turns_end_with_the_time_that_a_case_may_take(
     recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
