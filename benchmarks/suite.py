@@ -50,12 +50,9 @@ def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     try:
         with measure.limited(plan.memory_budget):
+            _load_code(plan, case, name)
             job = job_of(plan, case, name)
             job.sample_steps = STEADY_STEPS
-            # Code first, which is not counted; what is compiled wants a whole block.
-            few = ops.COMPILED_BLOCK if job.judged else FEW_SPOTS
-            job.prepare(case.spots if job.compiled_by_size else min(few, case.spots), case.layout)
-            job.call(0)
             job.load(case.spots, case.layout)
 
             def run() -> None:
@@ -65,6 +62,15 @@ def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
             return {"peak_bytes": measure.resident_peak(run)}
     except Exception as error:
         return {"note": what_failed(error, plan.device)}
+
+
+def _load_code(plan: Plan, case: Case, name: str) -> None:
+    """By a call that is not counted; what is compiled wants a whole block."""
+    job = job_of(plan, case, name)
+    job.sample_steps = STEADY_STEPS
+    few = ops.COMPILED_BLOCK if job.judged else FEW_SPOTS
+    job.prepare(case.spots if job.compiled_by_size else min(few, case.spots), case.layout)
+    job.call(0)
 
 
 def what_failed(error: Exception, device: torch.device) -> str:

@@ -291,6 +291,20 @@ def test_memory_in_a_process_of_its_own() -> None:
     assert re.fullmatch(r"out of memory at [\d,]+ bytes", found["note"])
 
 
+def many_small() -> list[torch.Tensor]:
+    """100 MB that a C library keeps when they are freed."""
+    return [torch.ones(10_000) for _ in range(2_500)]
+
+
+def peak_after_the_same() -> int:
+    many_small()
+    return measure.resident_peak(many_small)
+
+
+def test_memory_that_was_freed_before_is_counted_again() -> None:
+    assert measure.in_own_process(peak_after_the_same) > 90_000_000
+
+
 def test_a_process_that_died_has_no_answer() -> None:
     assert measure.in_own_process(sys.exit, 1) is None
 
