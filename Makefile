@@ -43,7 +43,7 @@ BENCH_LARGE = reference,reference_kept_edges,eager_stflow,flex_attention,dense_s
 # What torch.compile compiled before would make first calls short.
 BENCH = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
-# Genes first: so that all numbers of them are of one run.
+# Genes first, so that the file has all numbers of them in one run; 50 are measured again below, beside the other providers.
 bench: setup
 	$(BENCH) --workload sample,denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow \
 		--rounds 3 --seconds 150

@@ -211,6 +211,11 @@ def out_of_memory(line: Line) -> str:
     return f"needs {size(float(over[1]) * 2**30)}"
 
 
+def first_out_of_memory(lines: Iterable[Line]) -> Line | None:
+    """Of one provider's in the order of their sizes, the first that memory did not hold."""
+    return next((line for line in lines if line["median_ms"] is None and out_of_memory(line)), None)
+
+
 def why_not_timed(line: Line) -> str:
     """Why there is no time, in few words."""
     return "red check" if line["check"] == "red" else out_of_memory(line) or "not run"

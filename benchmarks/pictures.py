@@ -23,6 +23,7 @@ from .lines import (
     Line,
     chosen,
     exponents_of,
+    first_out_of_memory,
     grouped,
     in_order,
     out_of_memory,
@@ -126,7 +127,7 @@ def _draw_series(axes: Axes, lines: list[Line], quantity: str, label: str) -> No
     """One provider's line with its cross, both named in the legend; nothing of a provider that does not run here."""
     field, look = MEASURED[quantity], look_of(lines[0]["provider"])
     done = [line for line in lines if line[field]]
-    failed = next((line for line in lines if line["median_ms"] is None and out_of_memory(line)), None)
+    failed = first_out_of_memory(lines)
     if not (done or failed):
         return
     if failed:

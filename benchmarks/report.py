@@ -32,6 +32,7 @@ from .lines import (
     Line,
     chosen,
     exponents_of,
+    first_out_of_memory,
     grouped,
     in_order,
     load,
@@ -180,8 +181,9 @@ def _told_beside(lines: list[Line]) -> list[str]:
             continue
         told = []
         for (provider,), series in grouped(members, ("provider",)).items():
-            timed = [line for line in series if line["median_ms"]]
-            cells = [f"{line['spots']:,}: {_compared(line, published)}" for line in timed + _lacking(series)[:1]]
+            lacking = first_out_of_memory(series)
+            shown = [line for line in series if line["median_ms"] or line is lacking]
+            cells = [f"{line['spots']:,}: {_compared(line, published)}" for line in shown]
             told += [f"{named(provider)} {', '.join(cells)}"] if cells else []
         bullets.append(f"* {WORKLOADS[workload]}, by spots: {'; '.join(told)}.")
     return bullets
@@ -256,10 +258,6 @@ def _nearest(measured: set[int], wanted: int) -> int:
 def _tells(line: Line) -> bool:
     """Whether it is a figure, or a failure worth a row."""
     return line["median_ms"] is not None or line["check"] == "red" or bool(out_of_memory(line))
-
-
-def _lacking(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if line["median_ms"] is None and out_of_memory(line)]
 
 
 def _time(line: Line) -> str:

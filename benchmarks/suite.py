@@ -194,18 +194,16 @@ class Suite:
         for name in names:
             if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
                 entrants.append(entrant)
-        together = self._that_fit(entrants)
-        self._measure(case, together)
-        for entrant in entrants:
-            if entrant not in together:
-                self._measure_alone(case, entrant)
+        fitting = self._fitting(entrants)
+        self._measure(case, entrants[:fitting])
+        for entrant in entrants[fitting:]:
+            self._measure_alone(case, entrant)
 
-    def _that_fit(self, entrants: list[Entrant]) -> list[Entrant]:
-        """The first ones whose peaks of memory the budget holds together: beyond it, a system may end the process."""
+    def _fitting(self, entrants: list[Entrant]) -> int:
+        """How many, from the first on, the budget holds together by their peaks: beyond it, a system may end the
+        process."""
         peaks = itertools.accumulate(entrant.line["peak_bytes"] or 0 for entrant in entrants)
-        return [x for x, needed in zip(entrants, peaks, strict=True) if needed <= self.plan.memory_budget] or entrants[
-            :1
-        ]
+        return max(1, sum(together <= self.plan.memory_budget for together in peaks))
 
     def _measure_alone(self, case: Case, entrant: Entrant) -> None:
         entrant.begin_anew()

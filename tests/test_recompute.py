@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stflow_fast.graph import MISSING
-from stflow_fast.ops.recompute import recomputed
+from stflow_fast.ops.recompute import Recomputed
 
 N, K, QUERY, WIDTH = 23, 3, 4, 10
 
 
 def inputs(n: int = N, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Neighbours, terms, edges and a weight, as :func:`recomputed` has them; some neighbours are missing."""
+    """Neighbours, terms, edges and a weight, as :class:`Recomputed` has them; some neighbours are missing."""
     generator = torch.Generator().manual_seed(3)
     neighbors = torch.randint(n, (n, K), generator=generator, dtype=torch.int32)
     neighbors[::5, 1:] = MISSING
@@ -39,7 +39,7 @@ def whole(neighbors: Tensor, terms: Tensor, edges: Tensor, weight: Tensor) -> Te
 def blockwise(size: int, neighbors: Tensor, terms: Tensor, edges: Tensor, weight: Tensor) -> Tensor:
     n = len(terms)
     blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    return recomputed(run, blocks, QUERY, neighbors, terms, edges, (weight,))
+    return Recomputed.apply(run, blocks, QUERY, neighbors, terms, edges, weight)
 
 
 @pytest.mark.parametrize("size", [1, 7, N])

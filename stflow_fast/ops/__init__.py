@@ -29,7 +29,7 @@ from .backend import (
     use_compile,
 )
 from .dropout import DropoutKeys, dropout
-from .recompute import recomputed
+from .recompute import Recomputed
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
 __all__ = [
@@ -241,7 +241,7 @@ def _attention_in_blocks(
         return function(query, terms, neighbors, edges, EdgeWeights(*weights), spec, part)
 
     if training and len(blocks) > 1:
-        return recomputed(run, blocks, width, graph.neighbors, terms, edges, weights)
+        return Recomputed.apply(run, blocks, width, graph.neighbors, terms, edges, *weights)
 
     def run_rows(rows: slice) -> Tensor:
         return run(rows, terms[rows, :width], terms, graph.neighbors[rows], edges[rows], weights)

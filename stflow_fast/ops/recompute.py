@@ -21,26 +21,13 @@ RunBlock = Callable[..., Tensor]
 edges are of these spots, and ``terms`` has the rows that ``neighbors`` names."""
 
 
-def recomputed(
-    run: RunBlock,
-    blocks: Sequence[slice],
-    width: int,
-    neighbors: Tensor,
-    terms: Tensor,
-    edges: Tensor,
-    weights: Sequence[Tensor],
-) -> Tensor:
+class Recomputed(torch.autograd.Function):
     """[N, C] of all blocks, which cover the N spots in order; differentiable once in terms, edges and weights.
 
-    Args:
-        width: columns of ``terms`` [N, T] that are a spot's query.
-        neighbors: [N, K] rows of ``terms``, MISSING where there is none.
-        edges: [N, ...].
+    Arguments of ``apply`` are those of :meth:`forward`: ``width`` columns of ``terms`` [N, T] are a spot's query,
+    ``neighbors`` [N, K] are rows of ``terms``, MISSING where there is none, and ``edges`` are [N, ...].
     """
-    return _Recomputed.apply(run, blocks, width, neighbors, terms, edges, *weights)
 
-
-class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
