@@ -23,6 +23,7 @@ from .errors import InputError
 from .files import check_output, read_json, write_json
 from .progress import epochs_bar, slides_bar
 from .runs import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE
+from .sampling import DEFAULT_MEMORY_BUDGET
 from .slides import NORMALIZATIONS, Slide
 from .training import fit, load_fold
 from .windows import TrainingConfig
@@ -184,7 +185,7 @@ def evaluate_command(
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    memory_budget: Budget = "2GiB",
+    memory_budget: Budget = DEFAULT_MEMORY_BUDGET,
 ) -> None:
     """Score a model on the test slides of a fold, beside the baselines."""
     sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget)
@@ -215,7 +216,7 @@ def predict_command(
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    memory_budget: Budget = "2GiB",
+    memory_budget: Budget = DEFAULT_MEMORY_BUDGET,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
 ) -> None:

@@ -21,8 +21,9 @@ from .model import Denoiser, EncoderState
 from .priors import Prior, check_seed, slide_seed
 from .slides import Slide
 
-DEFAULT_MEMORY_BUDGET = 2 * 2**30
-"""Bytes that sampling may spend on keeping edge messages from one flow step to the next."""
+DEFAULT_MEMORY_BUDGET = "5GiB"
+"""What sampling may spend on keeping edge messages from one flow step to the next: those of the largest public slide,
+605,471 spots, by the default model. Measured in benchmarks/results/cpu_notes.md, "time per spot"."""
 
 FEATURE_CHUNK = 16_384
 """Spots whose features are on the model's device at once."""

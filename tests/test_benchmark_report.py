@@ -306,7 +306,7 @@ def test_few_calls_have_no_band():
 
 
 def test_the_readme_tells_ours_by_size_and_by_setting(results):
-    sizes = (1_000, 10_000, 100_000, 605_471)
+    sizes = (1_000, 10_000, 100_000, 605_471, 1_000_000)
     ours = [line("reference", spots, 0.03 * spots) for spots in sizes]
     compiled = [line("reference_compiled", spots, 0.02 * spots) for spots in sizes[:3]]
     kept = [line("reference_kept_edges", spots, 0.01 * spots) for spots in sizes[1:]]
@@ -319,10 +319,14 @@ def test_the_readme_tells_ours_by_size_and_by_setting(results):
     write(results / "cpu.jsonl", [*ours, *compiled, *kept, *genes, *eager, *neighbours])
     report.redraw(results, readme := results.parent / "README.md")
     text = readme.read_text()
-    assert "| stflow-fast, plain torch: sample, spots | 1,000 | 10,000 | 100,000 | 605,471 | exponent of N |" in text
-    assert "| time | 30.0 ms | 300 ms | 3.00 s | 18.2 s | 1.00 (10,000 to 605,471) |" in text
-    assert "| per spot | 30.0 us | 30.0 us | 30.0 us | 30.0 us |" in text
-    assert "| peak memory | 1.00 MB | 10.0 MB | 100 MB | 605 MB | 1.00 (10,000 to 605,471) |" in text
+    assert (
+        "| stflow-fast, plain torch: sample, spots | 1,000 | 10,000 | 100,000 | 605,471 | 1,000,000 | exponent of N |"
+        in text
+    )
+    assert "| time | 30.0 ms | 300 ms | 3.00 s | 18.2 s | 30.0 s | 1.00 (10,000 to 1,000,000) |" in text
+    assert "| per spot | 30.0 us | 30.0 us | 30.0 us | 30.0 us | 30.0 us |" in text
+    assert "| peak memory | 1.00 MB | 10.0 MB | 100 MB | 605 MB | 1.00 GB | 1.00 (10,000 to 1,000,000) |" in text
+    assert "| sample, 100,000 spots | sample, 605,471 spots | sample: exponent of N |" in text
     place = "10,000 spots, stflow-fast, plain torch"
     assert (
         f"* Genes (denoise, {place}): 50: 90.0 ms, 10.0 MB; 50: published algorithm 400 ms, 10.0 MB; "

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stflow_fast import use_backend
+from stflow_fast import ops, use_backend
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
@@ -213,6 +213,13 @@ def test_memory_does_not_change_the_result(budget: int | str) -> None:
     torch.testing.assert_close(
         sample(model(), slide(200), memory_budget=budget).expression, whole, rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_default_budget_holds_the_messages_of_the_largest_public_slide():
+    network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=8))
+    layers = Sampler(network).states.layers
+    needed = sum(ops.message_bytes(605_471, network.config.n_neighbors, layer.folded.edges) for layer in layers)
+    assert Sampler(network).memory_budget >= needed
 
 
 def test_a_slide_and_its_tensors_give_the_same() -> None:
