@@ -32,7 +32,7 @@ format: setup
 
 # Lines are added to benchmarks/results/<device>.jsonl, and what this commit has there already is left out: what was
 # interrupted, or lacked the time, goes on with the next `make bench`. BENCH_MINUTES are of each line below; two cores of
-# an AMD EPYC take some two hours for all but the last.
+# an AMD EPYC take some two hours for all but the last, of which a million spots take 35 minutes and three have no time.
 # A glance at changes instead: python -m pytest benchmarks --benchmark-json=FILE
 BENCH_MINUTES ?= 45
 BENCH_MOST = reference,reference_kept_edges,reference_compiled,eager_stflow,message_passing,flex_attention,flash_attention,dense_softmax
