@@ -49,6 +49,7 @@ bench: setup
 		--rounds 3 --seconds 150
 	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
 	$(BENCH) --workload sample --spots 1e3 --rounds 3 --providers $(BENCH_MOST)
+	$(BENCH) --workload sample --spots 1e3 --rounds 1 --seconds 1200 --providers dense_attention
 	$(BENCH) --workload sample --spots 3e3,1e4 --rounds 3 --seconds 320 --providers $(BENCH_ALL)
 	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
 	$(BENCH) --workload sample --spots 1e4 --k 4,8,16,32 --providers reference --rounds 3
