@@ -212,7 +212,7 @@ def out_of_memory(line: Line) -> str:
 
 
 def first_out_of_memory(lines: Iterable[Line]) -> Line | None:
-    """Of one provider's in the order of their sizes, the first that memory did not hold."""
+    """The first that memory did not hold: of one provider's in the order of their sizes, the smallest."""
     return next((line for line in lines if line["median_ms"] is None and out_of_memory(line)), None)
 
 

@@ -96,7 +96,7 @@ def _footnote(lines: list[Line], quantity: str) -> str:
     called = max((line["rounds"] or 0 for line in lines), default=0)
     parts = ["Band: 20th to 80th percentile."] if quantity == "time" and called >= SPREAD_CALLS else []
     parts.append("Exponents of N, in brackets the spots that they are fitted to.")
-    if any(map(out_of_memory, lines)):
+    if first_out_of_memory(lines):
         parts.append("X: memory does not hold the size in the legend.")
     if any(computes_another_function(line["provider"]) for line in lines):
         parts.append(f"{OTHER_FUNCTION} another function.")
