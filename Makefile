@@ -32,34 +32,36 @@ format: setup
 
 # Lines are added to benchmarks/results/<device>.jsonl, and what this commit has there already is left out: what was
 # interrupted, or lacked the time, goes on with the next `make bench`. BENCH_MINUTES are of each line below; two cores of
-# an AMD EPYC take some two hours for all but the last, of which a million spots take 35 minutes and three have no time.
+# an AMD EPYC take some two hours for all, of which a million spots take 35 minutes and three have no time.
 # A glance at changes instead: python -m pytest benchmarks --benchmark-json=FILE
 BENCH_MINUTES ?= 45
-BENCH_MOST = reference,reference_kept_edges,reference_compiled,eager_stflow,message_passing,flex_attention,flash_attention,dense_softmax
+BENCH_MOST = reference,reference_compiled,eager_stflow,message_passing,flex_attention,flash_attention,dense_softmax
 # The published network over all pairs takes 9 seconds at 250 spots, 3 minutes at 1,000, and has no memory at 3,000.
 BENCH_ALL = $(BENCH_MOST),dense_attention
 # Beside ours and FlexAttention, what takes the square of the spots: for rows that say how much that is.
-BENCH_LARGE = reference,reference_kept_edges,eager_stflow,flex_attention,dense_softmax,dense_attention
+BENCH_LARGE = reference,eager_stflow,flex_attention,dense_softmax,dense_attention
 # What torch.compile compiled before would make first calls short.
 BENCH = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
-# Genes first, so that the file has all numbers of them in one run; 50 are measured again below, beside the other providers.
+# What the README's first table shows comes first. Genes before it, so that the file has all numbers of them in one run; 50
+# are measured again beside the other providers.
 bench: setup
 	$(BENCH) --workload sample,denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow \
 		--rounds 3 --seconds 150
-	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
-	$(BENCH) --workload sample --spots 1e3 --rounds 3 --providers $(BENCH_MOST)
-	$(BENCH) --workload sample --spots 1e3 --rounds 1 --seconds 1200 --providers dense_attention
 	$(BENCH) --workload sample --spots 3e3,1e4 --rounds 3 --seconds 320 --providers $(BENCH_ALL)
-	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
-	$(BENCH) --workload sample --spots 1e4 --k 4,8,16,32 --providers reference --rounds 3
-	$(BENCH) --workload sample --spots 1e4 --layout uniform,visium,clustered --providers reference --rounds 3
-	$(BENCH) --workload graph --spots 1e3,1e4,1e5,605471,1e6,3e6 --rounds 3
 	$(BENCH) --workload sample --spots 1e5,3e5,605471 --seconds 1200 --providers $(BENCH_LARGE)
 	$(BENCH) --workload sample --spots 2e4,3e4 --seconds 300 --providers reference,eager_stflow,flash_attention,flex_attention
 	$(BENCH) --workload sample --spots 4e4 --rounds 1 --seconds 600 --providers reference,eager_stflow
-	$(BENCH) --workload sample --spots 1e5 --seconds 600 --providers message_passing
+	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120
 	$(BENCH) --workload sample --spots 1e6,3e6 --seconds 1800 --providers reference,eager_stflow
+	$(BENCH) --workload denoise --spots 1e3,3e4,1e5 --rounds 3 --seconds 120 --providers reference,eager_stflow
+	$(BENCH) --workload sample --spots 1e4 --layout uniform,visium,clustered --providers reference --rounds 3
+	$(BENCH) --workload sample --spots 1e4 --k 4,8,16,32 --providers reference --rounds 3
+	$(BENCH) --workload graph --spots 1e3,1e4,1e5,605471,1e6,3e6 --rounds 3
+	$(BENCH) --workload sample --spots 1e5 --seconds 600 --providers message_passing
+	$(BENCH) --workload sample --spots 1e3 --rounds 3 --providers $(BENCH_MOST)
+	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
+	$(BENCH) --workload sample --spots 1e3 --rounds 1 --seconds 1200 --providers dense_attention
 	$(BIN)/stflow-fast benchmark --report
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1

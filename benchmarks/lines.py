@@ -26,7 +26,7 @@ SERIES = ("workload", "provider", *SETTING, "threads", "device")
 KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
-NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "first_call_s", "peak_bytes", "spots_per_s", "of_floor")
+NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "compile_s", "peak_bytes", "spots_per_s", "of_floor")
 FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "alone", "check", "note", "load", "versions", "commit", "date")
 RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
 """What a share of the floor rests on."""
@@ -205,10 +205,10 @@ def times_as_fast(line: Line, published: dict[tuple, float], extra_ms: float = 0
 
 def out_of_memory(line: Line) -> str:
     """What a provider lacked, in few words; empty where it lacked no memory."""
-    over = re.search(rf"needs ([\d.]+) GiB{OVER_BUDGET}", line["note"])
+    over = re.search(rf"needs ([\d,.]+) GiB{OVER_BUDGET}", line["note"])
     if over is None:
         return "out of memory" if "out of memory" in line["note"] else ""
-    return f"needs {size(float(over[1]) * 2**30)}"
+    return f"needs {size(float(over[1].replace(',', '')) * 2**30)}"
 
 
 def first_out_of_memory(lines: Iterable[Line]) -> Line | None:

@@ -40,7 +40,7 @@ def over_budget(needed: int, memory_budget: int) -> str | None:
     """One line where so many bytes are too many, or None."""
     if needed <= memory_budget:
         return None
-    return f"it needs {needed / 2**30:.1f} GiB{OVER_BUDGET} of {memory_budget / 2**30:.1f} GiB"
+    return f"it needs {needed / 2**30:,.1f} GiB{OVER_BUDGET} of {memory_budget / 2**30:,.1f} GiB"
 
 
 def distance_bytes(n: int) -> int:

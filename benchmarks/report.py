@@ -190,15 +190,14 @@ def _told_beside(lines: list[Line]) -> list[str]:
 
 
 def _told_before(lines: list[Line]) -> list[str]:
-    """A bullet of what is made once per slide, at the size nearest to 10,000 spots, and one of first calls, each at its
-    provider's least size: larger ones come after it and find compiled what it compiled."""
+    """A bullet of what is made once per slide, at the size nearest to 10,000 spots, and one of compilation, each at its
+    provider's least size."""
     workload = _main_workload(lines)
     main = [line for line in lines if line["workload"] == workload]
     sizes = {line["spots"] for line in main if line["prepare_ms"] is not None}
     prepared = [line for line in main if sizes and line["spots"] == _nearest(sizes, SHOWN_SIZES[0])]
-    called = [line for line in main if line["first_call_s"] is not None]
-    first = [min(members, key=lambda line: line["spots"]) for members in grouped(called, ("provider",)).values()]
-
+    compiled = [line for line in main if line["compile_s"]]
+    first = [min(members, key=lambda line: line["spots"]) for members in grouped(compiled, ("provider",)).values()]
     published = published_times(lines)
 
     def told(what: str, field: str, factor: float, found: list[Line]) -> list[str]:
@@ -213,8 +212,8 @@ def _told_before(lines: list[Line]) -> list[str]:
         told_of = f"* {what} ({workload.replace('_', ' ')}, {least:,} spots): "
         return [told_of + "; ".join(times) + "."] if timed else []
 
-    compiled = f"First call, with compilation, autotuning and, but of {OTHER_FUNCTION}, the check"
-    return told("Made once per slide", "prepare_ms", 1, prepared) + told(compiled, "first_call_s", 1e3, first)
+    compilation = "Compilation, by how much longer the first call takes than a second"
+    return told("Made once per slide", "prepare_ms", 1, prepared) + told(compilation, "compile_s", 1e3, first)
 
 
 def _far(spots: int) -> float:

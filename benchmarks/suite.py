@@ -29,7 +29,7 @@ TOO_LONG = LEFT_OUT + "some {:.0f} s expected; raise --seconds"
 
 LINE: dict[str, Any] = {
     **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "arithmetic", "threads")),
-    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "first_call_s")),
+    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "compile_s")),
     **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
     **dict.fromkeys(("of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
     **{"alone": False, "relative_error": None, "tolerance": None, "check": "not compared", "note": "", "load": None},
@@ -38,6 +38,8 @@ LINE: dict[str, Any] = {
 
 ``arithmetic`` is the dtype that was computed in: the asked one, but for the published code, which has no bf16.
 ``alone`` is what lacked memory beside the others of its case, and took no turns with them.
+``compile_s`` is how much longer than a second one the first call of the process took: the check's, or the warm-up's of
+what is compiled for every size anew. It is in no other figure.
 ``peak_bytes``, ``reserved_bytes`` and ``device_bytes`` are above what was there before.
 ``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
 function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
@@ -102,7 +104,6 @@ class Entrant:
         self.cold: list[float] = []
         self.rates: floor.Rates | None = None  # where there is a floor
         self.lacked_memory = False
-        self.check_s = 0.0  # where what is compiled was compiled in its check
         self.owed = 0.0  # seconds until its first turn is over, as far as a trend tells
 
     @property
@@ -142,9 +143,10 @@ class Entrant:
         case = self.case
         self.job = job_of(self.plan, case, self.name)
         self.job.prepare(case.spots, case.layout)
-        _, seconds = measure.clocked(self.job.warm_up, self.plan.device)
         self.line["prepare_ms"] = None if self.job.prepare_s is None else 1e3 * self.job.prepare_s
-        self.line["first_call_s"] = self.check_s + (self.job.prepare_s or 0.0) + seconds
+        _, first_s = measure.clocked(self.job.warm_up, self.plan.device)
+        if self.job.compiled_by_size:
+            self.line["compile_s"] = max(0.0, first_s - measure.clocked(self.job.warm_up, self.plan.device)[1])
 
     def time(self, turn: int) -> None:
         device = self.plan.device
@@ -293,14 +295,9 @@ class Suite:
     def _judge(self, entrant: Entrant) -> None:
         """Once for all sizes."""
         kind = _kind(entrant.case, entrant.name)
-        is_first = kind not in self._verdicts
-        if is_first:
+        if kind not in self._verdicts:
             self._verdicts[kind] = check(self.plan, entrant.case, entrant.name)
-        verdict = self._verdicts[kind]
-        entrant.line |= verdict._asdict()
-        del entrant.line["seconds"]
-        if is_first:
-            entrant.check_s = verdict.seconds
+        entrant.line |= self._verdicts[kind]._asdict()
 
     def _begin_trend(self, entrant: Entrant) -> None:
         """Where the first size is a large one."""

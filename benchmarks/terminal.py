@@ -27,7 +27,7 @@ from .looks import OTHER_FUNCTION, computes_another_function, digits, seconds, s
 
 TABLE_NOTE = f"""x: times as fast as eager_stflow ({PUBLISHED["graph"]} of a graph), where both took turns in one run
 prepared: once per slide, in no median
-first call: preparation and first warm-up; at the least size the check's too, in which code is compiled and tuned
+compile: how much longer the first call took than a second one, compilation included; in no median
 {OTHER_FUNCTION}: computes another function, over all spots or by dot products, which nothing is checked against"""
 
 
@@ -42,7 +42,7 @@ def terminal_table(lines: Iterable[Line]) -> Table:
     result = Table(title=", ".join(same), caption=caption, caption_justify="left", **narrow)
     for name in ("workload", "provider"):
         result.add_column(name, no_wrap=True)
-    for name in ("spots", "median (20th-80th)", "spots/s", "prepared", "first call", "peak", "x"):
+    for name in ("spots", "median (20th-80th)", "spots/s", "prepared", "compile", "peak", "x"):
         result.add_column(name, justify="right", no_wrap=True)
     for name in (*(["setting"] if varying else []), "check"):
         result.add_column(name)
@@ -65,15 +65,15 @@ def _name(line: Line) -> str:
 def _cost(line: Line, baselines: dict[tuple, float]) -> list[str]:
     """Time, spots per second, what comes before, memory, and how many times as fast as the published code."""
     prepared = "" if line["prepare_ms"] is None else seconds(line["prepare_ms"])
-    first_call = "" if line["first_call_s"] is None else seconds(1e3 * line["first_call_s"])
+    compiled = seconds(1e3 * line["compile_s"]) if line["compile_s"] else ""
     peak = "" if line["peak_bytes"] is None else size(line["peak_bytes"])
     if line["median_ms"] is None:
-        return [why_not_timed(line), "", prepared, first_call, peak, ""]
+        return [why_not_timed(line), "", prepared, compiled, peak, ""]
     return [
         _spread(line),
         "" if line["spots_per_s"] is None else f"{line['spots_per_s']:,.0f}",
         prepared,
-        first_call,
+        compiled,
         peak,
         times_as_fast(line, baselines),
     ]

@@ -158,6 +158,39 @@ def test_what_is_wrong_gets_no_time(
         assert (line["relative_error"] > line["tolerance"]) == red
 
 
+class SlowAtFirst(EagerSTFlow):
+    """As what is compiled in its first call."""
+
+    begun = False
+
+    def denoise(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        if not SlowAtFirst.begun:
+            SlowAtFirst.begun = True
+            time.sleep(0.3)
+        return super().denoise(x_t, t)
+
+
+def test_compilation_has_a_figure_of_its_own(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROVIDERS, "eager_stflow", SlowAtFirst)
+    monkeypatch.setattr(SlowAtFirst, "begun", False)
+    run(tmp_path, "--providers", "eager_stflow,flash_attention", "--workload", "denoise")
+    told = {(line["provider"], line["spots"]): line["compile_s"] for line in lines_in(tmp_path)}
+    assert told["eager_stflow", 40] == told["eager_stflow", 60] >= 0.25  # of one check for all sizes
+    assert told["flash_attention", 40] is told["flash_attention", 60] is None  # nothing is compiled
+
+
+def test_what_every_size_compiles_anew_is_told_of_each(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = recorded()
+    monkeypatch.setattr(Recorded, "compiled_by_size", True)
+    clock = iter([9.0, 2.0, 1.0])
+    monkeypatch.setattr(measure, "clocked", lambda function, device: (function(), next(clock)))
+    (line,) = lines_of(small_plan(rounds=1), [CASE], ("a",))
+    assert (line["compile_s"], line["median_ms"]) == (7.0, 1000.0)
+    assert said == [("a", 0)] * 3
+
+
 def test_a_wrong_neighbour_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     right = jobs.GRAPHS["dense_cdist"]
 
@@ -278,7 +311,7 @@ def test_over_the_budget_is_a_note_and_no_figure() -> None:
     plan = small_plan(memory_budget=2**20)
     (line,) = lines_of(plan, [CASE._replace(spots=2000)], ("dense_softmax",))
     assert line["note"] == "it needs 0.1 GiB, over the budget of 0.0 GiB"
-    assert all(line[field] is None for field in ("median_ms", "peak_bytes", "first_call_s", "spots_per_s"))
+    assert all(line[field] is None for field in ("median_ms", "peak_bytes", "compile_s", "spots_per_s"))
 
 
 @needs_proc
