@@ -24,7 +24,7 @@ from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
-from .lines import load, read
+from .lines import WORKLOADS, load, read
 from .pictures import write_pictures
 from .providers import OVER_BUDGET
 from .slides import LAYOUTS
@@ -32,7 +32,6 @@ from .suite import TOO_LONG, Suite
 from .terminal import terminal_table
 from .workload import parse_sizes
 
-WORKLOADS = ("sample", "train_step", "denoise", "graph")
 CPU_PROVIDERS = ("reference", "reference_compiled", "eager_stflow", "flash_attention")
 CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
 """What runs on a CPU unless others are asked for. Kernels need a GPU; all pairs' attention of the published kind takes
@@ -126,7 +125,8 @@ def run(options: Options, out: Path) -> int:
     """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code."""
     order = order_of(options)
     path = out / f"{measure.file_name(measure.device_name(order.plan.device))}.jsonl"
-    before = measured_before(path, order.plan) if options.resume else {}
+    earlier = read(path) if path.exists() else []  # a broken line is told before anything is measured
+    before = measured_before(earlier, order.plan) if options.resume else {}
     ordered, order = order.places, order.without(before)
     lines: list[dict[str, Any]] = []
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -159,11 +159,9 @@ def run(options: Options, out: Path) -> int:
     return int(bool(red))
 
 
-def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, the lines of this very code and its libraries, with as many threads. Those without a time
+def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple, dict[str, Any]]:
+    """By case and provider, those of this very code and its libraries, with as many threads. Those without a time
     count where there would be none now, for the same reason; the budget is by default what is free at the moment."""
-    if not path.exists():
-        return {}
     same_code, versions = functools.cache(measure.same_code), measure.versions()
 
     def stands(line: dict[str, Any]) -> bool:
@@ -176,7 +174,7 @@ def measured_before(path: Path, plan: Plan) -> dict[tuple, dict[str, Any]]:
         now = why_not(plan, case, job_of(plan, case, line["provider"])) if note else ""
         return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
 
-    return {_place(line): line for line in read(path) if stands(line)}
+    return {_place(line): line for line in lines if stands(line)}
 
 
 def _place(line: dict[str, Any]) -> tuple:
@@ -269,7 +267,7 @@ def _providers(text: str | None, workloads: tuple[str, ...], device: torch.devic
         if device.type == "cpu":
             return {workload: CPU_GRAPHS if workload == "graph" else CPU_PROVIDERS for workload in workloads}
         return {workload: providers_of(workload) for workload in workloads}
-    known = dict.fromkeys(name for workload in workloads for name in providers_of(workload))
+    known = dict.fromkeys(name for workload in (*workloads, *WORKLOADS) for name in providers_of(workload))
     names = _names("--providers", text, known)
     found = {workload: tuple(name for name in names if name in providers_of(workload)) for workload in workloads}
     for workload, of_workload in found.items():

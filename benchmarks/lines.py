@@ -14,6 +14,7 @@ import numpy as np
 
 from stflow_fast.errors import InputError, first_line
 
+from .jobs import PRECISION
 from .looks import LOOKS, digits, size
 from .providers import OVER_BUDGET
 from .suite import LEFT_OUT
@@ -42,7 +43,6 @@ WORKLOADS = {
 STUDIED = {"genes": "Genes", "k": "Neighbours", "layout": "Layout"}
 """Settings that may be varied, each alone, and how a reader meets them."""
 
-DTYPES = ("float32", "tf32", "bf16")
 STEADY = 10_000
 """Spots from which on the fixed cost of a call no longer bends a slope."""
 
@@ -148,7 +148,7 @@ def in_order(lines: Iterable[Line]) -> list[Line]:
         return names.index(name) if name in names else len(names)
 
     def key(line: Line) -> tuple:
-        provider, dtype = place(providers, line["provider"]), place(list(DTYPES), line["dtype"])
+        provider, dtype = place(providers, line["provider"]), place(list(PRECISION), line["dtype"])
         return place(workloads, line["workload"]), line["spots"], provider, dtype
 
     return sorted(lines, key=key)

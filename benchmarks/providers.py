@@ -57,6 +57,9 @@ class Provider(abc.ABC):
     same_function = True
     """Whether it computes the published function of K neighbours, so that the float64 reference can judge it."""
 
+    compiles = False
+    """Whether its first call compiles something."""
+
     compiled_by_size = False
     """Whether another number of spots is compiled anew."""
 
@@ -274,7 +277,7 @@ class DotProduct(Baseline):
 class FlexAttention(DotProduct):
     """The network of dot products, over the K neighbours by FlexAttention."""
 
-    compiled_by_size = True
+    compiles = compiled_by_size = True
 
     def why_not_training(self, device: torch.device | str) -> str | None:
         return "on the CPU, FlexAttention has no backward" if torch.device(device).type == "cpu" else None
@@ -300,6 +303,7 @@ class Ours(Provider):
         super().__init__(config)
         self.model = our_network(config)
         self.backend, self.compiled, self.cuda_graph = backend, compiled, cuda_graph
+        self.compiles = compiled or backend == "triton"
         self.sampling = {"cuda_graph": cuda_graph} | ({} if memory_budget is None else {"memory_budget": memory_budget})
 
     def prepare(self, slide: BenchmarkSlide) -> None:

@@ -194,8 +194,8 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert provider.why_not("mps", 1000, PLENTY) == "the device is mps; it runs on cpu or cuda"
         assert provider.why_not("cuda", 1000, PLENTY) == "there is no CUDA device"
     lacks = {name: provider.why_not("cpu", 10**6, 2**30) for name, provider in providers.items()}
-    assert lacks["dense_softmax"] == "it needs 29802.3 GiB, over the budget of 1.0 GiB"
-    assert lacks["eager_stflow"] == "it needs 8381.9 GiB, over the budget of 1.0 GiB"
+    assert lacks["dense_softmax"] == "it needs 29,802.3 GiB, over the budget of 1.0 GiB"
+    assert lacks["eager_stflow"] == "it needs 8,381.9 GiB, over the budget of 1.0 GiB"
     assert lacks["dense_attention"].endswith("over the budget of 1.0 GiB")
     assert lacks["triton_graph"] == "the device is cpu, and a CUDA graph needs a GPU"
     for name in ("flash_attention", "message_passing", "reference"):

@@ -24,6 +24,7 @@ from stflow_fast.benchmarks.suite import LINE, Suite
 from typer.testing import CliRunner
 
 from stflow_fast import Denoiser, DenoiserConfig, cli
+from stflow_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = DenoiserConfig(n_genes=5, feature_dim=7, hidden_dim=32, pairwise_hidden_dim=16, n_layers=1, n_heads=2)
@@ -159,8 +160,9 @@ def test_what_is_wrong_gets_no_time(
 
 
 class SlowAtFirst(EagerSTFlow):
-    """As what is compiled in its first call."""
+    """As what compiles in its first call."""
 
+    compiles = True
     begun = False
 
     def denoise(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
@@ -184,7 +186,7 @@ def test_what_every_size_compiles_anew_is_told_of_each(
 ) -> None:
     said = recorded()
     monkeypatch.setattr(Recorded, "compiled_by_size", True)
-    clock = iter([9.0, 2.0, 1.0])
+    clock = iter([9.0, 2.0, 1.0])  # and the memory's process does not say
     monkeypatch.setattr(measure, "clocked", lambda function, device: (function(), next(clock)))
     (line,) = lines_of(small_plan(rounds=1), [CASE], ("a",))
     assert (line["compile_s"], line["median_ms"]) == (7.0, 1000.0)
@@ -271,6 +273,7 @@ def test_of_a_slide_of_its_neighbours_the_published_code_makes_something_else(sp
             ["--workload", "graph,sample", "--providers", "reference"],
             "--providers: none of reference is one of graph; choose from scipy_kdtree,",
         ),
+        (["--workload", "graph", "--providers", "reference"], "--providers: none of reference is one of graph"),
         (["--layout", "hexagons"], "--layout: there is no 'hexagons'"),
         (["--dtype", "float16"], "--dtype: there is no 'float16'; choose from float32,"),
         (["--dtype", "tf32", "--device", "cpu"], "--dtype: tf32 is the precision of a GPU"),
@@ -334,6 +337,26 @@ def peak_after_the_same() -> int:
     return measure.resident_peak(many_small)
 
 
+@needs_proc
+def test_the_process_of_the_memory_tells_what_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(Recorded, "compiled_by_size", True)
+    monkeypatch.setattr(suite, "job_of", lambda plan, case, name: Recorded(name, said))
+    clock = iter([9.0, 2.0])
+    monkeypatch.setattr(measure, "clocked", lambda function, device: (function(), next(clock)))
+    assert suite.peak_of(small_plan(), CASE, "a")["compile_s"] == 7.0
+    assert len(said) == 3  # one more, for the peak
+
+
+def test_a_broken_file_is_told_before_anything_is_measured(tmp_path: Path, small: None) -> None:
+    run(tmp_path, "--workload", "graph", "--providers", "scipy_kdtree")
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text(before := "{broken\n" + path.read_text())
+    with pytest.raises(InputError, match="line 1: is not valid JSON"):
+        run(tmp_path, "--workload", "graph", "--providers", "scipy_kdtree")
+    assert path.read_text() == before
+
+
 def test_memory_that_was_freed_before_is_counted_again() -> None:
     assert measure.in_own_process(peak_after_the_same) > 90_000_000
 
@@ -351,7 +374,7 @@ class Recorded(Job):
     def why_not(self, spots: int, memory_budget: int) -> str | None:
         return None
 
-    def load(self, spots: int, layout: str) -> None:
+    def load(self, spots: int, layout: str, seed: int = 0) -> None:
         pass
 
     def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
