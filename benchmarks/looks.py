@@ -20,7 +20,7 @@ class Look(NamedTuple):
 
 LOOKS = {
     "eager_stflow": Look("published algorithm", "#b87400", "o"),
-    "message_passing": Look("published network, edge list", "#5f6b6d", "P"),
+    "message_passing": Look("published network, edge list", "#5f6b6d", "P", "--"),
     "dense_attention": Look("published network, all spots", "#d55e00", "s"),
     "dense_softmax": Look("dot products, dense softmax", "#cc79a7", "^"),
     "flash_attention": Look("dot products, flash attention", "#8b3fa0", "v"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import offset_copy
 
 from stflow_fast.files import atomic_path
 
@@ -65,7 +66,7 @@ def picture_path(folder: str | os.PathLike, device: str, content: str) -> Path:
 def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
     """Time or memory against spots on one device, one panel per workload.
 
-    A cross at the end of a line, or at the bottom where there is none, says that memory did not hold the next size.
+    A cross behind the end of a line, or at the bottom where there is none, says that memory did not hold the next size.
     """
     lines = chosen(lines)
     groups = {name: members for (name,), members in grouped(lines, ("workload",)).items()}
@@ -75,15 +76,16 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
     groups = several or groups
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
-    entries = max(len(grouped(members, ("provider",))) for members in groups.values())
+    entries = max(map(_legend_rows, groups.values()))
     shape = (4.9 * columns if columns > 1 else 6.5, rows * (3.4 + 0.17 * entries) + 0.7)
     figure = Figure(figsize=shape, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (workload, members) in zip(panels, groups.items(), strict=False):
         _draw_panel(axes, members, quantity)
-        setting = f"{members[0]['layout']}, K = {members[0]['k']}, {members[0]['genes']} genes"
-        axes.set_title(f"{WORKLOADS[workload]}\n{setting}", fontsize=10, loc="left")
+        setting = f"{members[0]['layout']}, K = {members[0]['k']}"
+        genes = "" if workload == "graph" else f", {members[0]['genes']} genes"
+        axes.set_title(f"{WORKLOADS[workload]}\n{setting}{genes}", fontsize=10, loc="left")
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     title = {"time": "Time", "memory": "Peak memory above the inputs"}[quantity]
@@ -92,12 +94,17 @@ def scaling_figure(lines: Iterable[Line], quantity: str) -> Figure:
     return figure
 
 
+def _legend_rows(lines: list[Line]) -> int:
+    """Two of a provider with a cross."""
+    return sum(2 if first_out_of_memory(series) else 1 for series in grouped(lines, ("provider",)).values())
+
+
 def _footnote(lines: list[Line], quantity: str) -> str:
     called = max((line["rounds"] or 0 for line in lines), default=0)
     parts = ["Band: 20th to 80th percentile."] if quantity == "time" and called >= SPREAD_CALLS else []
     parts.append("Exponents of N, in brackets the spots that they are fitted to.")
     if first_out_of_memory(lines):
-        parts.append("X: memory does not hold the size in the legend.")
+        parts.append("X behind a line: memory does not hold the size in the legend.")
     if any(computes_another_function(line["provider"]) for line in lines):
         parts.append(f"{OTHER_FUNCTION} another function.")
     return " ".join(parts)
@@ -133,7 +140,7 @@ def _draw_series(axes: Axes, lines: list[Line], quantity: str, label: str) -> No
     if not (done or failed):
         return
     if failed:
-        label += f", X {failed['spots']:,}: {out_of_memory(failed)}"
+        label += f",\nX {failed['spots']:,}: {out_of_memory(failed)}"
     spots, values = [line["spots"] for line in done], [line[field] for line in done]
     face = look.color if look.stroke == "-" else "none"
     style = {"marker": look.marker, "markerfacecolor": face, "markersize": 5.5, "linewidth": 1.5}
@@ -148,7 +155,9 @@ def _draw_series(axes: Axes, lines: list[Line], quantity: str, label: str) -> No
 
 def _draw_cross(axes: Axes, look: Look, place: tuple[int, float | None]) -> None:
     spots, value = place
-    where = {} if value is not None else {"transform": axes.get_xaxis_transform()}
+    # Behind the last point and not on it: that one was measured.
+    behind = offset_copy(axes.transData, axes.figure, x=10, units="points")
+    where = {"transform": axes.get_xaxis_transform() if value is None else behind}
     style = {"marker": "X", "markersize": 9, "markeredgecolor": "white", "markeredgewidth": 0.6}
     height = 0.03 if value is None else value
     axes.plot(

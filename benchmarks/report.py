@@ -1,20 +1,10 @@
-"""The README's benchmark section, from the suite's results.
-
-python -m benchmarks.report [RESULTS] [--readme README.md]
-
-reads a .jsonl file of the suite or a folder of them, prints the table and draws the pictures beside the results; with
-``--readme`` the section between the two marks is written anew. No figure in it is typed by hand.
-"""
+"""The README's benchmark section, from the suite's results. No figure in it is typed by hand."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from stflow_fast.errors import InputError, first_line
 from stflow_fast.files import atomic_path
@@ -45,8 +35,7 @@ from .lines import (
 from .looks import OTHER_FUNCTION, computes_another_function, named, seconds, size
 from .pictures import picture_path, write_pictures
 from .providers import PROVIDERS, Ours
-from .summarize import RESULTS, table
-from .terminal import terminal_table
+from .summarize import table
 
 OURS = tuple(name for name, factory in PROVIDERS.items() if getattr(factory, "func", factory) is Ours)
 SHOWN_SIZES = (10_000, 100_000, 605_471)  # the last is the largest public slide
@@ -312,28 +301,3 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
         f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path, default=RESULTS, help="a .jsonl file or a folder of them")
-    parser.add_argument("--readme", type=Path, help="its section is written anew; RESULTS must be a folder")
-    options = parser.parse_args(arguments)
-    folder = options.results if options.results.is_dir() else options.results.parent
-    try:
-        lines = load(options.results)
-        for members in grouped(lines, ("device",)).values():
-            Console().print(terminal_table(members))
-        if options.readme is None:
-            written = write_pictures(lines, folder)
-            print("\n".join(map(str, written)))
-        else:
-            redraw(folder, options.readme)
-    except InputError as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,6 +18,7 @@ from .lines import (
     exponents_of,
     grouped,
     in_order,
+    out_of_memory,
     published_times,
     times_as_fast,
     told_exponent,
@@ -91,11 +92,15 @@ def _spread(line: Line) -> str:
 
 
 def _told_notes(lines: list[Line]) -> list[str]:
-    """A row per line that has one."""
+    """A row per series and kind of note, of the smallest size that has it."""
+    first: dict[tuple, Line] = {}
+    for line in lines:
+        if line["note"]:
+            kind = "memory" if out_of_memory(line) else line["note"]
+            first.setdefault((*(line[field] for field in SERIES), kind), line)
     return [
         f"{line['workload']}, {line['provider']} ({_setting(line)}), {line['spots']:,} spots: {line['note']}"
-        for line in lines
-        if line["note"]
+        for line in first.values()
     ]
 
 

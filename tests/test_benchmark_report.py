@@ -416,11 +416,3 @@ def test_the_projects_readme_has_the_marks(results):
     readme.write_bytes((Path(__file__).parents[1] / "README.md").read_bytes())
     report.redraw(results, readme)
     assert "Some CPU, 2 cores" in readme.read_text()
-
-
-def test_no_results_is_one_line_and_exit_code_2(tmp_path, capsys):
-    (tmp_path / "README.md").write_text(README)
-    assert report.main([str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(tmp_path) in error
