@@ -63,7 +63,7 @@ bench: setup
 	$(BENCH) --workload sample --spots 1e3 --rounds 3 --providers $(BENCH_MOST)
 	$(BENCH) --workload sample --spots 250,500 --rounds 3 --seconds 90 --providers $(BENCH_ALL)
 	$(BENCH) --workload sample --spots 1e3 --rounds 1 --seconds 1200 --providers dense_attention
-	-$(BENCH) --workload sample --spots 3e6 --rounds 1 --seconds 5400 --minutes 100 --providers reference,eager_stflow
+	-$(BENCH) --workload sample --spots 3e6 --rounds 1 --seconds 9000 --minutes 180 --providers reference,eager_stflow
 	$(BIN)/stflow-fast benchmark --report
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
