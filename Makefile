@@ -32,7 +32,7 @@ format: setup
 
 # Lines are added to benchmarks/results/<device>.jsonl, and what this commit has there already is left out: what was
 # interrupted, or lacked the time, goes on with the next `make bench`. BENCH_MINUTES are of each line below; two cores of
-# an AMD EPYC take some two hours for all. Three million spots come last: they lack memory on most hosts.
+# an AMD EPYC take some three hours for all. Three million spots come last: they lack memory on most hosts.
 # A glance at changes instead: python -m pytest benchmarks --benchmark-json=FILE
 BENCH_MINUTES ?= 45
 BENCH_MOST = reference,reference_compiled,eager_stflow,message_passing,flex_attention,flash_attention,dense_softmax
@@ -40,18 +40,23 @@ BENCH_MOST = reference,reference_compiled,eager_stflow,message_passing,flex_atte
 BENCH_ALL = $(BENCH_MOST),dense_attention
 # Beside ours and FlexAttention, what takes the square of the spots: for rows that say how much that is.
 BENCH_LARGE = reference,eager_stflow,flex_attention,dense_softmax,dense_attention
+# What threads gain, and what other programs on the same cores cost: one busy process for each of two cores.
+BENCH_BUSY = --spots 1e4 --threads 1,2 --busy 0,2 --busy-nice 0,10 --rounds 3 --seconds 1200 \
+	--providers reference,eager_stflow
 # What torch.compile compiled before would make first calls short.
 BENCH = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
 # What the README's first table shows comes first. Genes before it, so that the file has all numbers of them in one run; 50
-# are measured again beside the other providers.
+# are measured again beside the other providers, and so is what is timed with one thread and two, and beside busy ones.
 bench: setup
 	$(BENCH) --workload sample,denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow \
 		--rounds 3 --seconds 150
+	$(BENCH) --workload sample $(BENCH_BUSY)
 	$(BENCH) --workload sample --spots 3e3,1e4 --rounds 3 --seconds 320 --providers $(BENCH_ALL)
 	$(BENCH) --workload sample --spots 1e5,3e5,605471 --seconds 1200 --providers $(BENCH_LARGE)
 	$(BENCH) --workload sample --spots 2e4,3e4 --seconds 300 --providers reference,eager_stflow,flash_attention,flex_attention
 	$(BENCH) --workload sample --spots 4e4 --rounds 1 --seconds 600 --providers reference,eager_stflow
+	$(BENCH) --workload train_step $(BENCH_BUSY)
 	$(BENCH) --workload train_step --spots 1e3,3e3,1e4,3e4 --rounds 3 --seconds 120 \
 		--providers reference,eager_stflow,message_passing,flash_attention
 	$(BENCH) --workload sample --spots 1e6 --rounds 1 --seconds 1800 --providers reference,eager_stflow

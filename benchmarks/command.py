@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import torch
 from rich.console import Console
 
+from stflow_fast.config import parse_bytes
 from stflow_fast.devices import choose_device
 from stflow_fast.errors import InputError, OutputError
 from stflow_fast.progress import figures_bar
-from stflow_fast.sampling import parse_bytes
 
 from . import measure, report
 from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
@@ -38,6 +38,9 @@ CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
 minutes, materialised dot products more than flash attention's, and an edge list about as long as the published code."""
 
 INTERRUPTED = 130
+MANY = 1_000
+"""Threads or busy processes; more are a mistyped number."""
+
 COMMITTED = Path("benchmarks/results")
 """Beside a README with a section of benchmarks, the lines that it is drawn from."""
 
@@ -53,6 +56,9 @@ class Options:
     k: str
     layout: str
     dtype: str
+    threads: str | None
+    busy: str
+    busy_nice: str
     device: str
     memory_budget: str | None
     rounds: int | None
@@ -74,12 +80,19 @@ class Order:
         return {(*case, name) for case in self.cases for name in self.providers[case.workload]}
 
     def without(self, lines: Iterable[tuple]) -> Order:
-        """All but the cases of which every provider has its line; the others whole, so that all take turns again."""
+        """All but the cases of which every provider has its line; the others whole, so that all take turns again, and
+        with the same of other numbers of threads and busy processes, so that these are of one run."""
 
         def has_all(case: Case) -> bool:
             return all((*case, name) in lines for name in self.providers[case.workload])
 
-        return dataclasses.replace(self, cases=[case for case in self.cases if not has_all(case)])
+        lacking = {_work_of(case) for case in self.cases if not has_all(case)}
+        return dataclasses.replace(self, cases=[case for case in self.cases if _work_of(case) in lacking])
+
+
+def _work_of(case: Case) -> Case:
+    """The same for all numbers of threads and of busy processes."""
+    return case.idle._replace(threads=0)
 
 
 def order_of(options: Options) -> Order:
@@ -93,6 +106,7 @@ def order_of(options: Options) -> Order:
     if "tf32" in dtypes and device.type != "cuda":
         raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
     spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
+    machines = _machines(options)
     rounds = options.rounds if options.rounds is not None else 20 if device.type == "cuda" else 2
     for name in ("rounds", "seconds", "minutes"):
         if (value := getattr(options, name)) is not None and not value > 0:
@@ -100,7 +114,8 @@ def order_of(options: Options) -> Order:
     deadline = time.monotonic() + 60 * options.minutes
     plan = Plan(device, _budget(options.memory_budget, device), rounds, options.seconds, deadline=deadline)
     cases = [
-        Case(workload, layout, n, k, n_genes, dtype)
+        Case(workload, layout, n, k, n_genes, dtype, *machine)
+        for machine in machines
         for workload in workloads
         # A graph has neither genes nor a precision to choose.
         for dtype, n_genes in (itertools.product(dtypes, genes) if workload != "graph" else [("float32", genes[0])])
@@ -108,8 +123,9 @@ def order_of(options: Options) -> Order:
     ]
     if max(ks) >= CHECK_SPOTS:
         raise InputError(f"--k: at most {CHECK_SPOTS - 1}, for providers are checked on slides of {CHECK_SPOTS} spots")
-    # If the time does not suffice for all, it is the large ones that are left out.
-    cases.sort(key=lambda case: case.spots)
+    # If the time does not suffice for all, it is the large ones that are left out, and before them the busy ones, which
+    # would also leave their load to the idle ones behind them.
+    cases.sort(key=lambda case: (case.busy > 0, case.spots))
     for case in cases:
         held = case._replace(spots=max(case.spots, CHECK_SPOTS))
         if (needed := input_bytes(held)) > plan.memory_budget:
@@ -160,13 +176,12 @@ def run(options: Options, out: Path) -> int:
 
 
 def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, those of this very code and its libraries, with as many threads. Those without a time
-    count where there would be none now, for the same reason; the budget is by default what is free at the moment."""
+    """By case and provider, those of this very code and its libraries. Those without a time count where there would be
+    none now, for the same reason; the budget is by default what is free at the moment."""
     same_code, versions = functools.cache(measure.same_code), measure.versions()
 
     def stands(line: dict[str, Any]) -> bool:
-        of_now = line["threads"] == plan.threads and line["versions"] == versions and same_code(line["commit"])
-        if not of_now or line["check"] == "red":
+        if line["versions"] != versions or not same_code(line["commit"]) or line["check"] == "red":
             return False
         case, note = Case.of(line), line["note"]
         if expected := re.fullmatch(TOO_LONG.replace("{:.0f}", r"(\d+)"), note):
@@ -250,6 +265,24 @@ def _sizes(option: str, text: str) -> list[int]:
         return sorted(set(parse_sizes(text)))
     except ValueError as error:
         raise InputError(f"--{option}: must be whole numbers of at least 1 such as 1e3,1e4, not {text!r}") from error
+
+
+def _machines(options: Options) -> list[tuple[int, int, int]]:
+    """Threads, busy processes and their niceness: what is to be measured beside nothing comes first."""
+    threads = [torch.get_num_threads()] if options.threads is None else _numbers("--threads", options.threads, 1, MANY)
+    busy, niceness = _numbers("--busy", options.busy, 0, MANY), _numbers("--busy-nice", options.busy_nice, 0, 19)
+    beside = dict.fromkeys((number, nice if number else 0) for number in busy for nice in niceness)
+    return [(number, *others) for others in beside for number in threads]
+
+
+def _numbers(option: str, text: str, least: int, most: int) -> list[int]:
+    try:
+        found = sorted({int(number) for number in text.split(",")})
+        if least <= found[0] and found[-1] <= most:
+            return found
+    except ValueError:
+        pass
+    raise InputError(f"{option}: must be whole numbers of {least} to {most} such as 1,2, not {text!r}")
 
 
 def _budget(text: str | None, device: torch.device) -> int:

@@ -55,7 +55,7 @@ GRAPH_TOLERANCE = 1e-6
 
 
 class Case(NamedTuple):
-    """One workload at one size."""
+    """One workload at one size, with so many threads of torch, beside so many busy processes of that niceness."""
 
     workload: str
     layout: str
@@ -63,6 +63,14 @@ class Case(NamedTuple):
     k: int
     genes: int
     dtype: str
+    threads: int = torch.get_num_threads()
+    busy: int = 0
+    busy_nice: int = 0
+
+    @property
+    def idle(self) -> Case:
+        """The same with nothing beside it."""
+        return self._replace(busy=0, busy_nice=0)
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> Case:
@@ -90,7 +98,6 @@ class Plan:
     network: DenoiserConfig = NETWORK
     check_spots: int = CHECK_SPOTS
     deadline: float = math.inf
-    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
 
     def config(self, case: Case) -> DenoiserConfig:
         return dataclasses.replace(self.network, n_genes=case.genes, n_neighbors=case.k)

@@ -23,7 +23,11 @@ Line = dict[str, Any]
 """One line of the suite: the figures of one provider on one workload and size."""
 
 SETTING = ("layout", "k", "genes", "dtype")
-SERIES = ("workload", "provider", *SETTING, "threads", "device")
+IDLE = {"busy": 0, "busy_nice": 0}
+"""Of a line with nothing beside it, as were all that do not say so."""
+
+MACHINE = ("threads", *IDLE)
+SERIES = ("workload", "provider", *SETTING, *MACHINE, "device")
 KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
@@ -59,23 +63,37 @@ REPEAT = "make bench"
 
 
 def load(path: str | os.PathLike) -> list[Line]:
-    """The suite's lines of a .jsonl file, or of those of a folder that are the suite's; the newest of each figure.
+    """The :func:`newest` of :func:`history`."""
+    return newest(history(path))
 
-    One that was left out for the time or the memory that it would take says nothing new of a figure that was measured
-    before. A last line that an interruption cut off is left out, which is said on standard error.
+
+def history(path: str | os.PathLike) -> list[Line]:
+    """The suite's lines of a .jsonl file, or of those of a folder that are the suite's.
+
+    A last line that an interruption cut off is left out, which is said on standard error.
 
     Raises:
         InputError: a line is broken, or there is no result.
     """
-    path, newest = Path(path), {}
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        for line in read(file):
-            key = tuple(line[field] for field in KEY)
-            if key not in newest or _standing(line) >= _standing(newest[key]):
-                newest[key] = line
-    if not newest:
+    path = Path(path)
+    found = [line for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path]) for line in read(file)]
+    if not found:
         raise InputError(f"{path}: holds no results of the benchmark suite; make some with `{REPEAT}`")
-    return list(newest.values())
+    return found
+
+
+def newest(lines: Iterable[Line]) -> list[Line]:
+    """One line of each figure.
+
+    One that was left out for the time or the memory that it would take says nothing new of a figure that was measured
+    before.
+    """
+    found: dict[tuple, Line] = {}
+    for line in lines:
+        key = tuple(line[field] for field in KEY)
+        if key not in found or _standing(line) >= _standing(found[key]):
+            found[key] = line
+    return list(found.values())
 
 
 def _standing(line: Line) -> tuple[bool, str]:
@@ -85,7 +103,8 @@ def _standing(line: Line) -> tuple[bool, str]:
 
 
 def read(file: Path) -> list[Line]:
-    """The lines of a file in their order; none where its first line is not the suite's. Raises InputError as load."""
+    """The lines of a file in their order; none where its first line is not the suite's. Raises InputError as
+    :func:`history`."""
     try:
         content = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -116,7 +135,7 @@ def _parse(content: str, place: str) -> Line:
         raise InputError(f"{place}: is not valid JSON ({error}); remove the line") from error
     if not isinstance(line, dict):
         raise InputError(f"{place}: is no JSON object; remove the line")
-    return line
+    return {**IDLE, **line}
 
 
 def _check(line: Line, place: str) -> None:
@@ -129,6 +148,9 @@ def _check(line: Line, place: str) -> None:
         value = line[field]
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise InputError(f"{place}: {field} must be a number or null, not {value!r}; remove the line")
+    for field in MACHINE:
+        if type(line[field]) is not int:
+            raise InputError(f"{place}: {field} must be a whole number, not {line[field]!r}; remove the line")
     if line["of_floor"] and not all(line.get(rate) for rate in RATES):
         raise InputError(f"{place}: of_floor needs {' and '.join(RATES)}; remove the line")
 
@@ -141,7 +163,7 @@ def grouped(lines: Iterable[Line], fields: tuple[str, ...]) -> dict[tuple, list[
 
 
 def in_order(lines: Iterable[Line]) -> list[Line]:
-    """By workload, size and provider, each in the order of its list."""
+    """By workload, size and provider, each in the order of its list; idle before busy."""
     workloads, providers = list(WORKLOADS), list(LOOKS)
 
     def place(names: list[str], name: str) -> int:
@@ -149,7 +171,8 @@ def in_order(lines: Iterable[Line]) -> list[Line]:
 
     def key(line: Line) -> tuple:
         provider, dtype = place(providers, line["provider"]), place(list(PRECISION), line["dtype"])
-        return place(workloads, line["workload"]), line["spots"], provider, dtype
+        machine = (line[field] for field in MACHINE)
+        return place(workloads, line["workload"]), line["spots"], provider, dtype, *machine
 
     return sorted(lines, key=key)
 
@@ -158,10 +181,11 @@ def chosen(lines: Iterable[Line]) -> list[Line]:
     """Of one device, what tables and pictures for a reader show, in order.
 
     Per workload the layout, K and genes that were measured most, in all workloads where two are equal, since the others
-    are studies beside it; per provider its fastest arithmetic. Of the number of threads that was measured most.
+    are studies beside it; per provider its fastest arithmetic. Of an idle machine, and the number of threads that was
+    measured most.
     """
-    by_threads = grouped(lines, ("threads",)).values()
-    lines, kept = in_order(max(by_threads, key=len)), []
+    by_threads = grouped((line for line in lines if not line["busy"]), ("threads",)).values()
+    lines, kept = in_order(max(by_threads, key=len, default=[])), []
     often = {setting: len(members) for setting, members in grouped(lines, tuple(STUDIED)).items()}
     for members in grouped(lines, ("workload",)).values():
         groups = grouped(members, tuple(STUDIED))
@@ -181,9 +205,9 @@ def _fastest(lines: list[Line]) -> str:
 
 
 def run_of(line: Line) -> tuple:
-    """What two lines must share to be compared: the work, the machine, the code, its threads, and the run, of which all
-    lines have one date; and turns, which one that was measured alone shares with nobody."""
-    same = (line[field] for field in ("workload", *SETTING, "device", "spots", "threads", "commit", "date"))
+    """What two lines must share to be compared: the work, the machine with what keeps it busy, the code, its threads,
+    and the run, of which all lines have one date; and turns, which one that was measured alone shares with nobody."""
+    same = (line[field] for field in ("workload", *SETTING, "device", "spots", *MACHINE, "commit", "date"))
     return (*same, line["alone"] and line["provider"])
 
 
@@ -201,6 +225,22 @@ def times_as_fast(line: Line, published: dict[tuple, float], extra_ms: float = 0
     ``extra_ms`` are added to the line's time."""
     theirs = published.get(run_of(line))
     return f"{digits(theirs / (line['median_ms'] + extra_ms))}x" if theirs and line["median_ms"] else ""
+
+
+def idle_times(lines: Iterable[Line]) -> dict[tuple, float]:
+    """Milliseconds on an idle machine, by figure and code."""
+    return {_idle_of(line): line["median_ms"] for line in lines if not line["busy"] and line["median_ms"]}
+
+
+def _idle_of(line: Line) -> tuple:
+    return (*((line | IDLE)[field] for field in KEY), line["commit"])
+
+
+def times_idle(line: Line, idle: dict[tuple, float]) -> str:
+    """How many times its own of :func:`idle_times` the time beside busy processes is: "2.31x"; empty where nothing was
+    beside it, or the other is not known."""
+    own = idle.get(_idle_of(line))
+    return f"{digits(line['median_ms'] / own)}x" if line["busy"] and line["median_ms"] and own else ""
 
 
 def out_of_memory(line: Line) -> str:

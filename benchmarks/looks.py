@@ -50,6 +50,17 @@ def named(provider: str) -> str:
     return look_of(provider).name + (f" {OTHER_FUNCTION}" if computes_another_function(provider) else "")
 
 
+def counted(number: int, what: str) -> str:
+    """As of threads: "1 thread", "2 threads"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def beside(busy: int, niceness: int) -> str:
+    """What a time was measured beside."""
+    which = f" of nice {niceness}" if niceness else ""
+    return f"beside {busy} busy {'process' if busy == 1 else 'processes'}{which}"
+
+
 def seconds(milliseconds: float) -> str:
     unit, factor = unit_of(milliseconds)
     return f"{digits(milliseconds / factor)} {unit}"

@@ -248,6 +248,16 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def matrix_products(precision: str) -> Iterator[None]:
     """How float32 multiplies."""
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")

@@ -10,6 +10,7 @@ from stflow_fast.errors import InputError, first_line
 from stflow_fast.files import atomic_path
 
 from .lines import (
+    MACHINE,
     MEASURED,
     NEEDED,
     PUBLISHED,
@@ -24,15 +25,18 @@ from .lines import (
     exponents_of,
     first_out_of_memory,
     grouped,
+    history,
+    idle_times,
     in_order,
-    load,
+    newest,
     out_of_memory,
     published_times,
     times_as_fast,
+    times_idle,
     told_exponent,
     why_not_timed,
 )
-from .looks import OTHER_FUNCTION, computes_another_function, named, seconds, size
+from .looks import OTHER_FUNCTION, beside, computes_another_function, counted, digits, named, seconds, size
 from .pictures import picture_path, write_pictures
 from .providers import PROVIDERS, Ours
 from .summarize import table
@@ -59,18 +63,21 @@ def redraw(results_dir: str | os.PathLike, readme_path: str | os.PathLike) -> li
     _, _, after = rest.partition(END)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or END not in rest:
         raise InputError(f"{readme}: needs one line {BEGIN} and below it one line {END}")
-    lines = load(results_dir)
-    pictures = write_pictures(lines, results_dir)
-    parts = [section(members, pictures, readme) for members in grouped(lines, ("device",)).values()]
+    lines = history(results_dir)
+    pictures = write_pictures(newest(lines), results_dir)
+    # A device that was never idle has nothing to stand beside.
+    parts = [section(mine, pictures, readme) for mine in grouped(lines, ("device",)).values() if chosen(mine)]
     with atomic_path(readme) as temporary:
         temporary.write_bytes("\n\n".join([before + BEGIN, *parts, END + after]).encode())
     return pictures
 
 
-def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:
-    """Of one device: its table, the picture of time, links to the others, ours by size and setting, what comes before
-    the times, and what all was measured with."""
-    device, shown, studies = lines[0]["device"], chosen(lines), studies_of(lines)
+def section(every: list[Line], pictures: list[Path], readme: Path) -> str:
+    """Of one device, from every line that was measured: its table, the picture of time, links to the others, ours by
+    size and setting, with other threads and beside other processes, what comes before the times, and what all was
+    measured with."""
+    lines = newest(every)
+    device, shown, studies, machines = lines[0]["device"], chosen(lines), studies_of(lines), machines_of(every)
 
     def link(content: str) -> str:
         name = picture_path("", device, content).name
@@ -79,11 +86,12 @@ def section(lines: list[Line], pictures: list[Path], readme: Path) -> str:
 
     more = ", ".join(filter(None, map(link, ("memory", "floor"))))
     picture = link("time").replace("[time]", f"![Time against spots on {device}]")
-    studied = [line for members in studies.values() for line in members]
+    studied = [line for members in (*studies.values(), *machines) for line in members]
     told = _told(shown, studied) + (f" More pictures: {more}." if more else "")
     bullets = "\n".join(
         [
             *(_told_study(field, members) for field, members in studies.items()),
+            *map(_told_machine, machines),
             *_told_beside(shown),
             *_told_before(shown),
         ]
@@ -128,7 +136,7 @@ def studies_of(lines: list[Line]) -> dict[str, list[Line]]:
     if best is None:
         return {}
     for field in STUDIED:
-        fixed = [name for name in (*SETTING, "threads") if name != field]
+        fixed = [name for name in (*SETTING, *MACHINE) if name != field]
         alike = [line for line in in_order(lines) if all(line[name] == best[name] for name in fixed)]
         places = grouped(
             (line for line in alike if line["provider"] == best["provider"] and line["median_ms"]),
@@ -159,6 +167,57 @@ def _told_study(field: str, lines: list[Line]) -> str:
 
     what = f"{first['workload'].replace('_', ' ')}, {first['spots']:,} spots, {named(ours)}"
     return f"* {STUDIED[field]} ({what}): " + "; ".join(map(told, lines)) + "."
+
+
+def machines_of(every: list[Line]) -> list[list[Line]]:
+    """Of one device: per workload the last run in which ours was timed with several numbers of threads or beside other
+    processes, of that the slide at which it had most of them, of ours and of the published code."""
+    runs: dict[str, list[Line]] = {}
+    for (_, workload), members in grouped(every, ("date", "workload")).items():
+        found = _most_machines(members)
+        if found and (workload not in runs or found[0]["date"] >= runs[workload][0]["date"]):
+            runs[workload] = found
+    return [runs[workload] for workload in WORKLOADS if workload in runs]
+
+
+def _most_machines(run: list[Line]) -> list[Line]:
+    """Of one workload in one run; empty where ours was timed in one way alone."""
+    timed = [line for line in in_order(newest(run)) if line["median_ms"]]
+    mine = grouped((line for line in timed if line["provider"] in OURS), ("provider", *SETTING, "spots"))
+    (provider, *place), most = max(mine.items(), key=lambda found: len(found[1]), default=((None,), []))
+    kept = (provider, PUBLISHED[run[0]["workload"]])
+    return [line for line in timed if line["provider"] in kept and _place(line) == place] if len(most) > 1 else []
+
+
+def _place(line: Line) -> list:
+    return [line[field] for field in (*SETTING, "spots")]
+
+
+def _told_machine(lines: list[Line]) -> str:
+    """One bullet: threads beside nothing, then with most threads what was beside them."""
+    mine, idle = [line for line in lines if line["provider"] in OURS], idle_times(lines)
+    published = {_machine(line): line for line in lines if line["provider"] not in OURS}
+    alone, most = [line for line in mine if not line["busy"]], max(line["threads"] for line in mine)
+
+    def told(line: Line) -> str:
+        of_idle = times_idle(line, idle)
+        return seconds(line["median_ms"]) + (f" ({of_idle} its idle time)" if of_idle else "")
+
+    parts = []
+    for line in alone:
+        gain = f" ({digits(alone[0]['median_ms'] / line['median_ms'])}x)" if line is not alone[0] else ""
+        parts.append(f"{counted(line['threads'], 'thread')} {seconds(line['median_ms'])}{gain}")
+    for line in mine:
+        if line["busy"] and line["threads"] == most:
+            theirs = published.get(_machine(line))
+            against = f", {named(theirs['provider'])} {told(theirs)}" if theirs else ""
+            parts.append(f"{beside(line['busy'], line['busy_nice'])} {told(line)}{against}")
+    what = f"{mine[0]['workload'].replace('_', ' ')}, {mine[0]['spots']:,} spots, {named(mine[0]['provider'])}"
+    return f"* Threads and a busy machine ({what}): {'; '.join(parts)}."
+
+
+def _machine(line: Line) -> tuple:
+    return tuple(line[field] for field in MACHINE)
 
 
 def _told_beside(lines: list[Line]) -> list[str]:
@@ -284,7 +343,7 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
 
     names = dict.fromkeys(name for line in everything for name in line["versions"])
     software = ", ".join(f"{name} {versions(name)}" for name in names if versions(name))
-    loads = [line["load"] for line in everything if line["load"] is not None]
+    loads = [line["load"] for line in everything if line["load"] is not None and not line["busy"]]
     load = f"; load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
     dates = sorted({line["date"][:10] for line in everything})
     dates = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

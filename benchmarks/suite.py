@@ -2,7 +2,8 @@
 
 A case is a workload at one size. Its providers are first checked on a small slide against the float64 reference; on
 the CPU their peak of memory is taken, each in a process of its own; then all are prepared and timed in turns, so that a
-busy machine slows all of them alike. A sample is the published loop with everything made once per slide made before.
+busy machine slows all of them alike: what else it does, or what a case has beside it (:mod:`benchmarks.busy`). A sample
+is the published loop with everything made once per slide made before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from stflow_fast import ops
 from stflow_fast.errors import first_line
 
 from . import floor, measure
+from .busy import busy_processes
 from .jobs import (
     FEW_SPOTS,
     PRECISION,
@@ -35,13 +37,15 @@ from .jobs import (
     small_call,
     why_not,
 )
+from .looks import beside
 
 LEFT_OUT = "left out: "
 TIME_IS_UP = f"{LEFT_OUT}the time is up; raise --minutes"
 TOO_LONG = LEFT_OUT + "some {:.0f} s expected; raise --seconds"
 
 LINE: dict[str, Any] = {
-    **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "arithmetic", "threads")),
+    **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "arithmetic")),
+    **dict.fromkeys(("threads", "busy", "busy_nice")),
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "compile_s")),
     **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
     **dict.fromkeys(("of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
@@ -50,6 +54,7 @@ LINE: dict[str, Any] = {
 """The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty.
 
 ``arithmetic`` is the dtype that was computed in: the asked one, but for the published code, which has no bf16.
+``busy`` processes of that niceness counted beside what was timed, but not beside its check and its peak of memory.
 ``alone`` is what lacked memory beside the others of its case, and took no turns with them.
 ``compile_s``, of what compiles, is how much longer its first call in the run took than a second one: on the small slide
 of the check, or at its own size where every size is compiled anew. It is in no other figure.
@@ -62,7 +67,7 @@ function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behin
 def peak_of(plan: Plan, case: Case, name: str) -> dict[str, Any]:
     """Fields of a line: the peak above the inputs on the CPU, of what is made once per slide and of a call, or that
     memory does not suffice. Only for a process of its own."""
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(case.threads)
     try:
         with measure.limited(plan.memory_budget):
             compile_s = _load_code(plan, case, name)
@@ -117,7 +122,7 @@ class Entrant:
     def __init__(self, plan: Plan, case: Case, name: str) -> None:
         self.plan, self.case, self.name = plan, case, name
         self.job: Job | None = None
-        self.line = {**LINE, **case._asdict(), "provider": name, "arithmetic": case.dtype, "threads": plan.threads}
+        self.line = {**LINE, **case._asdict(), "provider": name, "arithmetic": case.dtype}
         self.warm: list[float] = []
         self.cold: list[float] = []
         self.rates: floor.Rates | None = None  # where there is a floor
@@ -195,8 +200,9 @@ class Suite:
     def __init__(self, plan: Plan, write: Callable[[dict[str, Any]], None], begin: Callable[[str], None]) -> None:
         self.plan, self._write, self._begin = plan, write, begin
         self.common = measure.provenance(plan.device)
-        self._rates = functools.cache(functools.partial(floor.measured_rates, plan.device))
+        self._rates = functools.cache(lambda precision, threads: floor.measured_rates(plan.device, precision))
         self._verdicts: dict[tuple, Verdict] = {}
+        self._peaks: dict[tuple, dict[str, Any]] = {}
         self._trends: dict[tuple, dict[int, float]] = {}  # seconds by spots
 
     def run(self, cases: Iterable[Case], providers: dict[str, tuple[str, ...]]) -> None:
@@ -212,13 +218,14 @@ class Suite:
 
     def run_case(self, case: Case, names: Iterable[str]) -> None:
         entrants: list[Entrant] = []
-        for name in names:
-            if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
-                entrants.append(entrant)
-        fitting = self._fitting(entrants)
-        self._measure(case, entrants[:fitting])
-        for entrant in entrants[fitting:]:
-            self._measure_alone(case, entrant)
+        with measure.torch_threads(case.threads):
+            for name in names:
+                if entrant := self._admitted(case, name, sum(other.owed for other in entrants)):
+                    entrants.append(entrant)
+            fitting = self._fitting(entrants)
+            self._measure(case, entrants[:fitting])
+            for entrant in entrants[fitting:]:
+                self._measure_alone(case, entrant)
 
     def _fitting(self, entrants: list[Entrant]) -> int:
         """How many, from the first on, the budget holds together by their peaks: beyond it, a system may end the
@@ -233,11 +240,12 @@ class Suite:
     def _measure(self, case: Case, entrants: list[Entrant]) -> None:
         """Those for which memory does not suffice beside the others are measured once more, by themselves."""
         try:
-            for entrant in entrants:
-                self._tell(case, entrant.name)
-                entrant.attempt(entrant.start)
-            self._tell(case, "all in turns")
-            self._take_turns(entrants)
+            with busy_processes(case.busy, case.busy_nice):
+                for entrant in entrants:
+                    self._tell(case, entrant.name)
+                    entrant.attempt(entrant.start)
+                self._tell(case, "all in turns")
+                self._take_turns(entrants)
         except KeyboardInterrupt:
             self._finish(case, [entrant for entrant in entrants if entrant.warm])
             raise
@@ -303,44 +311,50 @@ class Suite:
         call = expected_seconds(trend, case.spots) or 0.0
         cuda = plan.device.type == "cuda"
         turn_calls = 2 if cuda else 1  # with cold and with warm L2
-        seconds = call * (job.memory_calls + job.warm_calls + turn_calls)
+        memory_calls = 0.0 if (case.idle, entrant.name) in self._peaks else job.memory_calls
+        seconds = call * (memory_calls + job.warm_calls + turn_calls)
         # On the CPU, memory is measured before another provider is asked.
-        entrant.owed = seconds if cuda else seconds - call * job.memory_calls
+        entrant.owed = seconds if cuda else seconds - call * memory_calls
         if time.monotonic() + owed + seconds > plan.deadline:
             entrant.line["note"] = TIME_IS_UP
         elif seconds > plan.seconds:
             entrant.line["note"] = TOO_LONG.format(seconds)
 
     def _judge(self, entrant: Entrant) -> None:
-        """Once for all sizes."""
-        kind = _kind(entrant.case, entrant.name)
+        """Once for all sizes, and beside nothing."""
+        kind = _kind(entrant.case.idle, entrant.name)
         if kind not in self._verdicts:
             self._verdicts[kind] = check(self.plan, entrant.case, entrant.name)
         entrant.line |= self._verdicts[kind]._asdict()
 
     def _begin_trend(self, entrant: Entrant) -> None:
         """Where the first size is a large one."""
-        kind = _kind(entrant.case, entrant.name)
-        if kind not in self._trends and entrant.case.spots > self.plan.check_spots:
-            self._trends[kind] = dict([small_call(self.plan, entrant.case, entrant.name)])
+        case, kind = entrant.case, _kind(entrant.case, entrant.name)
+        if kind not in self._trends and case.spots > self.plan.check_spots:
+            with busy_processes(case.busy, case.busy_nice):
+                self._trends[kind] = dict([small_call(self.plan, case, entrant.name)])
 
     def _measure_rates(self, entrant: Entrant) -> None:
-        """While there is memory for it."""
+        """While there is memory for it, once for each number of threads."""
         job = job_of(self.plan, entrant.case, entrant.name)
         if job.judged and entrant.case.workload != "graph":
-            entrant.rates = self._rates(PRECISION[job.arithmetic])
+            entrant.rates = self._rates(PRECISION[job.arithmetic], entrant.case.threads)
 
     def _measure_peak(self, entrant: Entrant) -> None:
-        """Before anything large is made here: what dies of it does so elsewhere."""
-        killed = {"note": f"out of memory: the system ended it, at a budget of {self.plan.memory_budget:,} bytes"}
-        entrant.line |= measure.in_own_process(peak_of, self.plan, entrant.case, entrant.name) or killed
+        """Before anything large is made here: what dies of it does so elsewhere. Once, whatever is beside the case."""
+        case, name = entrant.case.idle, entrant.name
+        if (case, name) not in self._peaks:
+            killed = {"note": f"out of memory: the system ended it, at a budget of {self.plan.memory_budget:,} bytes"}
+            self._peaks[case, name] = measure.in_own_process(peak_of, self.plan, case, name) or killed
+        entrant.line |= self._peaks[case, name]
 
     def _tell(self, case: Case, name: str) -> None:
-        self._begin(f"{case.workload}, {case.spots:,} spots: {name}")
+        others = f" {beside(case.busy, case.busy_nice)}" if case.busy else ""
+        self._begin(f"{case.workload}, {case.spots:,} spots{others}: {name}")
 
     def _end(self, line: dict[str, Any]) -> None:
         if line["note"] or line["check"] == "red":
-            kept = {key: line[key] for key in (*Case._fields, "provider", "arithmetic", "threads", "note")}
+            kept = {key: line[key] for key in (*Case._fields, "provider", "arithmetic", "note")}
             kept |= {key: line[key] for key in ("relative_error", "tolerance", "check")}
             line = {**LINE, **kept}
         self._write({**line, "load": round(os.getloadavg()[0], 2), **self.common})

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .lines import (
+    IDLE,
+    MACHINE,
     MEASURED,
     PUBLISHED,
     SERIES,
@@ -17,15 +19,19 @@ from .lines import (
     Line,
     exponents_of,
     grouped,
+    idle_times,
     in_order,
     out_of_memory,
     published_times,
     times_as_fast,
+    times_idle,
     told_exponent,
     why_not_timed,
 )
-from .looks import OTHER_FUNCTION, computes_another_function, digits, seconds, size, unit_of
+from .looks import OTHER_FUNCTION, beside, computes_another_function, counted, digits, seconds, size, unit_of
 
+BUSY_NOTE = """of idle: times its own time with nothing beside it, of the same commit
+busy, busy_nice: processes that counted beside it, and their niceness"""
 TABLE_NOTE = f"""x: times as fast as eager_stflow ({PUBLISHED["graph"]} of a graph), where both took turns in one run
 prepared: once per slide, in no median
 compile: how much longer the first call took than a second one, compilation included; in no median
@@ -35,24 +41,28 @@ compile: how much longer the first call took than a second one, compilation incl
 def terminal_table(lines: Iterable[Line]) -> Table:
     """Per workload and size what each provider costs, and what became of those that did not run."""
     lines = in_order(lines)
-    fields = (*SETTING, "threads", "device")
+    busy = any(line["busy"] for line in lines)
+    fields = [name for name in (*SETTING, *MACHINE, "device") if busy or name not in IDLE]
     varying = [field for field in fields if len({line[field] for line in lines}) > 1]
     same = [f"{field} {lines[0][field]}" for field in fields if field not in varying]
-    caption = Text("\n".join(["", *_told_notes(lines), *_told_exponents(lines), TABLE_NOTE]), style="table.caption")
+    notes = [*_told_notes(lines), *_told_exponents(lines), TABLE_NOTE, *([BUSY_NOTE] if busy else [])]
+    caption = Text("\n".join(["", *notes]), style="table.caption")
     narrow = {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}  # fits 120 columns
     result = Table(title=", ".join(same), caption=caption, caption_justify="left", **narrow)
     for name in ("workload", "provider"):
         result.add_column(name, no_wrap=True)
-    for name in ("spots", "median (20th-80th)", "spots/s", "prepared", "compile", "peak", "x"):
+    costs = ("spots", "median (20th-80th)", "spots/s", "prepared", "compile", "peak", "x")
+    for name in (*costs, *(["of idle"] if busy else [])):
         result.add_column(name, justify="right", no_wrap=True)
-    for name in (*(["setting"] if varying else []), "check"):
+    for name in (*([", ".join(varying)] if varying else []), "check"):
         result.add_column(name)
-    baselines = published_times(lines)
+    baselines, idle = published_times(lines), idle_times(lines)
     for (workload, spots), members in grouped(lines, ("workload", "spots")).items():
         for line in members:
             setting = [", ".join(str(line[field]) for field in varying)] if varying else []
             check = "" if line["check"] == "not compared" else line["check"]
-            cells = (workload, _name(line), f"{spots:,}", *_cost(line, baselines), *setting, check)
+            of_idle = [times_idle(line, idle)] if busy else []
+            cells = (workload, _name(line), f"{spots:,}", *_cost(line, baselines), *of_idle, *setting, check)
             result.add_row(*map(Text, cells))
         result.add_section()
     return result
@@ -117,4 +127,6 @@ def _told_exponents(lines: list[Line]) -> list[str]:
 
 
 def _setting(line: Line) -> str:
-    return ", ".join(str(line[field]) for field in SETTING)
+    """With what tells it from another of the same provider."""
+    setting = [*(str(line[field]) for field in SETTING), counted(line["threads"], "thread")]
+    return ", ".join(setting + ([beside(line["busy"], line["busy_nice"])] if line["busy"] else []))

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import jobs, measure, suite
 from .command import CPU_GRAPHS, CPU_PROVIDERS
-from .workload import N_GENES, ROUNDS, SPOTS
+from .workload import N_GENES, ROUNDS, SPOTS, THREADS
 
 WORKLOADS = {"graph": CPU_GRAPHS, **dict.fromkeys(("denoise", "sample", "train_step"), CPU_PROVIDERS)}
 RUNS = [
@@ -28,7 +28,7 @@ RUNS = [
 def test_provider(benchmark: BenchmarkFixture, workload: str, name: str, spots: int) -> None:
     device = torch.device("cpu")
     plan = jobs.Plan(device, int(0.9 * measure.free_memory(device)), ROUNDS)
-    case = jobs.Case(workload, "visium", spots, 8, N_GENES, "float32")
+    case = jobs.Case(workload, "visium", spots, 8, N_GENES, "float32", THREADS)
     job = jobs.job_of(plan, case, name)
     if lacks := job.why_not(spots, plan.memory_budget):
         pytest.skip(lacks)

@@ -28,8 +28,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stflow_fast.graph import TIE_TOLERANCE
-
 from . import dropout, edge_attention, gated_mlp, neighbors
 from .conventions import Settings, Sizes, dropout_threshold
 from .edge_shape import WHOLE_SPOTS, EdgeShape, edge_shape, shared_bytes
@@ -58,6 +56,7 @@ class Variant(NamedTuple):
     rows: int  # edges (of a gate: spots) that a program, or one turn of its outermost loop, treats
     work: dict[str, float]  # per row
     estimate: int | None = None  # of its shared memory, by which a GPU with less is refused; none for another tile
+    fused: bool = True  # whether products and sums may be
 
 
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
@@ -267,11 +266,11 @@ def other_variants(arch: int) -> Iterator[Variant]:
     yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, work)
     search = neighbors.nearest_kernel
     launch = launch_of("nearest", arch, "float64")
-    numbers = {"TIE_TOLERANCE": TIE_TOLERANCE, "CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}
+    numbers = {"CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}
     doubles, scalars = ("query_ptr", "tied_ptr", "border_ptr", "point_ptr"), ("n", "k")
     types = {name: "*fp64" if name in doubles else "i32" if name in scalars else "*i32" for name in search.arg_names}
     types |= dict.fromkeys(numbers, "constexpr")
-    yield Variant(search, "nearest", types, numbers, launch, True, None, launch.rows, {})
+    yield Variant(search, "nearest", types, numbers, launch, True, None, launch.rows, {}, fused=neighbors.FUSED)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
@@ -280,7 +279,8 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.types[name].startswith("*")}
     source = ASTSource(variant.kernel, {name: variant.types[name] for name in names}, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.launch.options)
+    options = {**variant.launch.options, "enable_fp_fusion": variant.fused}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)

@@ -4,8 +4,8 @@ What it computes, for every row i of the packed slides, among the rows of its sl
 
     points [N, 2] float64, code [N], slide_ptr [S + 1], tied [N], spot [N]  ->  neighbors [N, K] rows, -1 where missing
 
-Sorted distances d_1 <= d_2 <= ... form tie groups: d_m joins the group of d_(m-1) if d_m - d_(m-1) is at most
-max(TIE_TOLERANCE * d_m, tied_i). The order is (group, spot).
+Sorted distances d_1 <= d_2 <= ... form tie groups: d_m joins the group of d_(m-1) if d_m - d_(m-1) is at most tied_i,
+which is 0 except on lattices. The order is (group, spot). Distances are those of the k-d tree to the last bit.
 
 Where it looks (torch): codes sorted by (slide, Morton code) are a grid of every level at once, since a cell of the
 2^b x 2^b grid is a range of them. Each query chooses its own level, the finest at which its cell holds about K / 4
@@ -42,7 +42,6 @@ from stflow_fast.errors import InputError
 from stflow_fast.graph import (
     GRID_BITS,
     MISSING,
-    TIE_TOLERANCE,
     SpotGrid,
     morton_code,
     slide_keys,
@@ -63,6 +62,10 @@ BORDER_SHRINKAGE = 1e-9
 
 NOBODY = tl.constexpr(2**31 - 1)
 """Above every spot."""
+
+FUSED = False
+"""Whether the compiler may fuse products and sums. A fused x * x + y * y is not what the k-d tree computes, nor the
+same as y * y + x * x, so that ties would be broken. It costs 21 registers, and 8 instructions in float64."""
 
 
 @triton.jit
@@ -119,7 +122,6 @@ def nearest_kernel(
     settled_ptr,  # [n] int32 whether the window was large enough
     n,
     k,
-    TIE_TOLERANCE: tl.constexpr,
     CELLS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLS: tl.constexpr,
@@ -143,7 +145,7 @@ def nearest_kernel(
         m_active = active > 0
         outer = tl.where(high < 0, float("-inf"), tl.sqrt(tl.maximum(high, 0.0)))
         # A little less than the tolerance, so that rounding lets nobody in who is not tied to the farthest member.
-        attached = outer + tl.maximum(TIE_TOLERANCE * outer, tied) * (1 - 1e-8)
+        attached = outer + tied * (1 - 1e-8)
         reach = tl.where(high < 0, -1.0, attached * attached)
         nearest, farthest, lowest, members = _pass(
             query_x, query_y, own, low, high, reach, last, i_query, m_active, n,
@@ -153,7 +155,7 @@ def nearest_kernel(
         m_known = ahead < border
         ahead = tl.minimum(ahead, border)
         m_nothing = ahead == float("inf")
-        m_closed = m_nothing | (ahead - outer > tl.maximum(TIE_TOLERANCE * ahead, tied))
+        m_closed = m_nothing | (ahead - outer > tied)
         m_report = m_active & m_closed & (members > 0)
         tl.store(found + count, lowest, mask=m_report)
         count += m_report.to(tl.int32)
@@ -323,6 +325,6 @@ def _launch(
     with device_scope(queries):
         nearest_kernel[(triton.cdiv(n, launch.rows),)](
             queries, own, tied, *(window.border, window.first, window.stop), candidates.points, candidates.spot,
-            found, settled, n, k, TIE_TOLERANCE, len(window.first), launch.rows, COLS, **launch.options,
+            found, settled, n, k, len(window.first), launch.rows, COLS, enable_fp_fusion=FUSED, **launch.options,
         )  # fmt: skip
     return found, settled.bool()

@@ -139,7 +139,7 @@ def combine(i_key, i_value):
 
 @triton.jit
 def dropout_factor(i_row, i_column, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    """SCALE where kept, 0 where dropped (``DropoutKeys.keep_mask``). Row keys and column numbers broadcast."""
+    """SCALE where kept, 0 where dropped (``DropoutKeys.mask``). Row keys and column numbers broadcast."""
     i_mixed = (i_row ^ hash32(i_column + 1)) * MULTIPLIER_1
     i_mixed = (i_mixed ^ (i_mixed >> 15)) * MULTIPLIER_2
     return tl.where(i_mixed >= THRESHOLD, SCALE, 0.0)

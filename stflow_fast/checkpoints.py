@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import DenoiserConfig
+from .calls import CALLS_BUDGET, KnownSlides
+from .config import DenoiserConfig, parse_bytes
 from .errors import InputError
+from .kernels.conventions import LAYERNORM_EPS
 from .model import Denoiser, SpatialTransformer
 from .pretrained import Provenance, load_state
 
@@ -36,8 +39,8 @@ _UNREADABLE = (
 def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserConfig:
     """The settings of a published denoiser or encoder, read off its parameters.
 
-    Shapes tell everything but ``n_neighbors``, ``non_negative``, the dropouts, which come from ``settings`` or are the
-    published defaults, and whether an ungated MLP uses gelu or relu, which has no default.
+    Shapes tell everything but ``n_neighbors``, ``non_negative`` and the dropouts, which come from ``settings`` or are
+    the published defaults, and whether an ungated MLP uses gelu or relu, which has no default.
 
     Args:
         state: a ``state_dict``, with or without the prefix ``backbone.`` of a whole denoiser.
@@ -101,12 +104,17 @@ def convert(
         genes: names of the predicted genes in the order of its output.
         encoder: name of the patch encoder.
         normalize: what it was trained on.
-        settings: fields of DenoiserConfig that shapes do not tell (``n_neighbors``, ``activation``, ...).
+        settings: fields of DenoiserConfig that shapes do not tell: ``n_neighbors`` and ``non_negative``, without which
+            predictions would be others, ``activation`` of ungated MLPs, and the dropouts for training on.
 
     Raises:
-        InputError: unreadable or unsafe file, other parameters than STFlow's, or a wrong number of genes.
+        InputError: unreadable or unsafe file, other parameters than STFlow's, a wrong number of genes, or a setting
+            that predictions depend on and that was not given.
     """
     state = _read_state(Path(published))
+    for name in ("n_neighbors", "non_negative"):
+        if name not in settings:
+            raise InputError(f"{name}: {published} does not say it; give it (--{name.replace('_', '-')})")
     config = shapes_to_config(state, **settings)
     if f"{_ENCODER_PREFIX}blks.0.attn.mlp_attn.fc1.weight" not in state:
         raise InputError(f"{published}: holds an encoder alone; a whole denoiser is needed to predict")
@@ -136,15 +144,17 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
 
 
-def accelerate(module: nn.Module, **settings: Any) -> nn.Module:
+def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **settings: Any) -> nn.Module:
     """Swap our encoder into an instance of the published ``Denoiser`` or ``SpatialTransformer``, in place.
 
     The module is recognised by its parameters. They are shared: an optimiser that holds them goes on working, and
     so do its ``state_dict`` and its checkpoints. Its own ``forward`` and ``inference`` stay; what they call is faster
-    and needs memory linear in the spots.
+    and needs memory linear in the spots. What hangs on coordinates alone is kept from one call to the next
+    (:class:`~stflow_fast.calls.KnownSlides`), so a sampling loop makes it once.
 
     Args:
-        module: on any device, in any dtype.
+        module: on any device, in any dtype. A module that is ours already is left as it is, with a warning.
+        memory_budget: bytes that edge messages may take between calls without gradients, or text such as "4GiB".
         settings: what neither the parameters nor the attributes of the module tell: ``n_neighbors``, ``activation``
             ("gelu" or "relu"), ``dropout``, ``attn_dropout``, ``non_negative``.
 
@@ -152,44 +162,133 @@ def accelerate(module: nn.Module, **settings: Any) -> nn.Module:
         The same ``module``.
 
     Raises:
-        InputError: a module that is not STFlow's, or a setting that cannot be found and was not given.
+        InputError: a module that is not STFlow's; blocks that disagree; a setting that cannot be found and was not
+            given, or was given and is another one; a hook, which would no longer be called.
     """
     encoder = getattr(module, "backbone", module)
     if not isinstance(encoder, nn.Module) or not hasattr(encoder, "blks"):
         raise InputError(f"module: {type(module).__name__} is neither STFlow's Denoiser nor its SpatialTransformer")
-    told = {**_attributes(encoder), **settings}
-    if "n_neighbors" not in told:
-        raise InputError("n_neighbors: the module does not say it; pass accelerate(module, n_neighbors=...)")
+    if isinstance(encoder, SpatialTransformer):
+        _check_settings(settings, encoder.config.to_dict())
+        warnings.warn("accelerate: the encoder is stflow-fast's already; nothing was changed", stacklevel=2)
+        return module
+    budget = parse_bytes(memory_budget)
+    _check_hooks(encoder)
+    told = settings_of(encoder)
+    _check_settings(settings, told)
+    told |= settings
+    for name in ("n_neighbors", "non_negative", "dropout", "attn_dropout"):
+        if name not in told:
+            raise InputError(f"{name}: the module does not say it; pass accelerate(module, {name}=...)")
     config = shapes_to_config(module.state_dict(), **told)
     with torch.device("meta"):
         ours = SpatialTransformer(config)
-    for name, parameter in encoder.named_parameters():
+    for name, parameter in encoder.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         setattr(ours.get_submodule(owner), leaf, parameter)
     # The class changes, not the object: whoever holds a reference to the encoder holds the fast one.
     encoder.__class__ = SpatialTransformer
-    encoder.config, encoder.blks = config, ours.blks
+    encoder.config, encoder.blks, encoder.known = config, ours.blks, KnownSlides(budget)
     encoder.train(encoder.training)
     return module
 
 
-def _attributes(encoder: nn.Module) -> dict[str, Any]:
-    """What the published modules remember beside their parameters."""
-    block = encoder.blks[0]
-    found: dict[str, Any] = {}
-    for owner, names in (
-        (encoder, ("n_neighbors", "non_negative")),
-        (block.attn, ("n_heads", "n_neighbors")),
-    ):
-        found |= {name: getattr(owner, name) for name in names if hasattr(owner, name)}
-    activation = getattr(block.attn.edge_trans, "act", None)
-    if activation is not None:
-        names = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swiglu"}
-        found["activation"] = names.get(type(activation), type(activation).__name__)
-    drops = [part.p for part in block.mlp.modules() if isinstance(part, nn.Dropout)]
-    if drops:
-        found["dropout"] = drops[0]
-    attention = getattr(block.attn, "attn_dropout", None)
-    if isinstance(attention, nn.Dropout):
-        found["attn_dropout"] = attention.p
-    return found
+def _check_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if told.get(name, value) != value:
+            raise InputError(f"{name}: the module says {told[name]}, the settings {value}")
+
+
+def _check_hooks(encoder: nn.Module) -> None:
+    for name, part in encoder.named_modules():
+        if name and any(getattr(part, kind, None) for kind in _HOOKS):
+            raise InputError(f"{name}: has a hook, which the fast encoder would not call; remove it first")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swiglu"}
+
+
+def settings_of(encoder: nn.Module) -> dict[str, Any]:
+    """What the published encoder and its forks remember beside their parameters, by the fields of DenoiserConfig.
+
+    Raises:
+        InputError: places that should agree and do not, such as two blocks; or something that no setting describes.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for name, where, value in _places(encoder):
+        first, known = found.setdefault(name, (where, value))
+        if value != known:
+            raise InputError(f"{name}: {where} says {value}, but {first} says {known}")
+    return {name: value for name, (_, value) in found.items()}
+
+
+def _places(encoder: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(setting, where it stands, its value), for every place of every block."""
+    if hasattr(encoder, "n_neighbors"):
+        yield "n_neighbors", "n_neighbors", encoder.n_neighbors
+    if hasattr(encoder, "non_negative"):
+        yield "non_negative", "non_negative", bool(encoder.non_negative)
+    for index, block in enumerate(encoder.blks):
+        at = f"blks.{index}"
+        for name in ("n_heads", "n_neighbors"):
+            if hasattr(block.attn, name):
+                yield name, f"{at}.attn.{name}", getattr(block.attn, name)
+        yield from _dropouts_of("attn_dropout", f"{at}.attn", block.attn, ("attn_dropout",))
+        mlps = {"attn.edge_trans": block.attn.edge_trans, "attn.W_output": block.attn.W_output, "mlp": block.mlp}
+        for path, mlp in {**mlps, "attn.mlp_attn": block.attn.mlp_attn}.items():
+            yield from _dropouts_of("dropout", f"{at}.{path}", mlp, ("dropout", "drop1", "drop2", "drop"))
+        for path, mlp in mlps.items():
+            yield from _activation_of(f"{at}.{path}", mlp)
+        _check_logit_activation(f"{at}.attn.mlp_attn", block.attn.mlp_attn)
+        yield from _gene_head(f"{at}.gene_updater", block.gene_updater)
+    for name, part in encoder.named_modules():
+        if isinstance(part, nn.LayerNorm) and part.eps != LAYERNORM_EPS:
+            raise InputError(f"{name}.eps: is {part.eps}; the fast encoder computes with {LAYERNORM_EPS}")
+
+
+def _dropouts_of(name: str, at: str, owner: nn.Module, attributes: tuple[str, ...]) -> Iterator[tuple[str, str, Any]]:
+    """Of a module's dropouts, as modules or as numbers."""
+    for attribute in attributes:
+        value = getattr(owner, attribute, None)
+        if isinstance(value, nn.Dropout):
+            value = value.p
+        elif isinstance(value, nn.Identity):
+            value = 0.0
+        if isinstance(value, (int, float)):
+            yield name, f"{at}.{attribute}", float(value)
+
+
+def _activation_of(at: str, mlp: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    if getattr(mlp, "gate_last", False):
+        raise InputError(f"{at}.gate_last: is true; the fast encoder gates by the first half, as published")
+    act = getattr(mlp, "act", None)
+    if getattr(act, "approximate", "none") != "none":
+        raise InputError(f"{at}.act: is an approximate GELU; the fast encoder computes the exact one")
+    if act is not None:
+        yield "activation", f"{at}.act", _ACTIVATIONS.get(type(act), type(act).__name__)
+
+
+def _check_logit_activation(at: str, mlp: nn.Module) -> None:
+    """Ungated, the published mlp_attn has a GELU whatever the activation of the others."""
+    gated = mlp.norm.normalized_shape[0] < mlp.fc1.out_features
+    wanted = "swiglu" if gated else "gelu"
+    for _, where, value in _activation_of(at, mlp):
+        if value != wanted:
+            raise InputError(f"{where}: is {value}; the fast encoder computes {wanted} there, as published")
+
+
+def _gene_head(at: str, head: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    if hasattr(head, "non_negative"):
+        yield "non_negative", f"{at}.non_negative", bool(head.non_negative)
+    kinds = (nn.Linear, nn.GELU, nn.LayerNorm, (nn.Dropout, nn.Identity), nn.Linear, (nn.Dropout, nn.Identity))
+    for index, part in enumerate(head.output):
+        if index == len(kinds) and isinstance(part, nn.ReLU):
+            yield "non_negative", f"{at}.output.{index}", True
+        elif (
+            index >= len(kinds) or not isinstance(part, kinds[index]) or getattr(part, "approximate", "none") != "none"
+        ):
+            raise InputError(f"{at}.output.{index}: is {part}, which the published gene head does not have there")
+        elif isinstance(part, nn.Dropout):
+            yield "dropout", f"{at}.output.{index}", part.p

@@ -48,6 +48,7 @@ Steps = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
+Precision = Annotated[str, typer.Option(help="Of matrix products: float32 or bf16 (error some 1 %).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
 
 
@@ -186,9 +187,10 @@ def evaluate_command(
     seed: Seed = 0,
     device: Device = "auto",
     memory_budget: Budget = DEFAULT_MEMORY_BUDGET,
+    precision: Precision = "float32",
 ) -> None:
     """Score a model on the test slides of a fold, beside the baselines."""
-    sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget)
+    sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision)
     names = [name.strip() for name in biomarkers.split(",") if name.strip()] if biomarkers else []
     if names:  # before the slides are sampled
         report.check_genes(names, load_model(run, device).provenance.genes)
@@ -217,6 +219,7 @@ def predict_command(
     seed: Seed = 0,
     device: Device = "auto",
     memory_budget: Budget = DEFAULT_MEMORY_BUDGET,
+    precision: Precision = "float32",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
 ) -> None:
@@ -226,7 +229,7 @@ def predict_command(
             run,
             slides,
             out,
-            sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget),
+            sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision),
             device=device,
             features_key=features_key,
             overwrite=overwrite,
@@ -243,9 +246,15 @@ def convert(
     genes: Annotated[Path, typer.Option(help='The predicted genes in order: a JSON list, or {"genes": [...]}.')],
     encoder: Annotated[str, typer.Option(help="Patch encoder it was trained with.")] = "",
     normalize: Annotated[str, typer.Option(help="What it predicts.")] = "log1p",
-    n_neighbors: Annotated[int, typer.Option(help="Neighbours K it was trained with.")] = 8,
+    n_neighbors: Annotated[int | None, typer.Option(help="Neighbours K it was trained with; published: 8.")] = None,
+    non_negative: Annotated[
+        bool | None,
+        typer.Option(
+            "--non-negative/--no-non-negative",
+            help="A ReLU behind every gene head: gene_updater.non_negative of the code that trained it.",
+        ),
+    ] = None,
     activation: Annotated[str | None, typer.Option(help="gelu or relu, where the MLPs are not gated.")] = None,
-    non_negative: Annotated[bool, typer.Option(help="A ReLU after every gene head.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a published checkpoint into a model folder (config.json and model.safetensors)."""
@@ -253,9 +262,8 @@ def convert(
     names = content.get("genes") if isinstance(content, dict) else content
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f'{genes}: must be a JSON list of gene names, or {{"genes": [...]}}')
-    settings: dict[str, Any] = {"n_neighbors": n_neighbors, "non_negative": non_negative}
-    if activation:
-        settings["activation"] = activation
+    asked = {"n_neighbors": n_neighbors, "non_negative": non_negative, "activation": activation}
+    settings = {name: value for name, value in asked.items() if value is not None}
     model = convert_checkpoint(published, tuple(names), encoder, normalize, **settings)
     check_output(out, "config.json", reuse=overwrite)
     model.save_pretrained(out)
@@ -283,6 +291,9 @@ def benchmark(
     k: Annotated[str, typer.Option("--k", help="Neighbours of a spot.")] = "8",
     layout: Annotated[str, typer.Option(help="Of uniform, visium, visium_jittered and clustered.")] = "visium",
     dtype: Annotated[str, typer.Option(help="Of float32, bf16 and, on a GPU, tf32.")] = "float32",
+    threads: Annotated[str | None, typer.Option(help="Threads of torch, such as 1,2; as it has when left out.")] = None,
+    busy: Annotated[str, typer.Option(help="Processes that count beside what is timed, such as 0,2.")] = "0",
+    busy_nice: Annotated[str, typer.Option(help="Their niceness, such as 0,10.")] = "0",
     device: Device = "auto",
     memory_budget: Annotated[
         str | None, typer.Option(help="What one provider may take; most of what is free when left out.")
@@ -314,7 +325,22 @@ def benchmark(
         command.redraw(out)
         return
     options = command.Options(
-        workload, spots, providers, genes, k, layout, dtype, device, memory_budget, rounds, seconds, minutes, resume
+        workload=workload,
+        spots=spots,
+        providers=providers,
+        genes=genes,
+        k=k,
+        layout=layout,
+        dtype=dtype,
+        threads=threads,
+        busy=busy,
+        busy_nice=busy_nice,
+        device=device,
+        memory_budget=memory_budget,
+        rounds=rounds,
+        seconds=seconds,
+        minutes=minutes,
+        resume=resume,
     )
     if code := command.run(options, out or Path("benchmark")):
         raise typer.Exit(code)

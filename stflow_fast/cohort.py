@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from ._version import __version__
+from .config import parse_bytes
 from .devices import choose_device
 from .errors import InputError, OutputError
 from .evaluation import compare
@@ -24,7 +25,7 @@ from .flow import time_grid
 from .model import Denoiser
 from .priors import Prior, check_seed
 from .runs import MODEL_FOLDER, RUN_FILE
-from .sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, parse_bytes, resolve
+from .sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, check_precision, resolve
 from .slides import HestTask, Slide, read_slide
 from .windows import TEST
 
@@ -39,7 +40,7 @@ class SamplingConfig:
         n_sample_steps: times S of the flow's grid, at least 2; S - 1 denoiser calls.
         prior: the source distribution or its name.
         seed: with the slide's id, decides the noise; 0 or larger.
-        memory_budget: see :func:`stflow_fast.sample`.
+        memory_budget, precision: see :class:`stflow_fast.Sampler`.
 
     Raises:
         InputError: a value out of its range, with the field's name.
@@ -49,6 +50,7 @@ class SamplingConfig:
     prior: Prior | str | None = None
     seed: int = 0
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.n_sample_steps is not None:
@@ -57,16 +59,19 @@ class SamplingConfig:
             Prior(self.prior)
         check_seed(self.seed)
         parse_bytes(self.memory_budget)
+        check_precision(self.precision)
 
     def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
         """What samples one slide after another by ``model``, whose weights are folded once."""
-        sampler = Sampler(model, self.n_sample_steps, self.prior, self.memory_budget)
+        settings = self.n_sample_steps, self.prior, self.memory_budget
+        sampler = Sampler(model, *settings, precision=self.precision)
         return lambda slide: sampler.prepare(slide).draw(seed=self.seed)
 
     def describe(self, model: Denoiser) -> dict[str, Any]:
         """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
         steps, prior = resolve(model, self.n_sample_steps, self.prior)
-        return {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.to_dict()}
+        decided = {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.to_dict()}
+        return {**decided, "precision": self.precision}
 
 
 def load_model(run: str | Path, device: str = "auto") -> Denoiser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +91,16 @@ class DenoiserConfig:
         if missing:
             raise InputError(f"{missing[0]}: is missing from the denoiser's settings")
         return cls(**values)
+
+
+def parse_bytes(size: int | str) -> int:
+    """``"4GiB"``, ``"500 MB"`` or a number of bytes.
+
+    Raises:
+        InputError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(size))
+    if not found:
+        raise InputError(f"memory_budget: must be a size such as 4GiB or 500MB, not {size!r}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))

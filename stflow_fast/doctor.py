@@ -14,6 +14,7 @@ from . import ops
 from ._version import __version__
 from .devices import choose_device
 from .errors import InputError
+from .threads import thread_count
 
 REQUIRED = (
     "torch",
@@ -49,7 +50,7 @@ def diagnose() -> Table:
         found = _installed(name)
         table.add_row(name, found or "not installed (optional)", "" if found else remark)
     table.add_section()
-    for row in (_device(), _backend(), _compiler()):
+    for row in (_device(), _threads(), *_load(), _backend(), _compiler()):
         table.add_row(*row)
     return table
 
@@ -70,7 +71,45 @@ def _device() -> tuple[str, str, str]:
             f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
         )
     reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device or driver"
-    return "device", f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", reason
+    return "device", "cpu", reason
+
+
+def _threads() -> tuple[str, str, str]:
+    """Those of the CPU path."""
+    count, cores, usable = thread_count(), os.cpu_count() or 1, _usable_cores()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked:
+        remarks = [f"OMP_NUM_THREADS={asked}" if asked == str(count) else "set by torch.set_num_threads"]
+    else:
+        remarks = ["torch's default" if count == usable else "set by torch.set_num_threads, or torch's default"]
+    if usable < cores:
+        remarks.append(f"this process may use {usable} of the cores")
+    if count > usable:
+        remarks.append(f"too many: set OMP_NUM_THREADS={usable}")
+    return "threads", f"{count} of {cores} cores", "; ".join(remarks)
+
+
+def _usable_cores() -> int:
+    """Those that an affinity or a container leaves to this process; all where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _load() -> list[tuple[str, str, str]]:
+    """No row where the system has no load average."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return []
+    threads, cores, others = thread_count(), os.cpu_count() or 1, round(load)
+    # Every running thread has the same share of the cores.
+    times = (threads + others) / max(threads, cores)
+    slower = (
+        f"expect about {times:.1f} times the time; the result is the same" if times > 1 else "cores enough are free"
+    )
+    busy = f"{others} other busy process{'es' if others > 1 else ''}: {slower}"
+    return [("load", f"{load:.1f} on {cores} cores", busy if others else "idle")]
 
 
 def _backend() -> tuple[str, str, str]:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .config import DenoiserConfig
+from .calls import CALLS_BUDGET, KnownSlides
+from .config import DenoiserConfig, parse_bytes
 from .errors import InputError
 from .graph import SpotGraph
 from .kernels.conventions import context_padding
@@ -27,6 +28,7 @@ from .ops.reference import (
     fold_edge_weights,
 )
 from .pretrained import Pretrained, Provenance
+from .threads import spread
 
 TIME_FREQUENCIES = 256
 ROUNDED_UP = [12, 106]  # see TimestepEmbedder.frequencies
@@ -127,21 +129,31 @@ class EdgeAttention(nn.Module):
             output._replace(fc1_weight=F.pad(on_context, (0, context_padding(on_context.shape[1])))),
         )
 
-    def project(self, x: Tensor, tokens: Tensor, folded: FoldedAttention) -> Tensor:
-        """x, whose product ``folded.gene`` is the gene terms or which is them, and tokens [n, d] to the terms
-        [A | B | V] [n, 2 * H * P + d]."""
-        norm, d = self.layernorm_qkv[0], self.config.hidden_dim
-        normed = F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps)
-        terms = F.linear(normed, folded.project, folded.project_bias)
-        gene = x if folded.gene is None else F.linear(x, *folded.gene)
+    def project(
+        self, x: Tensor, tokens: Tensor, weights: tuple[Tensor | None, ...], out: Tensor | None = None
+    ) -> Tensor:
+        """x and tokens [n, d] to the terms [A | B | V] [n, 2 * H * P + d], in the memory ``out`` where it is given.
+
+        ``weights``: gain and bias of the LayerNorm, weight and bias of the product with tokens, and of the one that
+        brings x to the gene terms; None where x is them.
+        """
+        gain, shift, weight, bias, *to_gene = weights
+        d = self.config.hidden_dim
+        normed = F.layer_norm(tokens, (d,), gain, shift, self.layernorm_qkv[0].eps)
+        if out is None:
+            terms = F.linear(normed, weight, bias)
+        else:  # autocast leaves such a product alone
+            cast = (part.to(out.dtype) for part in (bias, normed, weight.T))
+            terms = torch.addmm(*cast, out=out)
+        gene = x if to_gene[0] is None else F.linear(x, *to_gene)
         by_head = terms[:, : terms.shape[1] - d].unflatten(1, (2, self.spec.n_heads, -1))
         by_head[:, 0].sub_(gene.unsqueeze(1))
         by_head[:, 1].add_(gene.unsqueeze(1))
         return terms
 
-    def output(self, context: Tensor, folded: FoldedAttention, keys: DropoutKeys | None) -> Tensor:
+    def output(self, context: Tensor, weights: MLPWeights, keys: DropoutKeys | None) -> Tensor:
         """[n, d] of the spots, from the context that they took from their neighbours."""
-        return ops.gated_mlp(context, folded.output, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
+        return ops.gated_mlp(context, weights, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
 
 
 class LayerState(NamedTuple):
@@ -217,15 +229,20 @@ class GeneUpdate(nn.Module):
     def head(self) -> nn.Linear:
         return self.output[4]
 
-    def hidden(self, tokens: Tensor, layer: LayerState, keys: DropoutKeys | None) -> Tensor:
-        """What the head reads, [n, d]."""
-        hidden = self.output[1:3](F.linear(tokens, *layer.hidden))
+    def hidden(self, tokens: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None) -> Tensor:
+        """What the head reads, [n, d]. ``weights``: weight and bias of the product, gain and bias of the LayerNorm."""
+        weight, bias, *norm = weights
+        hidden = F.layer_norm(F.gelu(F.linear(tokens, weight, bias)), tokens.shape[-1:], *norm, self.output[2].eps)
         return ops.apply_dropout(hidden, self.config.dropout, keys, STREAM_GENE_HIDDEN)
 
     def genes(self, hidden: Tensor, layer: LayerState, keys: DropoutKeys | None) -> Tensor:
-        """The head's expression [n, G]; under a ReLU in place, as it is the widest tensor of all."""
-        genes = ops.apply_dropout(F.linear(hidden, *layer.head), self.config.dropout, keys, STREAM_GENE)
-        return genes.relu_() if self.config.non_negative else genes
+        """The head's expression [N, G]; under a ReLU in place, as it is the widest tensor of all."""
+
+        def genes(hidden: Tensor, head: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
+            genes = ops.apply_dropout(F.linear(hidden, *head), self.config.dropout, keys, STREAM_GENE)
+            return (genes.relu_() if self.config.non_negative else genes,)
+
+        return ops.by_rows(genes, (hidden,), layer.head, keys)[0]
 
 
 class TransformerBlock(nn.Module):
@@ -245,26 +262,53 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, tokens: Tensor, layer: LayerState, graph: SpotGraph, keys: DropoutKeys | None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        layer: LayerState,
+        graph: SpotGraph,
+        keys: DropoutKeys | None,
+        terms: ops.Gathered,
     ) -> tuple[Tensor, Tensor]:
         """x [N, .] of :meth:`EdgeAttention.project` and tokens [N, d] to what the gene head reads [N, d] and the next
-        layer's tokens."""
+        layer's tokens. ``terms`` is memory that the layers share: nine times the tokens, in pages that the system would
+        else make anew for every layer (a tenth of a sample)."""
         attn, folded = self.attn, layer.folded
         p = attn.config.dropout
 
-        def project(x: Tensor, tokens: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, ...]:
-            return (attn.project(x, tokens, folded),)
+        def project(
+            x: Tensor,
+            tokens: Tensor,
+            weights: tuple[Tensor | None, ...],
+            keys: DropoutKeys | None,
+            out: tuple[Tensor] | None = None,
+        ) -> tuple[Tensor]:
+            return (attn.project(x, tokens, weights, *(out or ())),)
 
-        def finish(tokens: Tensor, context: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor]:
-            tokens = tokens + attn.output(context, folded, keys)
-            tokens = tokens + ops.gated_mlp(tokens, layer.mlp, self.mlp.activation, p, keys, STREAM_MLP)
-            return self.gene_updater.hidden(tokens, layer, keys), tokens
+        def finish(
+            tokens: Tensor, context: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None
+        ) -> tuple[Tensor, Tensor]:
+            output, mlp, head = MLPWeights(*weights[:6]), MLPWeights(*weights[6:12]), weights[12:]
+            tokens = tokens + attn.output(context, output, keys)
+            tokens = tokens + ops.gated_mlp(tokens, mlp, self.mlp.activation, p, keys, STREAM_MLP)
+            return self.gene_updater.hidden(tokens, head, keys), tokens
 
-        (terms,) = ops.by_rows(project, (x, tokens), keys)
+        to_gene = folded.gene or (None, None)
+        weights = (*_of_norm(attn.layernorm_qkv[0]), folded.project, folded.project_bias, *to_gene)
+        (projected,) = ops.by_rows(project, (x, tokens), weights, keys, terms)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
-        context = ops.edge_attention(terms, graph, layer.messages, folded.edges, attn.spec, dropouts)
-        del terms  # nine times the tokens; without gradients their memory is free for what follows
-        return ops.by_rows(finish, (tokens, context), keys)
+        context = ops.edge_attention(projected, graph, layer.messages, folded.edges, attn.spec, dropouts)
+        weights = (*folded.output, *layer.mlp, *layer.hidden, *_of_norm(self.gene_updater.output[2]))
+        return ops.by_rows(finish, (tokens, context), weights, keys)
+
+
+def _of_norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return norm.weight, norm.bias
+
+
+def _product(x: Tensor, weights: Affine) -> Tensor:
+    """x [N, .] times a matrix."""
+    return ops.by_rows(lambda rows, weights, keys: (F.linear(rows, *weights),), (x,), weights, None)[0]
 
 
 class SpatialTransformer(nn.Module):
@@ -274,6 +318,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.blks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.known = KnownSlides(parse_bytes(CALLS_BUDGET))
 
     def forward(self, gene_exp: Tensor, features: Tensor, coords: Tensor, padding: Tensor | None = None) -> Tensor:
         """The published padded call: [B, N, G], [B, N, d] tokens, [B, N, 2] -> [B, N, G].
@@ -281,14 +326,34 @@ class SpatialTransformer(nn.Module):
         ``padding`` [B, N] is true for rows to leave out; their output is zero. As in the published code, it is by
         default the rows of ``features`` that sum to zero.
         """
-        real = features.sum(dim=-1) != 0 if padding is None else ~padding
-        slide_ptr = F.pad(real.sum(dim=1).cpu().cumsum(0), (1, 0))
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        graph = ops.build_graph(coords[real], self.config.n_neighbors, slide_ptr, dtype, features.device)
-        rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(features[real]), self.layer_states())
-        prediction = gene_exp.new_zeros(gene_exp.shape)
-        prediction[real] = graph.to_spots(rows)
-        return prediction
+        with spread(features.device):
+            real = features.sum(dim=-1) != 0 if padding is None else ~padding
+            graph, states = self._graph_of(coords, real, features), self.layer_states()
+            if not (self.training or torch.is_grad_enabled()):
+                states = self._with_known_messages(states, graph)
+            rows = self.run(graph, graph.to_rows(gene_exp[real]), graph.to_rows(features[real]), states)
+            prediction = gene_exp.new_zeros(gene_exp.shape)
+            prediction[real] = graph.to_spots(rows)
+            return prediction
+
+    def _graph_of(self, coords: Tensor, real: Tensor, features: Tensor) -> SpotGraph:
+        """Of the ``real`` [B, N] spots at coordinates [B, N, 2]; that of an earlier call where they are equal."""
+        k, dtype, device = self.config.n_neighbors, torch.promote_types(features.dtype, torch.float32), features.device
+
+        def build() -> SpotGraph:
+            slide_ptr = F.pad(real.sum(dim=1).cpu().cumsum(0), (1, 0))
+            return ops.build_graph(coords[real], k, slide_ptr, dtype, device)
+
+        return self.known.graph(coords, real, (k, dtype, device), build)
+
+    def _with_known_messages(self, states: EncoderState, graph: SpotGraph) -> EncoderState:
+        """With the messages of an earlier call where graph, weights and precision are the same."""
+
+        def make(budget: int) -> list[Tensor | None]:
+            return [layer.messages for layer in self.keep_messages(states, graph, budget).layers]
+
+        weights = [layer.folded.edges.edge for layer in states.layers]
+        return states.with_messages(self.known.messages(graph, weights, ops.circumstances(graph.order.device), make))
 
     def layer_states(self) -> EncoderState:
         """Folded weights of every layer; differentiable, and reusable while the parameters stay.
@@ -296,7 +361,7 @@ class SpatialTransformer(nn.Module):
         In the parameters' precision, under autocast too: products of weights would be rounded twice.
         """
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
-        with torch.autocast(device.type, enabled=False):
+        with spread(device), torch.autocast(device.type, enabled=False):
             layers = [block.state() for block in self.blks]
             narrower = self.config.n_layers * self.config.hidden_dim < self.config.n_genes
             heads = self._fold_heads(layers) if narrower and self._heads_are_linear else None
@@ -337,30 +402,36 @@ class SpatialTransformer(nn.Module):
 
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn by the graph's device when None.
         """
-        keys = self._dropout_keys(graph, slide_seed) if self.training else None
-        if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
-            read = self.run_folded(graph, self.gene_terms(x, states), tokens, states, keys)
-            return F.linear(read, *states.heads.to_mean).to(x.dtype)
-        total = torch.zeros_like(x)
+        with spread(x.device):
+            keys = self._dropout_keys(graph, slide_seed) if self.training else None
+            if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
+                read = self.run_folded(graph, self.gene_terms(x, states), tokens, states, keys)
+                return _product(read, states.heads.to_mean).to(x.dtype)
+            return self._run_layers(graph, x, tokens, states, keys)
+
+    def _run_layers(
+        self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None
+    ) -> Tensor:
+        total, terms = torch.zeros_like(x), ops.Gathered(len(x))
         for index, (block, layer) in enumerate(zip(self.blks, states.layers, strict=True)):
             layer_keys = _keys_of_layer(keys, index)
-            x, tokens = block(x, tokens, layer, graph, layer_keys)
+            x, tokens = block(x, tokens, layer, graph, layer_keys, terms)
             x = block.gene_updater.genes(x, layer, layer_keys)
             total += x
         return total.div_(len(self.blks))
 
     def gene_terms(self, x: Tensor, states: EncoderState) -> Tensor:
         """Expression [N, G], rows of anything, to all that the layers read of it where heads are folded: [N, P]."""
-        return F.linear(x, *states.layers[0].folded.gene).to(x.dtype)
+        return _product(x, states.layers[0].folded.gene).to(x.dtype)
 
     def run_folded(
         self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None = None
     ) -> Tensor:
         """:meth:`run` between :meth:`gene_terms` x [N, P] and what all gene heads read, [N, L * d]: see
         :class:`LinearHeads`."""
-        read = []
+        read, terms = [], ops.Gathered(len(x))
         for index, (block, layer) in enumerate(zip(self.blks, states.linear_layers(), strict=True)):
-            x, tokens = block(x, tokens, layer, graph, _keys_of_layer(keys, index))
+            x, tokens = block(x, tokens, layer, graph, _keys_of_layer(keys, index), terms)
             read.append(x)
         return torch.cat(read, dim=1)
 
@@ -460,9 +531,10 @@ class Denoiser(nn.Module, Pretrained):
         Returns:
             [N, G] prediction of x_1, rows of the graph.
         """
-        if states is None:
-            states = self.backbone.layer_states()
-        return self.denoise_at(graph, x_t, image, self.fourier_proj(t), states, slide_seed)
+        with spread(image.device):
+            if states is None:
+                states = self.backbone.layer_states()
+            return self.denoise_at(graph, x_t, image, self.fourier_proj(t), states, slide_seed)
 
     def denoise_at(
         self,

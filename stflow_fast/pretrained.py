@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import (
+    PyTorchModelHubMixin,
+    constants,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +30,9 @@ from .slides import NORMALIZATIONS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+REACH_SECONDS = 2.0
+"""Within which the Hub must answer a first question. What is then downloaded may take its time."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,9 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
         Args:
             pretrained_model_name_or_path: the folder, or the repository's "owner/name".
             map_location: device of the model.
-            download: ``revision``, ``token``, ``cache_dir``, ... of ``huggingface_hub.hf_hub_download``.
+            download: ``revision``, ``token``, ``cache_dir``, ... of ``huggingface_hub.hf_hub_download``. A Hub that
+                does not answer within ``etag_timeout`` seconds (or HF_HUB_ETAG_TIMEOUT of the environment; 2) is out
+                of reach: the model is then taken from the cache if it is there.
 
         Raises:
             InputError: config.json or model.safetensors is missing, truncated or not a stflow-fast model, or neither a
@@ -142,13 +155,64 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
 
 
 def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
+    """config.json and model.safetensors from the Hub, or where that is out of reach as they were last downloaded."""
     try:
+        try:
+            _reach_hub(name, options)
+        except (ConnectionError, TimeoutError):
+            cached = _cached(name, options)
+            if len(cached) < 2 or options.get("force_download"):
+                raise
+            return cached
         return tuple(Path(hf_hub_download(name, file, **options)) for file in (CONFIG_FILE, WEIGHTS_FILE))
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = first_line(error.__cause__ or error)
         raise InputError(
             f"{name}: is neither a folder with {CONFIG_FILE} and {WEIGHTS_FILE} nor a model within reach on the "
-            f"Hugging Face Hub ({first_line(error)})"
+            f"Hugging Face Hub ({reason})"
         ) from error
+
+
+def _reach_hub(name: str, options: dict[str, Any]) -> None:
+    """Ask the Hub once, unless it need not be; any answer but an error of its own will do. ``hf_hub_download`` goes on
+    asking for half a minute, and before it looks into its cache it spends 3 s on a question about this machine. In a
+    thread, as looking up a name, and each of its addresses, has a time limit of its own.
+
+    Raises:
+        ConnectionError, TimeoutError: there is no Hub to ask.
+    """
+    if options.get("local_files_only"):
+        return
+    of_environment = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT  # which hf_hub_download obeys too
+    seconds = constants.HF_HUB_ETAG_TIMEOUT if of_environment else options.get("etag_timeout", REACH_SECONDS)
+    place = {key: options[key] for key in ("subfolder", "repo_type", "revision", "endpoint") if key in options}
+    url = hf_hub_url(name, CONFIG_FILE, **place)
+    answer: list[int | Exception] = []
+
+    def ask() -> None:
+        try:
+            answer.append(get_session().head(url, timeout=2 * seconds).status_code)  # that it ends at all
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise TimeoutError(f"no answer within {seconds:g} s; HF_HUB_ETAG_TIMEOUT=10 waits longer")
+    [status] = answer
+    if isinstance(status, Exception):
+        raise ConnectionError(first_line(status)) from status
+    if status >= 500:
+        raise ConnectionError(f"{url} answers {status}")
+
+
+def _cached(name: str, options: dict[str, Any]) -> tuple[Path, ...]:
+    """What is in the cache of config.json and model.safetensors."""
+    place = {key: options[key] for key in ("cache_dir", "revision", "repo_type") if key in options}
+    folder = f"{options['subfolder']}/" if options.get("subfolder") else ""
+    found = [try_to_load_from_cache(name, folder + file, **place) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    return tuple(Path(path) for path in found if isinstance(path, str))
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .arrays import as_tensor
+from .config import parse_bytes
 from .errors import InputError
 from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, Predict, time_grid
 from .graph import SpotGraph
 from .model import Denoiser, EncoderState
 from .priors import Prior, check_seed, slide_seed
 from .slides import Slide
+from .threads import blocks_of, in_turn, spread
 
 DEFAULT_MEMORY_BUDGET = "5GiB"
 """What sampling may spend on keeping edge messages from one flow step to the next: those of the largest public slide,
 605,471 spots, by the default model. Measured in benchmarks/results/cpu_notes.md, "time per spot"."""
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+"""Of products; parameters, statistics, softmax and positions stay float32."""
 
 FEATURE_CHUNK = 16_384
 """Spots whose features are on the model's device at once."""
@@ -44,19 +49,6 @@ class Sample:
     trajectory: Tensor | None = None
 
 
-def parse_bytes(size: int | str) -> int:
-    """``"4GiB"``, ``"500 MB"`` or a number of bytes.
-
-    Raises:
-        InputError: not a size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(size))
-    if not found:
-        raise InputError(f"memory_budget: must be a size such as 4GiB or 500MB, not {size!r}")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
-
-
 class Sampler:
     """A model ready to sample slides: its folded weights are made once.
 
@@ -71,6 +63,7 @@ class Sampler:
         prior: Prior | str | None = None,
         memory_budget: int | str = DEFAULT_MEMORY_BUDGET,
         cuda_graph: bool = True,
+        precision: str | None = None,
     ) -> None:
         """
         Args:
@@ -82,6 +75,9 @@ class Sampler:
             cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on.
                 A capture needs the memory of a draw once more, and frees cuBLAS's workspaces of the whole process:
                 False where there is too little, beside CUDA graphs of your own, or for debugging.
+            precision: "float32" or "bf16", of the matrix products; when None that of the caller's autocast, float32
+                without one. bf16 pays on a GPU and on processors that multiply it (avx512_bf16, amx); what it changes
+                is in ``benchmarks/results/cpu_notes.md``.
 
         Raises:
             InputError: a setting out of range.
@@ -90,10 +86,15 @@ class Sampler:
         self.n_sample_steps, self.prior = resolve(model, n_sample_steps, prior)
         self.solver = EulerSolver(time_grid(self.n_sample_steps))
         self.memory_budget = parse_bytes(memory_budget)
+        if precision is not None:
+            check_precision(precision)
+        if precision == "bf16" and model.image_transform.weight.dtype != torch.float32:
+            raise InputError(f"precision: bf16 is of a float32 model, not one of {model.image_transform.weight.dtype}")
+        self.precision = precision
         # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device has
         # float64.
         times = torch.tensor(self.solver.grid[:-1], dtype=torch.float64)
-        with _evaluating(model):
+        with self.running():
             self.states = model.backbone.layer_states()
             self.times = dict(zip(self.solver.grid[:-1], model.fourier_proj(times).split(1), strict=True))
             # One for all slides: what is freed on a stream is free for that stream alone.
@@ -113,6 +114,16 @@ class Sampler:
         known = self.times.get(t)
         return self.model.fourier_proj(torch.tensor([t], dtype=torch.float64)) if known is None else known
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The model evaluating, in the sampler's precision."""
+        chosen = contextlib.nullcontext()
+        if self.precision is not None:
+            dtype = PRECISIONS[self.precision]
+            chosen = torch.autocast(self.model.image_transform.weight.device.type, dtype, enabled=dtype is not None)
+        with _evaluating(self.model), chosen:
+            yield
+
     def prepare(self, slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> PreparedSlide:
         """Make what all draws of a slide share: neighbours, geometry, ``image_transform``, edge messages.
 
@@ -124,7 +135,7 @@ class Sampler:
             InputError: features of another size than the model's, NaN or infinite features or coordinates, shapes
                 that disagree.
         """
-        return PreparedSlide(self, *_inputs(slide))
+        return PreparedSlide(self, *_inputs(self.model, slide))
 
 
 class PreparedSlide:
@@ -137,10 +148,9 @@ class PreparedSlide:
     """
 
     def __init__(self, sampler: Sampler, features: Tensor, coords: Tensor, slide_id: str) -> None:
-        _check(sampler.model, features, coords, slide_id)
         self.sampler, self.slide_id = sampler, slide_id
         model, solver = sampler.model, sampler.solver
-        with _evaluating(model):
+        with sampler.running():
             self.graph = model.build_graph(coords)
             self.image = _embed(model, self.graph, features)
             self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
@@ -165,8 +175,8 @@ class PreparedSlide:
         model = self.sampler.model
         if not 0 <= t <= 1:
             raise InputError(f"t: must be in [0, 1], not {t}")
-        _check_shape("x_t", x_t, (self.graph.n_spots, model.config.n_genes), self.slide_id)
-        with _evaluating(model):
+        x_t = _expression("x_t", x_t, (self.graph.n_spots, model.config.n_genes), self.slide_id)
+        with self.sampler.running():
             return self._call.leave(self._call.enter(x_t.to(model.image_transform.weight)), t)
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
@@ -180,7 +190,7 @@ class PreparedSlide:
         Raises:
             InputError: x_0 of another shape, or NaN or infinite; a negative seed.
         """
-        with _evaluating(self.sampler.model):
+        with self.sampler.running():
             if trajectory:
                 return self._trajectory(self._source(x_0, seed))
             x_1 = self._loop(self._source(x_0, seed))
@@ -204,7 +214,7 @@ class PreparedSlide:
         if x_0 is None:
             drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
             x_0 = torch.from_numpy(drawn)
-        _check_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
+        x_0 = _checked_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
         weight = model.image_transform.weight
         if weight.is_cuda and not x_0.is_cuda:
             x_0 = x_0.pin_memory()
@@ -327,6 +337,7 @@ def sample(
     seed: int = 0,
     trajectory: bool = False,
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET,
+    precision: str | None = None,
 ) -> Sample:
     """Sample the expression of a whole slide in one pass: a :class:`Sampler` for one draw of one slide.
 
@@ -334,7 +345,7 @@ def sample(
     rounding.
 
     Args:
-        model, n_sample_steps, prior, memory_budget: see :class:`Sampler`.
+        model, n_sample_steps, prior, memory_budget, precision: see :class:`Sampler`.
         slide: see :meth:`Sampler.prepare`.
         x_0, seed, trajectory: see :meth:`PreparedSlide.draw`.
 
@@ -344,7 +355,7 @@ def sample(
     """
     check_seed(seed)
     # A single draw replays nothing.
-    sampler = Sampler(model, n_sample_steps, prior, memory_budget, cuda_graph=False)
+    sampler = Sampler(model, n_sample_steps, prior, memory_budget, cuda_graph=False, precision=precision)
     return sampler.prepare(slide).draw(x_0, seed, trajectory)
 
 
@@ -375,14 +386,21 @@ def _workspaces_of_its_own() -> Iterator[None]:
 @contextlib.contextmanager
 def _evaluating(model: Denoiser) -> Iterator[None]:
     """Without gradients, in evaluation mode, and with the model's GPU as the current one: streams, events and graphs
-    are made on that."""
+    are made on that. On the CPU with threads that take blocks in turn."""
     was_training, weight = model.training, model.image_transform.weight
     model.eval()
     try:
-        with torch.no_grad(), torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
+        on_device = torch.cuda.device(weight.device) if weight.is_cuda else spread(weight.device)
+        with torch.no_grad(), on_device:
             yield
     finally:
         model.train(was_training)
+
+
+def check_precision(precision: str) -> None:
+    """Raise InputError unless it is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: must be {' or '.join(PRECISIONS)}, not {precision!r}")
 
 
 def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | None) -> tuple[int, Prior]:
@@ -396,38 +414,51 @@ def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | No
     return n_sample_steps, Prior(prior) if isinstance(prior, str) else prior
 
 
-def _inputs(slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> tuple[Tensor, Tensor, str]:
+def _inputs(model: Denoiser, slide: Slide | tuple[Any, Any]) -> tuple[Tensor, Tensor, str]:
+    """Features [N, F] and coordinates [N, 2] of any make, and the slide's id; checked but for coordinates that are NaN,
+    which the graph refuses."""
     if isinstance(slide, Slide):
-        return torch.from_numpy(slide.features), torch.from_numpy(slide.coords), slide.id
-    features, coords = map(torch.as_tensor, slide)
-    return features, coords, ""
-
-
-def _check(model: Denoiser, features: Tensor, coords: Tensor, slide_id: str) -> None:
-    where, config = _where(slide_id), model.config
-    if features.ndim != 2 or features.shape[1] != config.feature_dim:
-        size = features.shape[-1] if features.ndim else 0
-        raise InputError(
-            f"{where}features: {size} numbers per spot, but the model reads {config.feature_dim}; "
-            "use embeddings of the encoder it was trained with"
-        )
+        features, coords, slide_id = slide.features, slide.coords, slide.id
+    elif isinstance(slide, (tuple, list)) and len(slide) == 2:
+        (features, coords), slide_id = slide, ""
+    else:
+        found = f"{len(slide)} of them" if isinstance(slide, (tuple, list)) else type(slide).__name__
+        raise InputError(f"slide: must be a Slide, or two arrays, features [N, F] and coordinates [N, 2], not {found}")
+    where = _where(slide_id)
+    mend = "use embeddings of the encoder that the model was trained with"
+    features = as_tensor(f"{where}features", features, ("N", model.config.feature_dim), mend)
     n = len(features)
-    if tuple(coords.shape) != (n, 2):
-        raise InputError(f"{where}coords: must have shape [{n}, 2], not {list(coords.shape)}")
-    broken = sum(int((~part.isfinite()).any(dim=1).sum()) for part in features.split(FEATURE_CHUNK))
-    if broken:
-        raise InputError(f"{where}features: {broken} of {n} spots are NaN or infinite; remove them or embed them again")
+    coords = as_tensor(f"{where}coords", coords, (n, 2), f"features are of {n} spots")
+    _check_finite(features, model.image_transform.weight.dtype, where)
+    return features, coords, slide_id
 
 
-def _check_source(x_0: Tensor, shape: tuple[int, int], slide_id: str) -> None:
-    _check_shape("x_0", x_0, shape, slide_id)
+def _check_finite(features: Tensor, dtype: torch.dtype, where: str) -> None:
+    """``dtype`` is what the model computes in: what is too large for it is infinite."""
+    broken = []
+
+    def count(rows: slice) -> None:
+        part = features[rows].to(dtype)
+        if not part.sum().isfinite():  # a finite sum, an eighth of the time, has nothing in it that is not
+            broken.append(int((~part.isfinite()).any(dim=1).sum()))
+
+    n = len(features)
+    in_turn(count, blocks_of(n, FEATURE_CHUNK if features.is_cuda else ops.ROW_BLOCK), features.device)
+    if sum(broken):
+        found = f"{sum(broken)} of {n} spots are NaN or infinite"
+        raise InputError(f"{where}features: {found}; remove them or embed them again")
+
+
+def _checked_source(x_0: Any, shape: tuple[int, int], slide_id: str) -> Tensor:
+    x_0 = _expression("x_0", x_0, shape, slide_id)
     if not x_0.isfinite().all():
         raise InputError(f"{_where(slide_id)}x_0: has values that are NaN or infinite")
+    return x_0
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, int], slide_id: str) -> None:
-    if tuple(x.shape) != shape:
-        raise InputError(f"{_where(slide_id)}{name}: must have shape {list(shape)}, not {list(x.shape)}")
+def _expression(name: str, x: Any, shape: tuple[int, int], slide_id: str) -> Tensor:
+    """[N, G] of any make. Contiguous: products of it have the same bits, however it came."""
+    return as_tensor(f"{_where(slide_id)}{name}", x, shape).contiguous()
 
 
 def _where(slide_id: str) -> str:
@@ -447,24 +478,31 @@ def _to_host(x: Tensor) -> Tensor:
 def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:
     """``image_transform`` of the rows of the graph [N, d], some of them on the device at a time.
 
-    To a GPU they go through two pinned buffers in turn, so that one is filled while the other is copied.
+    From the host to a GPU they go through two pinned buffers in turn, so that one is filled while the other is copied.
     """
     weight = model.image_transform.weight
     image = torch.empty(graph.n_spots, model.config.hidden_dim, dtype=weight.dtype, device=weight.device)
     order = graph.order.to(features.device)
-    streamed = weight.is_cuda and not features.is_cuda
-    size = (min(FEATURE_CHUNK, graph.n_spots), features.shape[1])
-    buffers = [torch.empty(size, dtype=features.dtype, pin_memory=True) for _ in range(2)] if streamed else []
-    copied = [torch.cuda.Event() for _ in buffers]
-    for index, start in enumerate(range(0, graph.n_spots, FEATURE_CHUNK)):
-        chunk = slice(start, start + FEATURE_CHUNK)
-        rows = order[chunk]
-        if streamed:
-            copied[index % 2].synchronize()
-            staged = torch.index_select(features, 0, rows, out=buffers[index % 2][: len(rows)])
-            part = staged.to(weight.device, non_blocking=True)
-            copied[index % 2].record()
-        else:
-            part = features[rows]
-        image[chunk] = model.image_transform(part.to(weight))
+    if weight.is_cuda and not features.is_cuda:
+        for chunk, part in _streamed(features, order, weight.device):
+            image[chunk] = model.image_transform(part.to(weight))
+        return image
+
+    def embed(rows: slice) -> None:
+        image[rows] = model.image_transform(features[order[rows]].to(weight))
+
+    in_turn(embed, blocks_of(graph.n_spots, FEATURE_CHUNK if weight.is_cuda else ops.ROW_BLOCK), weight.device)
     return image
+
+
+def _streamed(features: Tensor, order: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of the rows, and their features on a GPU."""
+    size = (min(FEATURE_CHUNK, len(order)), features.shape[1])
+    buffers = [torch.empty(size, dtype=features.dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in buffers]
+    for index, chunk in enumerate(blocks_of(len(order), FEATURE_CHUNK)):
+        copied[index % 2].synchronize()
+        staged = torch.index_select(features, 0, order[chunk], out=buffers[index % 2][: chunk.stop - chunk.start])
+        part = staged.to(device, non_blocking=True)
+        copied[index % 2].record()
+        yield chunk, part

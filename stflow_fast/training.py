@@ -29,6 +29,7 @@ from .pretrained import Provenance, load_state, load_tensors, save_tensors
 from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
 from .sampling import Sampler
 from .slides import HestTask
+from .threads import spread
 from .windows import (
     HELD_OUT_REGIONS,
     HELD_OUT_SLIDES,
@@ -286,9 +287,10 @@ class _Trainer:
         """Train one epoch more and score it."""
         started = time.perf_counter()
         epoch = progress.epoch + 1
-        loss = self._train_epoch(epoch)
-        # One process scores for all: were they to differ by a bit, they would stop at different epochs.
-        scores = self._score() if self.accelerator.is_main_process else {}
+        with spread(self.accelerator.device):
+            loss = self._train_epoch(epoch)
+            # One process scores for all: were they to differ by a bit, they would stop at different epochs.
+            scores = self._score() if self.accelerator.is_main_process else {}
         [scores] = broadcast_object_list([scores])
         _check_finite(bool(scores), epoch)
         reached = scores["selection_pearson"]

@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks.baselines.eager_stflow import EagerTimeEmbedding
+from stflow_fast.model import TimestepEmbedder
+
 # Kernels are interpreted where there is no GPU; Triton reads this when a kernel's file is loaded.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -42,3 +45,11 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def same_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain re-implementation of the published code takes our frequencies of the time: computed in float32, as they
+    are published, their last bits are the processor's, and move a float64 prediction by 1e-9 and more."""
+    table = TimestepEmbedder.frequencies()
+    monkeypatch.setattr(EagerTimeEmbedding, "frequencies", staticmethod(lambda device: table.to(device)))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import http.server
 import json
+import os
 import re
 import resource
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata
@@ -19,6 +24,7 @@ import torch
 
 from stflow_fast import cli
 from stflow_fast.config import DenoiserConfig
+from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 
@@ -36,6 +42,7 @@ from .builders import (
     write_task,
 )
 
+TOLD = ["--n-neighbors", "8", "--no-non-negative"]
 TRAIN = ["--encoder", ENCODER, "--epochs", "1", "--set", "hidden_dim=16", "--set", "pairwise_hidden_dim=16"]
 
 
@@ -244,7 +251,7 @@ def test_one_bad_slide_does_not_stop_the_others(say: Callable[..., str], model: 
     wide = {"features": np.zeros((60, 5), np.float32)}
     bad = slide_file(tmp_path / "in", "S1", **wide)
     complaint = say("predict", model, good[0], bad, good[1], "--out", tmp_path / "out")
-    assert "slide S1: features: 5 numbers per spot, but the model reads 16" in complaint
+    assert "slide S1: features: must have shape [N, 16], not [60, 5]; use embeddings of the encoder" in complaint
     assert sorted(path.name for path in (tmp_path / "out").glob("*.h5ad")) == ["S0.h5ad", "S2.h5ad"]
     slide_file(tmp_path / "in", "S1")
     say("predict", model, good[0], bad, good[1], "--out", tmp_path / "out", "--resume", code=0)
@@ -348,8 +355,8 @@ def test_overwriting_on_a_disk_that_fills_up(say: Callable[..., str], task: Path
     (tmp_path / "genes.json").write_text(json.dumps(gene_names()[:PANEL]))
     before = contents(tmp_path)
     run_with_little_space("train", task, "--out", tmp_path / "run", *TRAIN, "--overwrite", "--seed", 1)
-    convert = ["convert", tmp_path / "published.pth", "--genes", tmp_path / "genes.json"]
-    run_with_little_space(*convert, "--out", model, "--overwrite")
+    convert = ["convert", tmp_path / "published.pth", "--genes", tmp_path / "genes.json", *TOLD]
+    assert "cannot be written" in run_with_little_space(*convert, "--out", model, "--overwrite")
     assert contents(tmp_path) == before
 
 
@@ -384,6 +391,7 @@ def test_converting_without_the_right_genes(say: Callable[..., str], model: Path
     torch.save(state, tmp_path / "published.pth")
     (tmp_path / "genes.json").write_text('["A", "B"]')
     command = ["convert", tmp_path / "published.pth", "--out", tmp_path / "out", "--genes", tmp_path / "genes.json"]
+    command += TOLD
     assert "predicts 8 genes, but 2 names were given" in say(*command)
     (tmp_path / "genes.json").write_text('{"list": 3}')
     assert "genes.json: must be a JSON list" in say(*command)
@@ -395,4 +403,161 @@ def test_converting_without_the_right_genes(say: Callable[..., str], model: Path
     assert "genes: A is named twice" in say(*command)
     (tmp_path / "genes.json").write_text(json.dumps(gene_names()[:PANEL]))
     assert "normalize: must be one of" in say(*command, "--normalize", "banana")
+    assert not (tmp_path / "out").exists()
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A Hugging Face Hub of this machine: it serves the files of ``folder``, or answers all with another status."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, status: int = 200) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.folder, self.status, self.asked = folder, status, []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.command, Path(self.path).name))
+        path, status = self.server.folder / Path(self.path).name, self.server.status
+        there = status == 200 and path.exists()
+        content = path.read_bytes() if there else b""
+        self.send_response(status if there or status != 200 else 404)
+        self.send_header("Content-Length", str(len(content)))
+        if there:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """It has the model at every name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)  # it asks the real one
+    with Hub(model) as made:
+        yield made
+        made.shutdown()
+
+
+def connections(listening: socket.socket) -> int:
+    """How many wait at a socket where nobody answers."""
+    listening.setblocking(False)
+    for count in range(100):
+        try:
+            listening.accept()
+        except BlockingIOError:
+            return count
+    raise AssertionError("more than anybody would make")
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """Takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def url_of(listening: socket.socket) -> str:
+    return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def load(hub: str, cache: Path, **options: object) -> Denoiser:
+    return Denoiser.from_pretrained("owner/name", endpoint=hub, cache_dir=cache, **options)
+
+
+OUT_OF_REACH = r"^owner/name: is neither a folder with .* nor a model within reach on the Hugging Face Hub \({}.*\)$"
+
+
+@pytest.mark.parametrize(("status", "most"), [(500, 1), (503, 1), (504, 1), (401, 2), (403, 2), (404, 2)])
+def test_a_hub_without_the_model_is_not_asked_again(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str], status: int, most: int
+) -> None:
+    """What answers with an error of its own is asked no more; what refuses may give to who has a token."""
+    hub.status = status
+    with pytest.raises(InputError, match=OUT_OF_REACH.format(f".*{status}")):
+        load(hub.url, tmp_path / "cache")
+    assert hub.asked == [("HEAD", "config.json")] * most
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_never_answers_is_asked_once(
+    silent: socket.socket, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match=OUT_OF_REACH.format("no answer within 0.2 s; HF_HUB_ETAG_TIMEOUT=10 waits")):
+        load(url_of(silent), tmp_path / "cache", etag_timeout=0.2)
+    assert connections(silent) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_is_not_there(silent: socket.socket, tmp_path: Path) -> None:
+    url = url_of(silent)
+    silent.close()
+    with pytest.raises(InputError, match=OUT_OF_REACH.format(".*refused")):
+        load(url, tmp_path / "cache")
+
+
+def test_names_that_no_hub_has(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^own er/name: is neither a folder .*'own er/name'"):
+        Denoiser.from_pretrained("own er/name", cache_dir=tmp_path)
+
+
+def test_models_are_downloaded_and_then_there_without_a_hub(
+    hub: Hub, silent: socket.socket, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cache = Denoiser.from_pretrained(model).state_dict(), tmp_path / "cache"
+
+    def assert_loads(url: str, **options: object) -> None:
+        found = load(url, cache, **options).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    assert_loads(hub.url)
+    assert [name for command, name in hub.asked if command == "GET"] == ["config.json", "model.safetensors"]
+    hub.asked.clear()
+    assert_loads(hub.url)
+    assert all(command == "HEAD" for command, _ in hub.asked)
+    assert_loads(hub.url, revision="main")
+    hub.status = 503
+    assert_loads(hub.url)
+    assert_loads(url_of(silent), etag_timeout=0.2)
+    hub.asked.clear()
+    assert_loads(hub.url, local_files_only=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_loads(hub.url)
+    with pytest.raises(InputError, match=OUT_OF_REACH.format(".*offline mode is enabled")):
+        load(hub.url, tmp_path / "empty")
+    with pytest.raises(InputError, match=OUT_OF_REACH.format(".*offline mode is enabled")):
+        load(hub.url, cache, force_download=True)
+    assert hub.asked == []
+
+
+def test_a_hub_with_half_a_model(hub: Hub, model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=OUT_OF_REACH.format(".*404")):
+        load(hub.url, tmp_path / "cache")
+
+
+def test_predicting_with_a_model_out_of_reach(silent: socket.socket, tmp_path: Path) -> None:
+    """One connection and one line, also where huggingface_hub would ask for other things first."""
+    environment = {"HF_ENDPOINT": url_of(silent), "HF_HOME": str(tmp_path / "home"), "HF_HUB_ETAG_TIMEOUT": "1"}
+    command = [sys.executable, "-m", "stflow_fast", "predict", "owner/name", "x.h5", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert ended.returncode == 2
+    *before, complaint = ended.stderr.splitlines()
+    assert re.search(OUT_OF_REACH.format("no answer within 1 s"), complaint.removeprefix("stflow-fast: "))
+    assert all(line.startswith("slide ") for line in before)  # the progress bar
+    assert connections(silent) == 1
     assert not (tmp_path / "out").exists()

@@ -27,6 +27,8 @@ PLAIN = ("reference", "reference_kept_edges", "reference_compiled")
 PUBLISHED = ("eager_stflow", "message_passing", *PLAIN, "triton", "triton_kept_edges")
 PLENTY = 2**62
 
+pytestmark = pytest.mark.usefixtures("same_frequencies")
+
 needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
 

@@ -18,6 +18,20 @@ SPOTS = 1024
 """A whole number of blocks."""
 
 
+def counting() -> FlopCounterMode:
+    """torch's counter, and what it does not count: a product in place."""
+
+    def flops(total: torch.Size, a: torch.Size, b: torch.Size, out_shape: torch.Size, **options: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops})
+
+
+def sums_of_values(config: DenoiserConfig, calls: int) -> int:
+    """Operations of the sums of neighbours' values, which torch counts where they are products of matrices alone."""
+    return 2 * SPOTS * calls * config.n_layers * config.n_neighbors * config.hidden_dim
+
+
 @pytest.mark.parametrize(
     "changed", [{}, {"n_genes": 700}, {"n_neighbors": 16}, {"activation": "gelu"}, {"pairwise_hidden_dim": 64}]
 )
@@ -29,10 +43,12 @@ def test_the_count_is_torchs_count_of_what_runs(workload: str, changed: dict) ->
     job.provider.model.requires_grad_(False)  # else the counter asks for gradient functions
     job.prepare(SPOTS, "visium")
     job.call(0)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         job.call(0)
+    calls = 4 if workload == "sample" else 1
+    done = counter.get_total_flops() + sums_of_values(config, calls)
     # Beside what is needed: padding of the context.
-    assert 0.99 < floor.work(workload, config, SPOTS).flops / counter.get_total_flops() <= 1
+    assert 0.99 < floor.work(workload, config, SPOTS).flops / done <= 1
 
 
 def test_a_training_step_needs_no_more_than_is_done() -> None:
@@ -40,10 +56,11 @@ def test_a_training_step_needs_no_more_than_is_done() -> None:
     job = job_of(plan, Case("train_step", "visium", SPOTS, 8, CONFIG.n_genes, "float32"), "reference")
     job.prepare(SPOTS, "visium")
     job.call(0)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         job.call(0)
-    # Beside what is needed: blocks that are computed again.
-    assert 0.95 < floor.work("train_step", CONFIG, SPOTS).flops / counter.get_total_flops() <= 1
+    done = counter.get_total_flops() + 3 * sums_of_values(CONFIG, 1)
+    # Beside what is needed: padding of the context.
+    assert 0.95 < floor.work("train_step", CONFIG, SPOTS).flops / done <= 1
 
 
 def test_work_grows_with_the_spots_alone() -> None:

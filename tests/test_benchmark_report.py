@@ -25,7 +25,16 @@ README = "# Title\r\n\nabove  \n<!-- benchmarks:begin -->\nold 12 ms\n<!-- bench
 def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 100.0, **changed) -> dict:
     return {
         **{"workload": "sample", "provider": provider, "layout": "visium_jittered", "spots": spots, "k": 8},
-        **{"genes": 50, "dtype": "float32", "threads": 2, "rounds": 5, "cold_l2_ms": None, "prepare_ms": ms and 1.0},
+        **{
+            "genes": 50,
+            "dtype": "float32",
+            "threads": 2,
+            "busy": 0,
+            "busy_nice": 0,
+            "rounds": 5,
+            "cold_l2_ms": None,
+            "prepare_ms": ms and 1.0,
+        },
         **{"arithmetic": changed.get("dtype", "float32"), "alone": False},
         **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "compile_s": ms and 0.1},
         **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
@@ -125,6 +134,8 @@ def test_files_of_something_else_are_left_out(results):
             "has no prepare_ms, compile_s",
         ),
         (json.dumps({**line(), "compile_s": "long"}), "compile_s must be a number or null"),
+        (json.dumps({**line(), "busy": None}), "busy must be a whole number"),
+        (json.dumps({**line(), "threads": "all"}), "threads must be a whole number"),
     ],
 )
 def test_a_broken_line_is_refused_by_file_and_line(tmp_path, broken, said):
@@ -158,9 +169,11 @@ def test_the_table_says_what_each_costs_and_why_the_others_did_not_run():
     assert "dense_attention †" in text
     assert "needs 64.7 GB" in row("dense_attention", "1,000")
     assert "not run" in row("triton", "10,000")
-    assert "sample, triton (visium_jittered, 8, 50, float32), 10,000 spots: there is no CUDA device" in text
+    assert "sample, triton (visium_jittered, 8, 50, float32, 2 threads), 10,000 spots: there is no CUDA" in text
     assert "red check" in row("message_passing", "10,000")
-    assert "sample, reference (visium_jittered, 8, 50, float32): time N^1.00 (10,000 to 100,000)" in text
+    assert "sample, reference (visium_jittered, 8, 50, float32, 2 threads): time N^1.00 (10,000 to 100,000)" in text
+    assert "busy" not in text
+    assert "of idle" not in text
 
 
 def test_the_table_tells_what_comes_before_the_times_within_120_columns():
@@ -296,6 +309,98 @@ def test_a_ratio_is_of_one_run_and_a_slope_of_one_number_of_threads(results):
     inside = (results.parent / "README.md").read_text()
     assert "| published network, edge list | float32 | 50.0 ms, 10.0 MB |" in inside
     assert "| stflow-fast, plain torch | float32 | 100 ms, 10.0 MB, 1.00x |" in inside
+
+
+DAY_BEFORE = {"date": "2026-11-24T04:00:00+00:00"}
+
+
+def of_machines(**changed) -> list[dict]:
+    """Ours and the published code at 10,000 spots, with one thread and two, beside nothing and two busy processes."""
+    beside = {"busy": 2, "load": 4.0}
+    return [
+        *(line("reference", ms=190.0, threads=1, **changed), line("reference", ms=100.0, **changed)),
+        *(line("eager_stflow", ms=700.0, threads=1, **changed), line("eager_stflow", ms=400.0, **changed)),
+        *(line("reference", ms=210.0, **beside, **changed), line("eager_stflow", ms=2_000.0, **beside, **changed)),
+        line("reference", ms=120.0, busy_nice=10, **beside, **changed),
+        line("reference", ms=300.0, threads=1, **beside, **changed),
+    ]
+
+
+MACHINES = (
+    "* Threads and a busy machine (sample, 10,000 spots, stflow-fast, plain torch): 1 thread 190 ms; 2 threads 100 ms "
+    "(1.90x); beside 2 busy processes 210 ms (2.10x its idle time), published algorithm 2.00 s (5.00x its idle time); "
+    "beside 2 busy processes of nice 10 120 ms (1.20x its idle time).\n"
+)
+
+
+def test_the_readme_tells_threads_and_a_busy_machine_in_one_bullet(results):
+    """From one run, also where its lines with nothing beside them were measured again later; and nothing else of it."""
+    readme, later = results.parent / "README.md", [line("reference", ms=90.0), line("eager_stflow", ms=500.0)]
+    write(results / "cpu.jsonl", [*some_lines(), *later])
+    report.redraw(results, readme)
+    without = readme.read_text()
+    older = of_machines(date="2026-11-23T04:00:00+00:00", median_ms=1.0)
+    write(results / "cpu.jsonl", [*older, *of_machines(**DAY_BEFORE), *some_lines(), *later])
+    report.redraw(results, readme)
+    text = readme.read_text()
+    assert MACHINES in text
+    assert text.replace(MACHINES, "").replace("2026-11-24 to 2026-11-25", "2026-11-25") == without
+    assert "load average 0.2 to 0.2" in text  # of what nothing was beside
+
+
+def test_a_bullet_of_machines_has_what_there_is(results):
+    readme = results.parent / "README.md"
+
+    def bullets(*lines: dict) -> list[str]:
+        write(results / "cpu.jsonl", list(lines))
+        report.redraw(results, readme)
+        return [found for found in readme.read_text().splitlines() if "Threads and a busy machine" in found]
+
+    about = "* Threads and a busy machine (sample, 10,000 spots, stflow-fast, plain torch): "
+    threads = [line(ms=190.0, threads=1), line()]
+    assert bullets(*threads) == [about + "1 thread 190 ms; 2 threads 100 ms (1.90x)."]
+    beside = [line(), line(ms=210.0, busy=1)]
+    assert bullets(*beside) == [about + "2 threads 100 ms; beside 1 busy process 210 ms (2.10x its idle time)."]
+    another_run = line(ms=210.0, busy=1, **DAY_BEFORE)
+    assert bullets(line(), another_run) == bullets(line(), line(spots=1_000, ms=1.0, busy=1)) == bullets(line()) == []
+    steps = [entry | {"workload": "train_step"} for entry in threads]
+    assert [found.partition(" (")[2].partition(",")[0] for found in bullets(*steps, *beside)] == [
+        "sample",
+        "train step",
+    ]
+
+
+def test_busy_lines_are_in_no_picture_and_no_table_of_the_readme(results, tmp_path):
+    busy = [line("reference", spots, 0.05 * spots, busy=2) for spots in (*SPOTS, 605_471)]
+    assert chosen([*some_lines(), *busy]) == chosen(some_lines())
+    assert chosen(busy) == []
+    assert write_pictures(busy, tmp_path) == []
+    write(results / "cpu.jsonl", busy)
+    report.redraw(results, readme := results.parent / "README.md")
+    assert report.BEGIN in readme.read_text()
+    assert "Some CPU" not in readme.read_text()
+
+
+def test_the_table_says_how_many_times_its_idle_time_a_busy_one_is():
+    text = shown(terminal_table([*of_machines(), line("triton", ms=7.0, busy=2, commit="another")]))
+    rows = [" ".join(found.split()) for found in text.splitlines()]
+    assert any(row.endswith("peak x of idle threads, busy, busy_nice check") for row in rows)
+    assert any("4.00x 2, 0, 0 green" in row for row in rows)  # ours beside the published code, idle
+    assert any("9.52x 2.10x 2, 2, 0 green" in row for row in rows)  # and both beside the same
+    assert any("1.00x 5.00x 2, 2, 0 green" in row for row in rows)
+    assert any("10.0 MB 1.20x 2, 2, 10 green" in row for row in rows)
+    assert any(row.startswith("sample triton") and "10.0 MB 2, 2, 0 green" in row for row in rows)
+    assert "of idle: times its own time with nothing beside it" in text
+
+
+def test_a_slope_of_busy_lines_is_their_own():
+    lines = [
+        line(spots=spots, ms=0.01 * spots * factor, busy=busy) for spots in SPOTS for busy, factor in ((0, 1), (2, 3))
+    ]
+    found = {slope["busy"]: slope["exponent"] for slope in slopes(lines) if slope["quantity"] == "time"}
+    assert found == {0: pytest.approx(1.0), 2: pytest.approx(1.0)}
+    text = shown(terminal_table(lines))
+    assert "float32, 2 threads, beside 2 busy processes): time N^1.00" in text
 
 
 def test_few_calls_have_no_band():

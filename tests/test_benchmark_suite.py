@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +20,10 @@ from typing import Any
 
 import pytest
 import torch
-from stflow_fast.benchmarks import command, jobs, measure, report, suite
+from stflow_fast.benchmarks import busy, command, jobs, measure, report, suite
+from stflow_fast.benchmarks.busy import busy_processes
 from stflow_fast.benchmarks.jobs import Case, Job, Plan
+from stflow_fast.benchmarks.lines import load
 from stflow_fast.benchmarks.providers import PROVIDERS, EagerSTFlow
 from stflow_fast.benchmarks.suite import LINE, Suite
 from typer.testing import CliRunner
@@ -282,6 +287,11 @@ def test_of_a_slide_of_its_neighbours_the_published_code_makes_something_else(sp
         (["--spots", "1e3,many"], "--spots: must be whole numbers"),
         (["--k", "0"], "--k: must be whole numbers"),
         (["--k", "1100"], "--k: at most 1099"),
+        (["--threads", "0,2"], "--threads: must be whole numbers of 1 to 1000 such as 1,2, not '0,2'"),
+        (["--threads", "two"], "--threads: must be whole numbers"),
+        (["--busy", "-1"], "--busy: must be whole numbers of 0 to 1000"),
+        (["--busy", "1e6"], "--busy: must be whole numbers"),
+        (["--busy", "2", "--busy-nice", "20"], "--busy-nice: must be whole numbers of 0 to 19"),
         (["--spots", "10", "--genes", "1000000", "--memory-budget", "1GiB"], "the inputs of 1,100 spots"),
         (["--rounds", "0"], "--rounds: must be more than 0"),
         (["--seconds", "nan"], "--seconds: must be more than 0"),
@@ -319,11 +329,11 @@ def test_over_the_budget_is_a_note_and_no_figure() -> None:
 
 @needs_proc
 def test_memory_in_a_process_of_its_own() -> None:
-    plan, case = small_plan(threads=1), CASE._replace(spots=2000)
+    plan, case = small_plan(), CASE._replace(spots=2000, threads=1)
     found = measure.in_own_process(suite.peak_of, plan, case, "dense_softmax")
     scores = 2 * 4 * 2 * 2000 * 2000
     assert 1 / 1.5 < found["peak_bytes"] / scores < 1.5
-    found = measure.in_own_process(suite.peak_of, small_plan(threads=1, memory_budget=2**25), case, "dense_softmax")
+    found = measure.in_own_process(suite.peak_of, small_plan(memory_budget=2**25), case, "dense_softmax")
     assert re.fullmatch(r"out of memory at [\d,]+ bytes", found["note"])
 
 
@@ -399,6 +409,228 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         return said
 
     return record
+
+
+def counting() -> list[int]:
+    """The processes that count beside this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"PPid:\t{os.getpid()}\n" in (folder / "status").read_text()
+            if ours and busy.COUNT.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def processor_time(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
+def is_gone(pid: int) -> bool:
+    """Also where it has ended and nobody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    last = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < last
+        time.sleep(0.01)
+
+
+@needs_proc
+@pytest.mark.parametrize("ended_by", [None, RuntimeError, KeyboardInterrupt])
+def test_busy_processes_count_until_the_end_whatever_that_is(ended_by: type[BaseException] | None) -> None:
+    nicer = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+    with pytest.raises(ended_by) if ended_by else contextlib.nullcontext(), busy_processes(2, 5):
+        pids = counting()
+        assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [nicer] * 2
+        for pid in pids:
+            before = processor_time(pid)
+            wait_for(lambda pid=pid, before=before: processor_time(pid) > before)
+        if ended_by:
+            raise ended_by
+    assert counting() == []
+    assert all(map(is_gone, pids))
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_busy_processes_end_with_the_one_that_started_them(number: signal.Signals) -> None:
+    code = """
+import os, time
+from pathlib import Path
+from busy import busy_processes
+with busy_processes(2):
+    print(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text(), flush=True)
+    time.sleep(600)
+"""
+    folder = Path(busy.__file__).parent
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, **pipes) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert not any(map(is_gone, pids))
+        parent.send_signal(number)
+        wait_for(lambda: all(map(is_gone, pids)))
+        parent.communicate()
+    assert parent.returncode == -number
+
+
+@needs_proc
+def test_a_busy_process_that_somebody_ended_is_said() -> None:
+    beside = busy_processes(2)
+    beside.__enter__()
+    pid, _ = counting()
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(ChildProcessError, match="a busy process was ended"):
+        beside.__exit__(None, None, None)
+    assert counting() == []
+
+
+class Watched(Recorded):
+    """Says how many processes count beside it, and how many threads torch has."""
+
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        self.said.append(("prepare", len(counting()), torch.get_num_threads()))
+
+    def call(self, turn: int) -> None:
+        self.said.append(("call", len(counting()), torch.get_num_threads()))
+        if self.fails:
+            raise self.fails
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    def watch(fails: BaseException | None = None) -> list[Any]:
+        said: list[Any] = []
+        for module in (jobs, suite):
+            monkeypatch.setattr(module, "job_of", lambda plan, case, name: Watched(name, said, fails))
+
+        def peak(function: Callable, plan: Plan, case: Case, name: str) -> dict[str, int]:
+            said.append(("peak", len(counting()), case.threads))
+            return {"peak_bytes": 1}
+
+        monkeypatch.setattr(measure, "in_own_process", peak)
+        return said
+
+    return watch
+
+
+@needs_proc
+def test_what_is_timed_is_beside_busy_processes_and_on_so_many_threads(watched: Callable[..., list[Any]]) -> None:
+    said, before = watched(), torch.get_num_threads()
+    cases = [CASE._replace(threads=3), CASE._replace(threads=3, busy=2, busy_nice=1)]
+    idle, beside = lines_of(small_plan(rounds=2), cases, ("a",))
+    timed = ["prepare", "call", "call", "call"]
+    assert said == [("peak", 0, 3), *((what, 0, 3) for what in timed), *((what, 2, 3) for what in timed)]
+    assert (counting(), torch.get_num_threads()) == ([], before)
+    told = [tuple(line[field] for field in ("threads", "busy", "busy_nice", "peak_bytes")) for line in (idle, beside)]
+    assert told == [(3, 0, 0, 1), (3, 2, 1, 1)]  # the peak is asked once
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("fails", "raised", "notes"),
+    [(RuntimeError("no"), contextlib.nullcontext(), ["RuntimeError: no"]), (KeyboardInterrupt(), None, [])],
+)
+def test_nothing_is_busy_and_threads_are_as_before_where_it_failed(
+    watched: Callable[..., list[Any]], fails: BaseException, raised: Any, notes: list[str]
+) -> None:
+    said, before, lines = watched(fails), torch.get_num_threads(), []
+    with raised or pytest.raises(KeyboardInterrupt):
+        Suite(small_plan(), lines.append, lambda what: None).run_case(CASE._replace(threads=3, busy=2), ("a",))
+    assert [line["note"] for line in lines] == notes
+    assert said[-1] == ("call", 2, 3)
+    assert (counting(), torch.get_num_threads()) == ([], before)
+
+
+@needs_proc
+def test_the_first_trend_of_a_busy_case_is_beside_busy_processes(watched: Callable[..., list[Any]]) -> None:
+    said = watched()
+    lines_of(small_plan(check_spots=39, rounds=1), [CASE._replace(busy=1)], ("a",))
+    small, (peak, *timed) = said[:4], said[4:]
+    assert {beside for _, beside, _ in small} == {beside for _, beside, _ in timed} == {1}
+    assert peak[:2] == ("peak", 0)
+
+
+def test_a_busy_case_is_left_out_by_its_own_trend(
+    recorded: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded()
+    monkeypatch.setattr(suite, "busy_processes", lambda *_: contextlib.nullcontext())
+    times = {0: 1.0, 2: 8.0}
+    monkeypatch.setattr(
+        suite.Entrant,
+        "time",
+        lambda self, turn: self.warm.append(25.0 * self.case.spots * times[self.case.busy]),
+    )
+    cases = [CASE._replace(spots=spots, busy=number) for number in (0, 2) for spots in (40, 80)]
+    lines = lines_of(small_plan(rounds=1, seconds=30.0), cases, ("a",))
+    # Two calls of 16 s: the peak of memory is known.
+    assert [line["note"] for line in lines] == ["", "", "", "left out: some 32 s expected; raise --seconds"]
+
+
+@needs_proc
+def test_threads_and_busy_processes_of_the_command_are_of_one_run(tmp_path: Path, small: None) -> None:
+    options = ("--workload", "denoise", "--providers", "reference,eager_stflow", "--spots", "40")
+    done = run(tmp_path, *options, "--threads", "2,1", "--busy", "1,0", "--busy-nice", "5,0")
+    assert done.exit_code == 0, done.output
+    lines = [line for line in lines_in(tmp_path) if line["provider"] == "reference"]
+    assert [(line["threads"], line["busy"], line["busy_nice"]) for line in lines] == [
+        *((1, 0, 0), (2, 0, 0)),  # what is measured beside nothing comes first
+        *((1, 1, 0), (2, 1, 0)),
+        *((1, 1, 5), (2, 1, 5)),
+    ]
+    assert len({line["date"] for line in lines}) == 1
+    assert {line["check"] for line in lines} == {"green"}
+    assert "of idle" in done.output
+    assert load(tmp_path) == lines_in(tmp_path)  # all of them figures of their own
+
+
+def test_a_busy_case_goes_on_with_the_same_beside_nothing(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
+    monkeypatch.setattr(suite, "busy_processes", lambda *_: contextlib.nullcontext())
+    options = ("--workload", "denoise", "--providers", "reference", "--resume", "--threads", "1")
+
+    def added(*more: str) -> list[tuple[int, int]]:
+        before = len(lines_in(tmp_path)) if list(tmp_path.glob("*.jsonl")) else 0
+        assert run(tmp_path, *options, *more).exit_code == 0
+        return [(line["spots"], line["busy"]) for line in lines_in(tmp_path)[before:]]
+
+    assert added("--busy", "2", "--spots", "40") == [(40, 2)]
+    assert added("--busy", "0", "--spots", "40") == [(40, 0)]  # a busy line is none of an idle machine
+    assert added("--busy", "0,2") == [(60, 0), (60, 2)]
+    assert added("--busy", "0,2,3", "--spots", "60") == [(60, 0), (60, 2), (60, 3)]
+    assert added("--busy", "0,2") == []
+
+
+def test_lines_from_before_there_were_busy_ones_are_of_an_idle_machine(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "same_code", lambda before: True)
+    options = ("--workload", "denoise", "--providers", "reference", "--spots", "40")
+    run(tmp_path, *options)
+    (path,) = tmp_path.glob("*.jsonl")
+    (line,) = lines_in(tmp_path)
+    del line["busy"], line["busy_nice"]
+    path.write_text(json.dumps(line) + "\n")
+    assert load(tmp_path) == [{**line, "busy": 0, "busy_nice": 0}]
+    run(tmp_path, *options, "--resume")
+    assert len(lines_in(tmp_path)) == 1
+
+
+def test_the_committed_lines_load() -> None:
+    lines = load(ROOT / command.COMMITTED)
+    assert all(line["busy"] >= 0 and line["threads"] >= 1 for line in lines)
 
 
 def test_providers_take_turns(recorded: Callable[..., list[Any]]) -> None:

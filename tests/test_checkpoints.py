@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,11 @@ from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser, SpatialTransformer
 from stflow_fast.pretrained import Provenance
 
+from .published_layout import PublishedDenoiser
+
 SHAPE = {"n_genes": 6, "feature_dim": 9, "hidden_dim": 16, "pairwise_hidden_dim": 8, "n_layers": 2, "n_neighbors": 4}
 GENES = tuple("ABCDEF")
+TOLD = {"n_neighbors": 4, "non_negative": False}
 
 
 def published(**settings: object) -> EagerDenoiser:
@@ -101,7 +106,7 @@ def test_a_published_checkpoint_is_converted(tmp_path: Path, wrapped: bool) -> N
     model = published().float()
     state = {f"module.{name}": value for name, value in model.state_dict().items()} if wrapped else model.state_dict()
     torch.save({"state_dict": state} if wrapped else state, tmp_path / "published.pth")
-    converted = convert(tmp_path / "published.pth", GENES, "uni", n_neighbors=4)
+    converted = convert(tmp_path / "published.pth", GENES, "uni", n_neighbors=4, non_negative=False)
     assert converted.provenance.genes == GENES
     for ours, theirs in zip(converted.double().inference(*inputs()), model.double().inference(*inputs()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -122,10 +127,10 @@ def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
         if content is not None:
             torch.save(content, path)
         with pytest.raises(InputError, match=complaint):
-            convert(path, GENES, n_neighbors=4, **({"n_heads": 2} if "n_heads" in complaint else {}))
+            convert(path, GENES, **TOLD, **({"n_heads": 2} if "n_heads" in complaint else {}))
     torch.save(good, path)
     with pytest.raises(InputError, match="predicts 6 genes, but 2 names"):
-        convert(path, ("A", "B"))
+        convert(path, ("A", "B"), **TOLD)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match="is truncated"):
         convert(path, GENES)
@@ -152,15 +157,19 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
-def attributes(model: EagerDenoiser) -> EagerDenoiser:
-    """The attributes that the published modules have and the plain re-implementation names alike."""
-    model.backbone.n_neighbors = SHAPE["n_neighbors"]
+def theirs(non_negative: bool = True, **settings: object) -> PublishedDenoiser:
+    """A module with the attributes of the published one, in float64."""
+    torch.manual_seed(0)
+    config = DenoiserConfig(**{**SHAPE, "dropout": 0.0, "attn_dropout": 0.0, **settings})
+    model = PublishedDenoiser(config).double().eval()
+    for block in model.backbone.blks:
+        block.gene_updater.non_negative = non_negative
     return model
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["Denoiser", "SpatialTransformer"])
 def test_acceleration_in_place(whole: bool) -> None:
-    model = attributes(published())
+    model = theirs()
     before = [value.clone() for value in model.inference(*inputs())]
     parameters, names = list(model.parameters()), list(model.state_dict())
     held = model.backbone
@@ -177,27 +186,166 @@ def test_acceleration_in_place(whole: bool) -> None:
     assert not torch.allclose(model.inference(*inputs()), torch.stack(before))
 
 
+@pytest.mark.parametrize("non_negative", [True, False])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+def test_acceleration_computes_what_the_module_did(activation: str, non_negative: bool) -> None:
+    """Prediction, loss and gradients, without being told anything."""
+    exp, features, coords, times = inputs()
+    found = []
+    for fast in (False, True):
+        model = theirs(non_negative, activation=activation)
+        if fast:
+            accelerate(model)
+        prediction, loss = model(exp, features, coords, exp.flip(0), times)
+        found.append([prediction, loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert (found[0][0] == 0).any() == non_negative  # otherwise the ReLU would show in nothing
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_settings_are_read_from_where_the_published_code_has_them() -> None:
+    settings = {"n_heads": 2, "n_neighbors": 6, "dropout": 0.3, "attn_dropout": 0.1, "activation": "gelu"}
+    for non_negative in (True, False):
+        told = accelerate(theirs(non_negative, **settings)).backbone.config
+        wanted = DenoiserConfig(**{**SHAPE, **settings, "feature_dim": SHAPE["hidden_dim"]}, non_negative=non_negative)
+        assert dataclasses.replace(told, feature_dim=wanted.feature_dim) == wanted
+
+
+def set_to(path: str, value: object) -> Callable[[PublishedDenoiser], None]:
+    """What sets an attribute of the encoder."""
+
+    def change(model: PublishedDenoiser) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(model.backbone.get_submodule(owner), name, value)
+
+    return change
+
+
+def behind_the_head(*modules: nn.Module) -> Callable[[PublishedDenoiser], None]:
+    def change(model: PublishedDenoiser) -> None:
+        for block in model.backbone.blks:
+            block.gene_updater.output.extend(modules)
+
+    return change
+
+
+def hooked(model: PublishedDenoiser) -> None:
+    model.backbone.blks[1].attn.register_forward_hook(print)
+
+
+@pytest.mark.parametrize(
+    ("activation", "change", "complaint"),
+    [
+        (
+            "swiglu",
+            set_to("blks.1.gene_updater.non_negative", False),
+            "non_negative: blks.1.* False, but blks.0",
+        ),
+        (
+            "swiglu",
+            set_to("non_negative", False),
+            "non_negative: blks.0.* True, but non_negative says",
+        ),
+        ("swiglu", set_to("blks.1.attn.n_heads", 2), "n_heads: blks.1.attn.n_heads says 2, but blks.0"),
+        ("swiglu", set_to("blks.1.mlp.drop1.p", 0.5), "dropout: blks.1.mlp.drop1 says 0.5, but blks.0"),
+        (
+            "swiglu",
+            set_to("blks.0.gene_updater.output.5.p", 0.5),
+            "dropout: .*gene_updater.output.5 says 0.5, but",
+        ),
+        ("swiglu", set_to("blks.1.attn.attn_dropout.p", 0.5), "attn_dropout: blks.1.attn.attn_dropout says 0.5, but"),
+        (
+            "swiglu",
+            set_to("blks.1.attn.n_neighbors", 9),
+            "n_neighbors: blks.1.attn.n_neighbors says 9, but",
+        ),
+        ("swiglu", set_to("blks.0.mlp.act", nn.Sigmoid()), "activation: blks.0.mlp.act says Sigmoid, but"),
+        ("swiglu", set_to("blks.0.attn.mlp_attn.act", nn.GELU()), "mlp_attn.act: is gelu; .* computes swiglu there"),
+        ("swiglu", set_to("blks.1.mlp.gate_last", True), "blks.1.mlp.gate_last: is true"),
+        ("gelu", set_to("blks.1.attn.W_output.act", nn.ReLU()), "activation: blks.1.attn.W_output.act says relu, but"),
+        ("gelu", set_to("blks.0.mlp.act", nn.GELU("tanh")), "blks.0.mlp.act: is an approximate GELU"),
+        ("relu", set_to("blks.0.attn.mlp_attn.act", nn.ReLU()), "mlp_attn.act: is relu; .* computes gelu there"),
+        ("relu", set_to("blks.1.mlp.norm.eps", 1e-6), r"blks.1.mlp.norm.eps: is 1e-06; .* computes with 1e-05"),
+        (
+            "swiglu",
+            behind_the_head(nn.Softplus()),
+            "gene_updater.output.6: is Softplus.* published gene head",
+        ),
+        ("swiglu", hooked, "blks.1.attn: has a hook"),
+    ],
+)
+def test_what_the_fast_encoder_would_compute_otherwise_is_refused(
+    activation: str, change: Callable[[PublishedDenoiser], None], complaint: str
+) -> None:
+    model = theirs(activation=activation)
+    change(model)
+    encoder, blocks = type(model.backbone), model.backbone.blks
+    with pytest.raises(InputError, match=complaint):
+        accelerate(model)
+    assert type(model.backbone) is encoder
+    assert model.backbone.blks is blocks
+
+
+def test_a_relu_module_behind_the_head_is_one() -> None:
+    model = theirs(non_negative=False)
+    behind_the_head(nn.ReLU())(model)
+    before = model.inference(*inputs())
+    for block in model.backbone.blks:
+        del block.gene_updater.non_negative
+    torch.testing.assert_close(accelerate(model).inference(*inputs()), before, rtol=1e-9, atol=1e-9)
+    assert model.backbone.config.non_negative
+
+
+def test_what_stands_nowhere_is_asked_for_by_name() -> None:
+    def bare() -> PublishedDenoiser:
+        model = theirs(n_neighbors=4)
+        for block in model.backbone.blks:
+            del block.gene_updater.non_negative
+        return model
+
+    with pytest.raises(InputError, match=r"non_negative: the module does not say it; pass .*non_negative=\.\.\."):
+        accelerate(bare())
+    expected = theirs(non_negative=False).inference(*inputs())
+    torch.testing.assert_close(accelerate(bare(), non_negative=False).inference(*inputs()), expected)
+    model = bare()
+    del model.backbone.n_neighbors
+    with pytest.raises(InputError, match="n_neighbors: the module does not say it"):
+        accelerate(model, non_negative=True)
+    assert not isinstance(model.backbone, SpatialTransformer)
+    ungated = theirs(activation="relu")
+    for part in ungated.modules():
+        if hasattr(part, "act"):
+            del part.act
+    with pytest.raises(InputError, match="activation: is unknown, and ungated MLPs do not tell gelu from relu"):
+        accelerate(ungated)
+
+
 def test_acceleration_refuses_what_it_does_not_know() -> None:
     with pytest.raises(InputError, match="Linear is neither"):
         accelerate(nn.Linear(2, 2))
-    extra = attributes(published())
+    extra = theirs()
     extra.head = nn.Linear(2, 2)
     with pytest.raises(InputError, match="head.bias"):
         accelerate(extra)
-    unknown = attributes(published())
-    unknown.backbone.__dict__.pop("n_neighbors")
-    with pytest.raises(InputError, match="n_neighbors: the module does not say it"):
-        accelerate(unknown)
-    ungated = attributes(published(activation="relu"))
-    with pytest.raises(InputError, match="activation: is unknown, and ungated MLPs do not tell gelu from relu"):
-        accelerate(ungated)
-    for act, named in ((nn.SiLU(), "swiglu"), (nn.Tanh(), "Tanh")):
-        ungated.backbone.blks[0].attn.edge_trans.act = act
-        with pytest.raises(InputError, match=f"activation: is {named}"):
-            accelerate(ungated)
-    gated = attributes(published())
-    gated.backbone.blks[0].attn.edge_trans.act = nn.Sigmoid()
-    with pytest.raises(InputError, match="activation: the parameters say swiglu, the settings Sigmoid"):
-        accelerate(gated)
-    assert not isinstance(unknown.backbone, SpatialTransformer)
-    assert isinstance(accelerate(unknown, n_neighbors=4).backbone, SpatialTransformer)
+    with pytest.raises(InputError, match="non_negative: the module says True, the settings False"):
+        accelerate(theirs(), non_negative=False)
+    with pytest.raises(InputError, match="memory_budget: must be a size"):
+        accelerate(theirs(), memory_budget="much")
+
+
+def test_what_is_fast_already_is_left_alone_and_said() -> None:
+    ours = Denoiser(DenoiserConfig(**SHAPE)).double().eval()
+    for model in (ours, accelerate(theirs())):
+        before, encoder = model.inference(*inputs()), model.backbone.blks
+        with pytest.warns(UserWarning, match="stflow-fast's already; nothing was changed"):
+            assert accelerate(model) is model
+        assert model.backbone.blks is encoder
+        assert torch.equal(model.inference(*inputs()), before)
+        with pytest.raises(InputError, match="n_neighbors: the module says 4, the settings 5"):
+            accelerate(model, n_neighbors=5)
+
+
+def test_layers_that_share_parameters_stay_shared() -> None:
+    model = theirs()
+    model.backbone.blks[1] = model.backbone.blks[0]
+    before = model.inference(*inputs())
+    torch.testing.assert_close(accelerate(model).inference(*inputs()), before, rtol=1e-9, atol=1e-9)

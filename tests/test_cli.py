@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import pytest
@@ -18,6 +21,7 @@ from typer.testing import CliRunner
 import stflow_fast
 import stflow_fast.demo as demo
 from benchmarks.baselines.eager_stflow import EagerDenoiser
+from stflow_fast import doctor
 from stflow_fast.cli import app
 from stflow_fast.synthetic import make_cohort
 
@@ -57,15 +61,87 @@ def test_convert(tmp_path: Path) -> None:
     published = EagerDenoiser(n_genes=3, feature_dim=5, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
     torch.save(published.state_dict(), tmp_path / "published.pth")
     (tmp_path / "genes.json").write_text('{"genes": ["A", "B", "C"]}')
-    run("convert", tmp_path / "published.pth", "--out", tmp_path / "m", "--genes", tmp_path / "genes.json")
+    told = ("--n-neighbors", 6, "--non-negative")
+    run("convert", tmp_path / "published.pth", "--out", tmp_path / "m", "--genes", tmp_path / "genes.json", *told)
     model = stflow_fast.Denoiser.from_pretrained(tmp_path / "m")
     assert model.provenance.genes == ("A", "B", "C")
+    assert (model.config.n_neighbors, model.config.non_negative) == (6, True)
 
 
 def test_doctor_says_what_would_run() -> None:
     said = run("doctor")
-    for word in ("torch", torch.__version__, "edge attention", "device", "C++ compiler"):
+    for word in ("torch", torch.__version__, "edge attention", "device", "threads", "C++ compiler"):
         assert word in said
+
+
+@pytest.fixture
+def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, str]]]:
+    """What the doctor says of a machine: (found, remark) by row."""
+
+    def diagnose(
+        load: float, threads: int = 2, cores: int = 2, usable: int = 2, asked: str | None = None
+    ) -> dict[str, tuple[str, str]]:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
+        monkeypatch.setattr(doctor, "thread_count", lambda: threads)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if asked:
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        what, found, remark = (list(column.cells) for column in doctor.diagnose().columns)
+        return {row[0]: row[1:] for row in zip(what, found, remark, strict=True)}
+
+    return diagnose
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "cores", "said"),
+    [
+        (0.3, 2, 2, "idle"),
+        (1.0, 1, 2, "1 other busy process: cores enough are free"),
+        (2.1, 2, 2, "2 other busy processes: expect about 2.0 times the time; the result is the same"),
+        (1.9, 1, 2, "2 other busy processes: expect about 1.5 times the time; the result is the same"),
+        (8.0, 4, 16, "8 other busy processes: cores enough are free"),
+        (2.0, 4, 2, "2 other busy processes: expect about 1.5 times the time; the result is the same"),
+    ],
+)
+def test_doctor_says_whether_the_machine_is_loaded(
+    diagnosed: Callable[..., dict[str, tuple[str, str]]], load: float, threads: int, cores: int, said: str
+) -> None:
+    assert diagnosed(load, threads, cores)["load"] == (f"{load:.1f} on {cores} cores", said)
+
+
+def test_doctor_says_nothing_of_a_load_that_the_system_does_not_tell(
+    diagnosed: Callable[..., dict[str, tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diagnosed(1.0)
+
+    def unknown() -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    assert "load" not in doctor.diagnose().columns[0].cells
+    monkeypatch.delattr(os, "getloadavg")
+    assert "load" not in doctor.diagnose().columns[0].cells
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({}, ("2 of 2 cores", "torch's default")),
+        ({"threads": 1, "asked": "1"}, ("1 of 2 cores", "OMP_NUM_THREADS=1")),
+        ({"threads": 2, "asked": "1"}, ("2 of 2 cores", "set by torch.set_num_threads")),
+        ({"threads": 1}, ("1 of 2 cores", "set by torch.set_num_threads, or torch's default")),
+        (
+            {"threads": 4, "cores": 4, "asked": "4"},
+            ("4 of 4 cores", "OMP_NUM_THREADS=4; this process may use 2 of the cores; too many: set OMP_NUM_THREADS=2"),
+        ),
+    ],
+)
+def test_doctor_says_how_many_threads_and_why(
+    diagnosed: Callable[..., dict[str, tuple[str, str]]], machine: dict[str, Any], said: tuple[str, str]
+) -> None:
+    assert diagnosed(0.0, **machine)["threads"] == said
 
 
 def test_demo_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

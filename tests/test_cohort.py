@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 
-import stflow_fast.pretrained as pretrained
 from stflow_fast.cohort import (
     MANIFEST,
     SamplingConfig,
@@ -155,13 +154,10 @@ def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(name: str, file: str) -> str:
-        raise LocalEntryNotFoundError("no connection\nand no cache")
-
-    monkeypatch.setattr(pretrained, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=r"owner/name: is neither a folder .* nor a model within reach .*connection\)$"
+        InputError, match=r"owner/name: is neither a folder .* nor a model within reach .*offline mode.*\)$"
     ):
         load_model("owner/name")
     (tmp_path / "runs").mkdir()

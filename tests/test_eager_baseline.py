@@ -29,10 +29,8 @@ Load = Callable[[str], tuple[Golden, EagerDenoiser]]
 
 
 @pytest.fixture
-def load(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(shared: Callable[[str], Path], same_frequencies: None) -> Load:
     """A golden file in float64 and the eager denoiser with its parameters, loaded strictly."""
-    table = TimestepEmbedder.frequencies()
-    monkeypatch.setattr(EagerTimeEmbedding, "frequencies", staticmethod(lambda device: table.to(device)))
 
     def load_case(name: str) -> tuple[Golden, EagerDenoiser]:
         golden = Golden(shared(f"golden/{name}.npz"))

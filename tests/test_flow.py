@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stflow_fast import ops, use_backend
-from stflow_fast.config import DenoiserConfig
+from stflow_fast.config import DenoiserConfig, parse_bytes
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
 from stflow_fast.model import Denoiser, EncoderState
 from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
-from stflow_fast.sampling import PreparedSlide, Sampler, parse_bytes, sample
+from stflow_fast.sampling import PreparedSlide, Sampler, sample
 from stflow_fast.slides import Slide
 
 from .cuda_stand_in import StandIn
@@ -74,6 +74,29 @@ def test_a_perfect_prediction_is_reached_from_anywhere_along_a_straight_line(n_s
     for t, x_t in visited:
         along = (t - 0.01) / 0.99
         torch.testing.assert_close(x_t, x_0 + along * (x_1 - x_0))
+
+
+@pytest.mark.parametrize("n_genes", [5, 40])
+def test_a_precision_is_an_autocast_of_the_samplers_own(n_genes: int) -> None:
+    network, spots = model(n_genes).float().eval(), slide()
+    exact = sample(network, spots).expression
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample(network, spots).expression
+        assert torch.equal(sample(network, spots, precision="float32").expression, exact)
+    prepared = Sampler(network, precision="bf16").prepare(spots)
+    found = prepared.draw().expression
+    assert torch.equal(found, expected)
+    assert found.dtype == prepared.draw(trajectory=True).expression.dtype == torch.float32
+    assert prepared.denoise(torch.zeros(len(found), n_genes), 0.5).dtype == torch.float32
+    assert 0 < (found - exact).norm() / exact.norm() < 0.05
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_precision_that_cannot_be_is_refused() -> None:
+    with pytest.raises(InputError, match="precision: must be float32 or bf16, not 'half'"):
+        Sampler(model(), precision="half")
+    with pytest.raises(InputError, match=r"precision: bf16 is of a float32 model, not one of torch.float64"):
+        Sampler(model().double(), precision="bf16")
 
 
 @pytest.mark.parametrize("n_genes", [5, 40])
@@ -246,7 +269,7 @@ def test_small_slides(n: int) -> None:
 @pytest.mark.parametrize(
     ("features", "coords", "complaint"),
     [
-        (torch.rand(4, 7), torch.rand(4, 2), "features: 7 numbers per spot, but the model reads 6"),
+        (torch.rand(4, 7), torch.rand(4, 2), r"features: must have shape \[N, 6\], not \[4, 7\]; use embeddings"),
         (torch.rand(4, 6), torch.rand(3, 2), r"coords: must have shape \[4, 2\]"),
         (torch.tensor([[0.0] * 6, [float("nan")] * 6]), torch.rand(2, 2), "features: 1 of 2 spots are NaN"),
         (torch.rand(2, 6), torch.tensor([[0.0, float("inf")], [0, 0]]), "coords: 1 of 2 spots are NaN"),

@@ -1,6 +1,10 @@
-"""The neighbour kernel against the k-d tree, entry by entry: ties, piles, outliers, packed slides, sizes that break."""
+"""The neighbour kernel against the k-d tree, entry by entry: ties, piles, outliers, packed slides, sizes that break.
+
+Where there is no lattice, both against all distances."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stflow_fast import graph as graph_module
 from stflow_fast.errors import InputError
 from stflow_fast.graph import MISSING, SpotGraph
 
-from .test_graph import hexagonal, motion, square
+from .test_graph import exact_table, hexagonal, motion, square
 
 triton = pytest.importorskip("triton")
 neighbors = pytest.importorskip("stflow_fast.kernels.neighbors")
@@ -46,7 +51,20 @@ def assert_equal_to_the_tree(
 
 rng = np.random.default_rng(0)
 turn, _ = motion(0.3, False, (0, 0))
+no_lattices = {
+    "uniform, float32": rng.uniform(0, 20_000, (70, 2)).astype(np.float32),
+    "jittered by 10 %, float32": ((hexagonal(8, 9) + rng.uniform(-0.1, 0.1, (72, 2))) * 100 + 9000).astype(np.float32),
+    "jittered by 0.1 %": hexagonal(8, 9) * 100 + rng.uniform(-0.1, 0.1, (72, 2)),
+    "Visium in whole pixels": np.round(rng.permutation(hexagonal(8, 9)) @ turn * 100),
+    "Visium in whole pixels, 833, float32": np.round(rng.permutation(hexagonal(8, 9)) @ turn * 833).astype(np.float32),
+    "mirrored on the diagonal": np.concatenate(
+        [half := rng.uniform(0, 9, (30, 2)), half[:, ::-1], rng.uniform(0, 9, (10, 1)).repeat(2, axis=1)]
+    ),
+}
 clouds = {
+    "half a lattice, in float32": np.concatenate(
+        [hexagonal(6, 6) @ turn * 100 + 9000, rng.uniform(9600, 10_200, (36, 2))]
+    ).astype(np.float32),
     "uniform": rng.uniform(0, 100, (70, 2)),
     "square": square(8, 9),
     "hexagonal, turned": rng.permutation(hexagonal(8, 9)) @ turn * 55,
@@ -65,9 +83,17 @@ clouds = {
 
 
 @pytest.mark.parametrize("name", clouds)
-@pytest.mark.parametrize("k", [1, 5, 8])
+@pytest.mark.parametrize("k", [1, 9])
 def test_graphs_are_equal(name: str, k: int) -> None:
     assert_equal_to_the_tree(clouds[name], k)
+
+
+@pytest.mark.parametrize("name", no_lattices)
+@pytest.mark.parametrize("k", [4, 16])
+def test_neighbours_are_the_exact_ones_where_there_is_no_lattice(name: str, k: int) -> None:
+    graph = assert_equal_to_the_tree(no_lattices[name], k)
+    table = graph.to_spots(graph.order[graph.neighbors]).cpu()
+    assert np.array_equal(table.numpy(), exact_table(no_lattices[name], k))
 
 
 @pytest.mark.parametrize("name", ["uniform", "all in one place"])
@@ -82,7 +108,13 @@ def test_missing_neighbours_are_marked(n: int) -> None:
 
 
 def test_packed_slides_are_as_if_alone() -> None:
-    parts = [clouds["uniform"][:30], np.empty((0, 2)), square(4, 5) * 1e4, np.zeros((1, 2)), np.full((9, 2), 50.0)]
+    parts = [
+        clouds["uniform"][:30],
+        np.empty((0, 2)),
+        square(4, 5) @ turn * 1e4,
+        np.zeros((1, 2)),
+        np.full((9, 2), 50.0),
+    ]
     slide_ptr = np.cumsum([0, *map(len, parts)])
     packed = assert_equal_to_the_tree(np.concatenate(parts), 6, slide_ptr)
     for part, start, stop in zip(parts, slide_ptr, slide_ptr[1:], strict=False):
@@ -107,6 +139,18 @@ def test_ties_of_any_pattern(
     assert_equal_to_the_tree(coords, k, [0, min(cut, len(coords)), len(coords)])
 
 
+def arguments(coords: np.ndarray, k: int, slide_ptr: list[int] | None = None) -> dict[str, Any]:
+    """What ``SpotGraph.build`` hands over."""
+    received: dict[str, Any] = {}
+
+    def search(*args: Any) -> torch.Tensor:
+        received.update(zip(("points", "code", "slide_ptr", "tied", "spot", "k"), args, strict=True))
+        return neighbors.nearest(*args)
+
+    SpotGraph.build(coords, k, slide_ptr, device=DEVICE, search=search)
+    return received | {"k": k}
+
+
 @pytest.mark.parametrize(
     ("millionths", "order"),
     [
@@ -117,8 +161,13 @@ def test_ties_of_any_pattern(
 )
 def test_ties_are_chains(millionths: list[float], order: list[int]) -> None:
     along = np.array([0.0, *(1 + 1e-6 * np.array(millionths))])
-    graph = assert_equal_to_the_tree(np.column_stack([along, np.zeros_like(along)]), len(order))
-    assert graph.to_spots(graph.order[graph.neighbors])[0].tolist() == order
+    given_ = arguments(np.column_stack([along, np.zeros_like(along)]), len(order))
+    given_["tied"] = torch.full_like(given_["tied"], 1e-6)
+    spot = given_["spot"]
+    assert spot[neighbors.nearest(**given_)[spot == 0]][0].tolist() == order
+    points, code, slide_ptr, tied, spot, k = (part.cpu() if torch.is_tensor(part) else part for part in given_.values())
+    rows = graph_module._Forest(points, code, slide_ptr, spot, k).nearest(tied, k)
+    assert spot[rows[spot == 0]][0].tolist() == order
 
 
 def test_the_tile_of_the_gpu_and_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,18 +196,6 @@ def test_what_memory_held_before_does_not_show(monkeypatch: pytest.MonkeyPatch) 
     assert_equal_to_the_tree(clouds["a pile among others"], 5, [0, 3, 40, 70])
 
 
-def arguments() -> dict[str, object]:
-    """What ``SpotGraph.build`` hands over."""
-    received: dict[str, object] = {}
-
-    def search(*args: object) -> torch.Tensor:
-        received.update(zip(("points", "code", "slide_ptr", "tied", "spot", "k"), args, strict=True))
-        return neighbors.nearest(*args)
-
-    SpotGraph.build(clouds["uniform"], 3, [0, 20, 70], device=DEVICE, search=search)
-    return received
-
-
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
@@ -178,7 +215,7 @@ def arguments() -> dict[str, object]:
     ],
 )
 def test_bad_arguments_are_named(name: str, change: object, complaint: str) -> None:
-    given_ = arguments()
+    given_ = arguments(clouds["uniform"], 3, [0, 20, 70])
     given_[name] = change(given_[name])
     with pytest.raises(InputError, match=complaint):
         neighbors.nearest(**given_)

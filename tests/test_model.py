@@ -152,8 +152,8 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, training: bool) 
         return output.detach(), [p.grad.clone() for p in model.parameters()]
 
     whole, whole_gradients = run()
-    monkeypatch.setattr(ops, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(ops, "RECOMPUTED_BLOCK_BYTES", 40_000)
+    monkeypatch.setattr(ops, "KEPT_BYTES", 0)
+    monkeypatch.setattr(ops, "TRAINED_BLOCK_BYTES", 40_000)
     blocks, block_gradients = run()
     torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(block_gradients, whole_gradients, rtol=1e-8, atol=1e-10)

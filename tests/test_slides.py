@@ -241,9 +241,9 @@ def spoiled(values: np.ndarray, value: float) -> np.ndarray:
         (lambda s: {"features": spoiled(s.features, np.nan)}, "slide s: features of 2 of 60 spots are NaN"),
         (lambda s: {"coords": spoiled(s.coords, np.inf)}, "slide s: coords of 2 of 60 spots are NaN"),
         (lambda s: {"barcodes": np.repeat(s.barcodes[:30], 2)}, "slide s: 30 duplicated barcodes, such as 0x0"),
-        (lambda s: {"features": s.features[:5]}, r"slide s: features must have shape \[60, F\]"),
-        (lambda s: {"coords": s.coords[:, :1]}, r"slide s: coords must have shape \[60, 2\]"),
-        (lambda s: {"counts": s.counts[:, :3]}, r"slide s: counts must have shape \[60, 30\]"),
+        (lambda s: {"features": s.features[:5]}, r"slide s: features: must have shape \[60, F\]"),
+        (lambda s: {"coords": s.coords[:, :1]}, r"slide s: coords: must have shape \[60, 2\]"),
+        (lambda s: {"counts": s.counts[:, :3]}, r"slide s: counts: must have shape \[60, 30\]"),
         (lambda s: {"counts": s.counts * -1}, "counts are negative"),
     ],
 )

@@ -286,7 +286,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stflow_fast", "train"]
     small = [word for name in ("hidden_dim", "pairwise_hidden_dim") for word in ("--set", f"{name}=16")]
     options = ["--encoder", ENCODER, "--epochs", "2", "--set", "windows_per_slide=2", *small]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
     command = [*launch, str(task), "--out", str(tmp_path / "run"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

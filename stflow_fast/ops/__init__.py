@@ -7,7 +7,7 @@ of spots, so that what is live is O(N * d) and one block, whatever the slide's s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..graph import SpotGraph
 from ..kernels.conventions import Settings, Sizes, context_padding
+from ..threads import blocks_of, in_turn
 from . import reference
 from .backend import (
     Backend,
@@ -28,12 +29,13 @@ from .backend import (
     use_backend,
     use_compile,
 )
+from .blocks import Blocks, Gathered, Part, Reading, rows_read
 from .dropout import DropoutKeys, dropout
-from .recompute import Recomputed
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
 __all__ = [
     "Backend",
+    "Gathered",
     "Workload",
     "apply_dropout",
     "autocast_dtype",
@@ -56,11 +58,10 @@ BLOCK_BYTES = 8 * 2**20
 thread, 4 denoiser calls, microseconds per spot of the whole sample (least of 3): 564 at 1 MiB, 535 at 2, 520 at 4, 506
 at 8, 542 at 16, 577 at 32."""
 
-WHOLE_BYTES = 128 * 2**20
-"""Live bytes up to which the spots of a training step are one block, which no backward computes again. Seconds of CPU
-per step, whole and in blocks of 16 MiB: 0.40 and 0.50 with 600 spots, 1.8 and 2.0 with 2,500."""
+KEPT_BYTES = 128 * 2**20
+"""Live bytes up to which no backward of a training step computes the slide's blocks again."""
 
-RECOMPUTED_BLOCK_BYTES = 16 * 2**20
+TRAINED_BLOCK_BYTES = 16 * 2**20
 """Live bytes of one block where there are several with gradients. Seconds of CPU per step of 10,000 spots, one thread:
 8.1 by 32 MiB, 7.7 by 16, 8.0 by 8."""
 
@@ -81,32 +82,53 @@ TRAINED_BY = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, options={"cpp.threads": 1})
 
 
 def by_rows(
-    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], keys: DropoutKeys | None
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    keys: DropoutKeys | None,
+    into: Gathered | None = None,
 ) -> tuple[Tensor, ...]:
-    """``function(*inputs, keys)``, which treats every row (spot) alone; on the CPU without gradients, rows in blocks.
+    """``function(*inputs, weights, keys)``, which treats every row (spot) alone; on the CPU, rows in blocks.
 
     Args:
+        function: reads tensors that need gradients as its arguments alone.
         inputs: tensors [N, ...].
+        weights: what all rows share.
         keys: [N] of the rows, or None.
+        into: of an earlier call whose results nobody reads any more: without gradients, memory for those of this one.
+            ``function`` then takes ``out``, the rows of that memory to write to or None.
 
     Returns:
         The function's tensors [N, ...].
     """
-    n = len(inputs[0])
-    if torch.is_grad_enabled() or inputs[0].device.type != "cpu" or n <= ROW_BLOCK:
-        return function(*inputs, keys)
-    outputs: tuple[Tensor, ...] = ()
-    for start in range(0, n, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, n)
-        parts = function(*(values[start:stop] for values in inputs), None if keys is None else keys.rows(start, stop))
-        outputs = outputs or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
-        for whole, part in zip(outputs, parts, strict=True):
-            whole[start:stop] = part
-    return outputs
+    n, device = len(inputs[0]), inputs[0].device
+    if device.type != "cpu" or n == 0:
+        return function(*inputs, weights, keys)
+
+    def run(rows: slice, *tensors: Tensor | None, **out: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        part = None if keys is None else keys.rows(rows.start, rows.stop)
+        return function(*tensors[: len(inputs)], tensors[len(inputs) :], part, **out)
+
+    blocks = blocks_of(n, ROW_BLOCK)
+    if torch.is_grad_enabled():
+
+        def reading(rows: slice) -> Reading:
+            parts = [Part(index, rows if index < len(inputs) else ...) for index in range(len(inputs) + len(weights))]
+            return Reading(parts, functools.partial(run, rows))
+
+        return Blocks.apply(reading, blocks, True, *inputs, *weights)
+    gathered = into or Gathered(n)
+
+    def compute(rows: slice) -> None:
+        out = {} if into is None else {"out": into.rows(rows)}
+        gathered.put(rows, run(rows, *(x[rows] for x in inputs), *weights, **out))
+
+    in_turn(compute, blocks, device)
+    return gathered.tensors
 
 
 def build_graph(
@@ -178,9 +200,12 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
 
         return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
     messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0], dtype=dtype)
-    function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages)
-    for rows in blocks:
+    function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages, BLOCK_BYTES)
+
+    def make(rows: slice) -> None:
         messages[rows] = function(geometry[rows], weights, spec, Dropouts(None, 0.0, 0.0))
+
+    in_turn(make, blocks, geometry.device)
     return messages
 
 
@@ -231,27 +256,35 @@ def _attention_in_blocks(
     n, k = graph.neighbors.shape
     edges = graph.geometry if messages is None else messages
     function = attend_block if messages is None else attend
-    function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function)
+    block_bytes = TRAINED_BLOCK_BYTES if training else BLOCK_BYTES
+    function, blocks = _plan(Workload(terms.device, terms.dtype, k, n, training), weights, function, block_bytes)
     n_messages, width = weights.message_to_logit.shape
 
     def run(
-        rows: slice, query: Tensor, terms: Tensor, neighbors: Tensor, edges: Tensor, weights: Sequence[Tensor]
-    ) -> Tensor:
+        rows: slice, neighbors: Tensor, query: Tensor, terms: Tensor, edges: Tensor, *weights: Tensor
+    ) -> tuple[Tensor]:
         part = dropouts.rows(rows.start, rows.stop)
-        return function(query, terms, neighbors, edges, EdgeWeights(*weights), spec, part)
+        return (function(query, terms, neighbors, edges, EdgeWeights(*weights), spec, part),)
 
-    if training and len(blocks) > 1:
-        return Recomputed.apply(run, blocks, width, graph.neighbors, terms, edges, *weights)
+    if len(blocks) == 1 and terms.device.type != "cpu":
+        return run(slice(0, n), graph.neighbors, terms[:, :width], terms, edges, *weights)[0]
+    if training and blocks:
 
-    def run_rows(rows: slice) -> Tensor:
-        return run(rows, terms[rows, :width], terms, graph.neighbors[rows], edges[rows], weights)
+        def reading(rows: slice) -> Reading:
+            near, place = rows_read(graph.neighbors[rows])
+            shared = (Part(index, ...) for index in range(2, 2 + len(weights)))
+            parts = [Part(0, (rows, slice(width))), Part(0, near), Part(1, rows), *shared]
+            return Reading(parts, functools.partial(run, rows, place))
 
-    if len(blocks) == 1:
-        return run_rows(*blocks)
+        keep = n * _live_bytes(k, weights) <= KEPT_BYTES
+        return Blocks.apply(reading, blocks, keep, terms, edges, *weights)[0]
     columns = terms.shape[1] - 2 * width + spec.n_heads * (n_messages + 1)
     context = terms.new_empty(n, columns + context_padding(columns))
-    for rows in blocks:
-        context[rows] = run_rows(rows)
+
+    def attend_rows(rows: slice) -> None:
+        (context[rows],) = run(rows, graph.neighbors[rows], terms[rows, :width], terms, edges[rows], *weights)
+
+    in_turn(attend_rows, blocks, terms.device)
     return context
 
 
@@ -263,25 +296,24 @@ def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | No
     return backend.name == "triton"
 
 
-def _plan(workload: Workload, weights: EdgeWeights, function: Callable) -> tuple[Callable, list[slice]]:
+def _plan(
+    workload: Workload, weights: EdgeWeights, function: Callable, block_bytes: int
+) -> tuple[Callable, list[slice]]:
     """The function of plain torch that runs a block, and the blocks that cover the spots.
 
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.
     """
-    n, training = workload.n_spots, workload.training
-    if not training:
+    n = workload.n_spots
+    if not workload.training:
         backend = backend_for(workload)
         announce(backend)
         if n >= COMPILED_BLOCK and backend.name == "reference_compiled":
             starts = [*list(range(0, n - COMPILED_BLOCK, COMPILED_BLOCK)), n - COMPILED_BLOCK]
             return _compiled(function), [slice(start, start + COMPILED_BLOCK) for start in starts]
-    per_spot = 3 * workload.k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()
-    size = max(1, _block_bytes(training, n * per_spot) // per_spot)
-    return function, [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    size = max(1, block_bytes // _live_bytes(workload.k, weights))
+    return function, blocks_of(n, size)
 
 
-def _block_bytes(training: bool, live: int) -> int:
-    """Live bytes of one block, where all spots have so many."""
-    if not training:
-        return BLOCK_BYTES
-    return WHOLE_BYTES if live <= WHOLE_BYTES else RECOMPUTED_BLOCK_BYTES
+def _live_bytes(k: int, weights: EdgeWeights) -> int:
+    """Of a spot while its block is computed."""
+    return 3 * k * weights.message_to_logit.shape[1] * weights.message_to_logit.element_size()

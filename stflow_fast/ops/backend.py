@@ -17,20 +17,17 @@ import torch
 from ..errors import InputError
 from ..kernels.conventions import MOST_COLUMNS, MOST_NEIGHBORS, Settings, Sizes, float32_is_tf32
 
-COMPILE_FROM_SPOTS = 200_000
-"""Compiled blocks save 0.1 ms per spot with one thread (4.4 s against 3.4 s for 10,000 spots), and compiling takes some
-20 s. With two threads they save nothing (2.4 s both): inductor's loops take 0.47 s with one thread, 0.66 with two."""
-
 
 class Choice:
     """A setting of the process by environment variable, or of a block of code by context manager."""
 
     def __init__(self, variable: str, values: tuple[str, ...]) -> None:
+        """The first of the values is the default."""
         self.variable, self.values = variable, values
         self._inner: contextvars.ContextVar[str | None] = contextvars.ContextVar(variable, default=None)
 
     def __call__(self) -> str:
-        return self._inner.get() or self._checked(os.environ.get(self.variable, "auto"))
+        return self._inner.get() or self._checked(os.environ.get(self.variable, self.values[0]))
 
     @contextlib.contextmanager
     def use(self, value: str) -> Iterator[None]:
@@ -49,7 +46,7 @@ class Choice:
 
 
 _BACKEND = Choice("STFLOW_BACKEND", ("auto", "triton", "reference"))
-_COMPILE = Choice("STFLOW_COMPILE", ("auto", "on", "off"))
+_COMPILE = Choice("STFLOW_COMPILE", ("off", "on"))
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
@@ -65,8 +62,11 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def use_compile(mode: str) -> contextlib.AbstractContextManager[None]:
-    """Choose how the CPU runs inference: ``auto`` (compiled for large slides where there is one thread), ``on``
-    or ``off``. The choice is logged once, at level INFO.
+    """Choose how the CPU runs inference: ``off``, plain torch and the default, or ``on``, blocks by ``torch.compile``.
+    The choice is logged once, at level INFO.
+
+    Compiling takes some 20 s. With one thread it then saves a tenth of the time; with several it costs, for inductor's
+    loops hold the interpreter's lock, so that blocks wait for each other.
 
     The environment variable ``STFLOW_COMPILE`` sets the same for a process. Training is never compiled, and neither
     are slides smaller than a compiled block (:data:`stflow_fast.ops.COMPILED_BLOCK` spots).
@@ -91,7 +91,7 @@ class Workload(NamedTuple):
     device: torch.device
     dtype: torch.dtype = torch.float32
     k: int = 1
-    n_spots: int = COMPILE_FROM_SPOTS
+    n_spots: int = 1
     training: bool = False
     edges: EdgeWork | None = None  # what edge kernels are to do
 
@@ -181,24 +181,16 @@ def _triton_is_installed() -> bool:
 
 def _compiled_or_plain(workload: Workload, lacks: str) -> Backend:
     """Without gradients and without Triton."""
-    mode, compiler, on_cpu = _COMPILE(), cpp_compiler(), workload.device.type == "cpu"
-    if mode == "on" and not (on_cpu and compiler):
-        lacks = (
-            "there is no C++ compiler (g++ or clang++)" if on_cpu else f"it compiles for the CPU, not {workload.device}"
-        )
-        raise InputError(f"STFLOW_COMPILE: is on, but {lacks}; set it to auto or off")
-    if not on_cpu:
+    if _COMPILE() == "off":
         return Backend("reference", f"plain torch; {lacks}")
-    if mode == "off":
-        return Backend("reference", "plain torch; STFLOW_COMPILE=off")
-    if compiler is None:
-        return Backend("reference", "plain torch; no C++ compiler (g++ or clang++) for torch.compile")
-    if mode == "auto" and torch.get_num_threads() > 1:
-        return Backend("reference", "plain torch; with several threads torch.compile was measured to gain nothing")
-    if mode == "auto" and workload.n_spots < COMPILE_FROM_SPOTS:
-        return Backend("reference", f"plain torch; compiling pays from {COMPILE_FROM_SPOTS} spots")
-    when = "" if mode == "on" else f", for slides from {COMPILE_FROM_SPOTS:,} spots"
-    return Backend("reference_compiled", f"torch.compile with {compiler}{when}")
+    compiler = cpp_compiler()
+    if workload.device.type != "cpu":
+        lacks = f"it compiles for the CPU, not {workload.device}"
+    elif compiler is None:
+        lacks = "there is no C++ compiler (g++ or clang++)"
+    else:
+        return Backend("reference_compiled", f"torch.compile with {compiler}; it was asked for")
+    raise InputError(f"STFLOW_COMPILE: is on, but {lacks}; set it to off")
 
 
 @functools.cache

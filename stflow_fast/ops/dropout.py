@@ -55,17 +55,18 @@ class DropoutKeys:
     def rows(self, start: int, stop: int) -> DropoutKeys:
         return DropoutKeys(self.keys[start:stop])
 
-    def keep_mask(self, shape: torch.Size, p: float) -> Tensor:
-        """Boolean mask of ``shape`` [n, ..., C], true with probability 1 - p; row n depends on key n alone.
+    def mask(self, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+        """Mask of ``shape`` [n, ..., C]: 0 with probability p, else 1 / (1 - p); row n depends on key n alone.
 
         Spots with what lies between, and channels, are mixed already, so half a mixer suffices for each element. The
         comparison reads the high bits, which the last product fills. In pieces that stay in a core's cache, in two
-        buffers: tensors of the mask's size are fresh pages on a CPU, which took seven times as long.
+        buffers: tensors of the mask's size are fresh pages on a CPU, which took seven times as long. Numbers, not
+        booleans: a product with booleans converts them first, which took three times as long.
         """
         between = torch.arange(math.prod(shape[1:-1]), dtype=torch.int32, device=self.keys.device)
         rows = combine(self.keys.unsqueeze(-1), between).view(-1, 1)
         column = hash32(torch.arange(shape[-1], dtype=torch.int32, device=self.keys.device) + 1)
-        mask = torch.empty(len(rows), shape[-1], dtype=torch.bool, device=self.keys.device)
+        mask = torch.empty(len(rows), shape[-1], dtype=dtype, device=self.keys.device)
         step = max(1, MASK_PIECE // max(1, shape[-1]))
         buffers = rows.new_empty(2, min(step, len(rows)), shape[-1])
         for start in range(0, len(rows), step):
@@ -74,7 +75,7 @@ class DropoutKeys:
             torch.bitwise_xor(piece, column, out=mixed).mul_(MULTIPLIER_1)
             torch.bitwise_right_shift(mixed, 15, out=shifted)
             mixed.bitwise_xor_(shifted).mul_(MULTIPLIER_2)
-            torch.ge(mixed, dropout_threshold(p), out=mask[start : start + step])
+            torch.ge(mixed, dropout_threshold(p), out=mask[start : start + step]).mul_(1.0 / (1.0 - p))
         return mask.view(shape)
 
 
@@ -82,5 +83,4 @@ def dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tenso
     """Inverted dropout of x [n, ...]: zero with probability p, else scaled by 1 / (1 - p); x itself without keys."""
     if keys is None or p == 0.0:
         return x
-    scale = x.new_full((), 1.0 / (1.0 - p))  # new_tensor would copy it from the host, and wait for a GPU
-    return x * (keys.stream(stream).keep_mask(x.shape, p) * scale)
+    return x * keys.stream(stream).mask(x.shape, p, x.dtype)

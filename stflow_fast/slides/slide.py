@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
+from ..arrays import as_array, as_counts, as_names
 from ..errors import InputError
 
 NORMALIZATIONS = ("log1p", "cp10k_log1p", "counts")
@@ -18,6 +19,9 @@ NORMALIZATIONS = ("log1p", "cp10k_log1p", "counts")
 @dataclass(frozen=True)
 class Slide:
     """Spots with patch embeddings, and expression where it is known.
+
+    Arrays may be given in every make that :mod:`stflow_fast.arrays` takes, names in every sequence; they become what
+    stands here, in the memory of what was given if it is that already.
 
     Attributes:
         id: name of the slide; with a seed it decides the noise of a sample.
@@ -30,8 +34,8 @@ class Slide:
         notes: what a reader left out, for people.
 
     Raises:
-        InputError: no spots, NaN or infinite features or coordinates (with their number), duplicated barcodes, counts
-            that are negative or not finite, or shapes that disagree.
+        InputError: no spots, what is no array of numbers or no name, NaN or infinite features or coordinates (with
+            their number), duplicated barcodes, counts that are negative or not finite, or shapes that disagree.
     """
 
     id: str
@@ -44,13 +48,8 @@ class Slide:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        n = len(self.barcodes)
-        if n == 0:
-            raise InputError(f"slide {self.id}: has no spots")
-        if self.features.ndim != 2 or len(self.features) != n:
-            raise InputError(f"slide {self.id}: features must have shape [{n}, F], not {list(self.features.shape)}")
-        if self.coords.shape != (n, 2):
-            raise InputError(f"slide {self.id}: coords must have shape [{n}, 2], not {list(self.coords.shape)}")
+        self._convert()
+        n = self.n_spots
         for name in ("features", "coords"):
             broken = int((~np.isfinite(getattr(self, name))).any(axis=1).sum())
             if broken:
@@ -63,14 +62,31 @@ class Slide:
             raise InputError(
                 f"slide {self.id}: {n - len(names)} duplicated barcodes, such as {first}; make them unique"
             )
-        self._check_counts(n)
+        self._check_counts()
 
-    def _check_counts(self, n: int) -> None:
+    def _convert(self) -> None:
+        """Make every field what its attribute says; its shape is right then."""
+        where = f"slide {self.id}: "
+        barcodes = as_names(f"{where}barcodes", self.barcodes)
+        n = len(barcodes)
+        if n == 0:
+            raise InputError(f"slide {self.id}: has no spots")
+        genes = tuple(as_names(f"{where}gene_names", self.gene_names).tolist())
+        converted = {
+            "features": as_array(f"{where}features", self.features, (n, "F"), np.float32, "one row per barcode"),
+            "coords": as_array(f"{where}coords", self.coords, (n, 2), np.float64, "one row per barcode"),
+            "barcodes": barcodes,
+            "gene_names": genes,
+        }
+        if self.counts is not None:
+            mend = "one row per barcode, one column per gene name"
+            converted["counts"] = as_counts(f"{where}counts", self.counts, (n, len(genes)), mend)
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
+
+    def _check_counts(self) -> None:
         if self.counts is None:
             return
-        if self.counts.shape != (n, len(self.gene_names)):
-            found = list(self.counts.shape)
-            raise InputError(f"slide {self.id}: counts must have shape [{n}, {len(self.gene_names)}], not {found}")
         bad = int((~np.isfinite(self.counts.data) | (self.counts.data < 0)).sum())
         if bad:
             raise InputError(f"slide {self.id}: {bad} counts are negative, NaN or infinite; give raw counts")
