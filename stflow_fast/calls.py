@@ -41,8 +41,10 @@ class _Slides:
         return built_for == self.built_for and _equal(real, self.real) and _equal(coords, self.coords)
 
     def bytes(self) -> int:
-        messages = () if self.messages is None else self.messages.tensors
-        tensors = [self.graph.neighbors, self.graph.geometry, self.coords, *messages]
+        messages = () if self.messages is None else (*self.messages.tensors, *self.messages.weights)
+        arriving = vars(self.graph).get("arriving", ())
+        fields = (getattr(self.graph, name) for name in self.graph.__dataclass_fields__)
+        tensors = (*fields, *arriving, self.coords, self.real, *messages)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -68,7 +70,9 @@ class KnownSlides:
         """
         found = next((slides for slides in self._slides if slides.are(coords, real, built_for)), None)
         if found is None:
-            found = _Slides(coords.detach().clone(), real, built_for, build())
+            # Training may come upon what was made in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                found = _Slides(coords.clone(), real.clone(), built_for, build())
         others = [slides for slides in self._slides if slides is not found]
         kept, left = [found], self.budget - found.bytes()
         for slides in others[: MOST_SLIDES - 1]:

@@ -65,7 +65,9 @@ def shapes_to_config(state: Mapping[str, Tensor], **settings: Any) -> DenoiserCo
     n_heads = (2 * d + edge) // per_head if per_head > 0 else 0
     activation = "swiglu" if gated * 2 == edge else settings.get("activation", "unknown")
     if gated == edge and activation not in ("gelu", "relu"):
-        raise InputError(f"activation: is {activation}, and ungated MLPs do not tell gelu from relu; say which it is")
+        if activation == "unknown":
+            raise InputError("activation: ungated MLPs do not tell gelu from relu; say which it is")
+        raise InputError(f"activation: is {activation}; ungated MLPs are computed with gelu or relu")
     read = {
         "n_genes": genes,
         "feature_dim": feature_dim,
@@ -152,9 +154,14 @@ def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **set
     and needs memory linear in the spots. What hangs on coordinates alone is kept from one call to the next
     (:class:`~stflow_fast.calls.KnownSlides`), so a sampling loop makes it once.
 
+    Slides of K spots or fewer differ: there the published code lets spots attend to themselves. Coordinates get no
+    gradient. Code of a fork that no attribute tells of (a ``forward`` of its classes) is not seen:
+    ``python -m benchmarks.published --code FOLDER`` holds a checkout against ours.
+
     Args:
         module: on any device, in any dtype. A module that is ours already is left as it is, with a warning.
-        memory_budget: bytes that edge messages may take between calls without gradients, or text such as "4GiB".
+        memory_budget: bytes that graphs and, of calls without gradients, edge messages may take between calls, or text
+            such as "4GiB".
         settings: what neither the parameters nor the attributes of the module tell: ``n_neighbors``, ``activation``
             ("gelu" or "relu"), ``dropout``, ``attn_dropout``, ``non_negative``.
 
@@ -168,12 +175,15 @@ def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **set
     encoder = getattr(module, "backbone", module)
     if not isinstance(encoder, nn.Module) or not hasattr(encoder, "blks"):
         raise InputError(f"module: {type(module).__name__} is neither STFlow's Denoiser nor its SpatialTransformer")
+    unknown = sorted(settings.keys() - DenoiserConfig.__dataclass_fields__.keys())
+    if unknown:
+        raise InputError(f"{unknown[0]}: is not a setting of the denoiser")
+    budget = parse_bytes(memory_budget)
     if isinstance(encoder, SpatialTransformer):
         _check_settings(settings, encoder.config.to_dict())
         warnings.warn("accelerate: the encoder is stflow-fast's already; nothing was changed", stacklevel=2)
         return module
-    budget = parse_bytes(memory_budget)
-    _check_hooks(encoder)
+    _check_modules(encoder)
     told = settings_of(encoder)
     _check_settings(settings, told)
     told |= settings
@@ -188,6 +198,7 @@ def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **set
         setattr(ours.get_submodule(owner), leaf, parameter)
     # The class changes, not the object: whoever holds a reference to the encoder holds the fast one.
     encoder.__class__ = SpatialTransformer
+    vars(encoder).pop("n_neighbors", None)
     encoder.config, encoder.blks, encoder.known = config, ours.blks, KnownSlides(budget)
     encoder.train(encoder.training)
     return module
@@ -199,15 +210,23 @@ def _check_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: the module says {told[name]}, the settings {value}")
 
 
-def _check_hooks(encoder: nn.Module) -> None:
+def _check_modules(encoder: nn.Module) -> None:
+    """That nothing stands in the encoder which ours would pass by, as far as that can be seen."""
     for name, part in encoder.named_modules():
         if name and any(getattr(part, kind, None) for kind in _HOOKS):
             raise InputError(f"{name}: has a hook, which the fast encoder would not call; remove it first")
+        if "forward" in vars(part):
+            raise InputError(f"{name or 'module'}: has a forward of its own, which the fast encoder would not call")
+        for kind in (nn.Linear, nn.LayerNorm):
+            if isinstance(part, kind) and type(part) is not kind:
+                raise InputError(f"{name}: is {type(part).__name__}; the fast encoder computes torch's {kind.__name__}")
+        if isinstance(part, nn.Dropout) and part.training != encoder.training:
+            raise InputError(f"{name}: is in another mode than the encoder; call train() or eval() of the whole first")
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swiglu"}
+_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 def settings_of(encoder: nn.Module) -> dict[str, Any]:
@@ -267,13 +286,17 @@ def _activation_of(at: str, mlp: nn.Module) -> Iterator[tuple[str, str, Any]]:
     if getattr(act, "approximate", "none") != "none":
         raise InputError(f"{at}.act: is an approximate GELU; the fast encoder computes the exact one")
     if act is not None:
-        yield "activation", f"{at}.act", _ACTIVATIONS.get(type(act), type(act).__name__)
+        name = _ACTIVATIONS.get(type(act), type(act).__name__)
+        yield "activation", f"{at}.act", "swiglu" if name == "silu" and _is_gated(mlp) else name
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    return mlp.norm.normalized_shape[0] < mlp.fc1.out_features
 
 
 def _check_logit_activation(at: str, mlp: nn.Module) -> None:
     """Ungated, the published mlp_attn has a GELU whatever the activation of the others."""
-    gated = mlp.norm.normalized_shape[0] < mlp.fc1.out_features
-    wanted = "swiglu" if gated else "gelu"
+    wanted = "swiglu" if _is_gated(mlp) else "gelu"
     for _, where, value in _activation_of(at, mlp):
         if value != wanted:
             raise InputError(f"{where}: is {value}; the fast encoder computes {wanted} there, as published")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -193,8 +194,8 @@ def _length(offsets: Tensor) -> Tensor:
 
 
 def _check_k(k: int) -> None:
-    if k < 1:
-        raise InputError(f"k: must be at least 1, not {k}")
+    if not isinstance(k, numbers.Integral) or k < 1:
+        raise InputError(f"k: must be a whole number of at least 1, not {k!r}")
 
 
 def _checked_coords(coords: Any) -> tuple[Tensor, Tensor]:

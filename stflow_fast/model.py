@@ -320,6 +320,11 @@ class SpatialTransformer(nn.Module):
         self.blks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.known = KnownSlides(parse_bytes(CALLS_BUDGET))
 
+    @property
+    def n_neighbors(self) -> int:
+        """As the published encoder names it."""
+        return self.config.n_neighbors
+
     def forward(self, gene_exp: Tensor, features: Tensor, coords: Tensor, padding: Tensor | None = None) -> Tensor:
         """The published padded call: [B, N, G], [B, N, d] tokens, [B, N, 2] -> [B, N, G].
 
@@ -566,8 +571,9 @@ class Denoiser(nn.Module, Pretrained):
             InputError: shapes that disagree with each other or with the model.
         """
         self._check(noisy_exp, img_features, coords, t_steps)
-        tokens = self.image_transform(img_features) + self.fourier_proj(t_steps).unsqueeze(1)
-        return self.backbone(noisy_exp, tokens, coords, padding)
+        with spread(img_features.device):
+            tokens = self.image_transform(img_features) + self.fourier_proj(t_steps).unsqueeze(1)
+            return self.backbone(noisy_exp, tokens, coords, padding)
 
     def forward(
         self, exp: Tensor, img_features: Tensor, coords: Tensor, labels: Tensor, t_steps: Tensor

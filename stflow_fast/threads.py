@@ -5,13 +5,15 @@ waits for the thread that was pushed off its core, some sixty times a layer: a s
 independent within a layer, so here each is computed by one thread with one intra-op thread, and a layer has as many
 barriers as it has passes over the spots. They are as many as torch would use; with one, all stays in the caller's.
 
-Blocks have fixed bounds and sums over blocks a fixed order, so the number of threads changes no bit of a result.
+Blocks have fixed bounds and sums over blocks a fixed order, so the number of threads changes no bit of a result: of a
+forward, and of a whole step where backward and optimiser are inside :func:`spread` too, as those of ``fit`` are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -44,9 +46,7 @@ def spread(device: torch.device) -> Iterator[None]:
     threads are as they were.
     """
     size = torch.get_num_threads()
-    inside = _present_crew() is not None
-    if size == 1 or device.type != "cpu" or inside or _get_current_dispatch_mode() is not None:
-        # A dispatch mode (a counter of operations, say) sees the operations of its own thread alone.
+    if size == 1 or device.type != "cpu" or _present_crew() is not None or _thread_is_watched():
         yield
         return
     _local.crew = crew = _Crew(size)
@@ -55,8 +55,10 @@ def spread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _local.crew = None
-        crew.close()
-        torch.set_num_threads(size)
+        try:
+            crew.close()
+        finally:
+            torch.set_num_threads(size)
 
 
 def in_turn(
@@ -90,7 +92,16 @@ def in_turn(
 
 
 def _present_crew() -> _Crew | None:
-    return getattr(_local, "crew", None)
+    """None in a process that was forked inside :func:`spread`: the threads are its parent's."""
+    crew = getattr(_local, "crew", None)
+    return crew if crew is not None and crew.process == os.getpid() else None
+
+
+def _thread_is_watched() -> bool:
+    """By what belongs to its thread, and would not see the operations of others: a dispatch mode (a counter of
+    operations, say), or hooks on saved tensors (``torch.utils.checkpoint``, ``save_on_cpu``)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or _get_current_dispatch_mode() is not None
 
 
 def _split_no_operation(others: int) -> None:
@@ -178,7 +189,7 @@ class _Crew:
     """Threads that wait for jobs beside the one that opened it; they begin with the first."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.process = size, os.getpid()
         self._threads: list[threading.Thread] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -195,12 +206,10 @@ class _Crew:
             thread.join()
 
     def _begin(self) -> None:
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"stflow-fast-{index}", daemon=True)
-            for index in range(1, self.size)
-        ]
-        for thread in self._threads:
+        for index in range(1, self.size):
+            thread = threading.Thread(target=self._serve, name=f"stflow-fast-{index}", daemon=True)
             thread.start()
+            self._threads.append(thread)
 
     def _serve(self) -> None:
         _split_no_operation(self.size)

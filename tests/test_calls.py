@@ -159,6 +159,15 @@ def test_messages_are_for_evaluation_without_gradients_alone(counts: Counts) -> 
     assert counts == (1, 2)
 
 
+def test_training_may_follow_inference_mode() -> None:
+    network, inputs = model(), arguments()
+    with torch.inference_mode():
+        network.inference(**inputs)
+    network.train()
+    network.inference(**inputs).sum().backward()
+    assert network.image_transform.weight.grad.abs().sum() > 0
+
+
 def test_slides_in_turn_are_all_known_and_no_more_than_some(counts: Counts) -> None:
     network = model()
     few = [arguments(20 + n) for n in range(MOST_SLIDES)]

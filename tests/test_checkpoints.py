@@ -228,6 +228,19 @@ def behind_the_head(*modules: nn.Module) -> Callable[[PublishedDenoiser], None]:
     return change
 
 
+def normed_otherwise(model: PublishedDenoiser) -> None:
+    class Norm(nn.LayerNorm):
+        pass
+
+    model.backbone.blks[1].attn.layernorm_qkv[0] = Norm(SHAPE["hidden_dim"]).double().eval()
+
+
+def silu(model: PublishedDenoiser) -> None:
+    for block in model.backbone.blks:
+        for mlp in (block.attn.edge_trans, block.attn.W_output, block.mlp):
+            mlp.act = nn.SiLU()
+
+
 def hooked(model: PublishedDenoiser) -> None:
     model.backbone.blks[1].attn.register_forward_hook(print)
 
@@ -271,6 +284,10 @@ def hooked(model: PublishedDenoiser) -> None:
             "gene_updater.output.6: is Softplus.* published gene head",
         ),
         ("swiglu", hooked, "blks.1.attn: has a hook"),
+        ("swiglu", set_to("blks.0.gene_updater.forward", print), "blks.0.gene_updater: has a forward of its own"),
+        ("swiglu", normed_otherwise, "blks.1.attn.layernorm_qkv.0: is Norm; .* computes torch's LayerNorm"),
+        ("swiglu", set_to("blks.1.mlp.drop1.training", True), "blks.1.mlp.drop1: is in another mode than the"),
+        ("gelu", silu, "activation: is silu; ungated MLPs are computed with gelu or relu"),
     ],
 )
 def test_what_the_fast_encoder_would_compute_otherwise_is_refused(
@@ -315,7 +332,7 @@ def test_what_stands_nowhere_is_asked_for_by_name() -> None:
     for part in ungated.modules():
         if hasattr(part, "act"):
             del part.act
-    with pytest.raises(InputError, match="activation: is unknown, and ungated MLPs do not tell gelu from relu"):
+    with pytest.raises(InputError, match="activation: ungated MLPs do not tell gelu from relu; say which it is"):
         accelerate(ungated)
 
 
@@ -328,8 +345,18 @@ def test_acceleration_refuses_what_it_does_not_know() -> None:
         accelerate(extra)
     with pytest.raises(InputError, match="non_negative: the module says True, the settings False"):
         accelerate(theirs(), non_negative=False)
-    with pytest.raises(InputError, match="memory_budget: must be a size"):
-        accelerate(theirs(), memory_budget="much")
+    for model in (theirs(), Denoiser(DenoiserConfig(**SHAPE))):
+        with pytest.raises(InputError, match="memory_budget: must be a size"):
+            accelerate(model, memory_budget="much")
+        with pytest.raises(InputError, match="n_neighbour: is not a setting"):
+            accelerate(model, n_neighbour=3)
+
+
+def test_what_the_module_said_cannot_be_changed_without_a_word() -> None:
+    encoder = accelerate(theirs()).backbone
+    assert encoder.n_neighbors == 4
+    with pytest.raises(AttributeError):
+        encoder.n_neighbors = 5
 
 
 def test_what_is_fast_already_is_left_alone_and_said() -> None:

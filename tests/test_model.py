@@ -159,6 +159,31 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, training: bool) 
     torch.testing.assert_close(block_gradients, whole_gradients, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("trained", ["", "backbone.blks.1.gene_updater.output.4", "backbone.blks.1", "image_transform"])
+def test_frozen_parts_get_no_gradient_and_the_others_theirs(trained: str) -> None:
+    model = small()
+    x, features, coords = inputs(53)
+    graph = model.build_graph(coords)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        image = model.image_transform(graph.to_rows(features))
+        loss = model.denoise(graph, graph.to_rows(x), image, torch.tensor([0.4]).double()).square().sum()
+        if loss.requires_grad:
+            loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = gradients()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(trained) and name.startswith(trained))
+    for parameter in model.parameters():
+        parameter.grad = None
+    found = gradients()
+    assert found.keys() == {name for name in whole if trained and name.startswith(trained)}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-10, atol=1e-12)
+
+
 def test_kept_messages_change_nothing() -> None:
     model = small()
     x, features, coords = inputs(53)

@@ -83,7 +83,8 @@ def _swiglu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         # A ReLU that is told of and does not follow.
         (
-            f"{ALL_BLOCKS}block.gene_updater.forward = lambda tokens, head=block.gene_updater: head.output(tokens)",
+            f"{ALL_BLOCKS}block.gene_updater.__class__ = type('Head', (type(block.gene_updater),), "
+            "{'forward': lambda head, tokens: head.output(tokens)})",
             {(name, "swiglu", True) for name in published.THROUGH[1:]},
         ),
         # One neighbour fewer than its settings say; accelerate asks the module, and agrees with it.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stflow_fast.config import DenoiserConfig
@@ -188,6 +189,58 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         return function(*args, **(kwargs or {}))
+
+
+def test_hooks_on_saved_tensors_see_all_of_them() -> None:
+    """They belong to their thread as well; checkpointing is made of them."""
+    model, features, coords = model_and_slide()
+    gradients = []
+    for checkpointed in (False, True):
+        x = torch.full((1, 2500, 7), 0.3, requires_grad=True)
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            return model.inference(x, features[None], coords[None], torch.tensor([0.4])).square().sum()
+
+        value = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
+        gradients.append(torch.autograd.grad(value, x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_thread_that_cannot_start_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("stflow-fast") and started:
+            raise RuntimeError("can't start new thread")
+        started.extend([thread] if thread.name.startswith("stflow-fast") else [])
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        in_turn(lambda block: None, range(9), CPU)
+    assert torch.get_num_threads() == 3
+    assert not ours()
+
+
+def count_in_child(results: multiprocessing.SimpleQueue) -> None:
+    taken = []
+    in_turn(taken.append, range(9), CPU)
+    results.put(sorted(taken))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_amid_the_work_has_no_threads_to_wait_for() -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    with spread(CPU):
+        in_turn(lambda block: None, range(9), CPU)
+        child = context.Process(target=count_in_child, args=(results,))
+        child.start()
+    child.join(timeout=60)
+    if child.is_alive():
+        child.kill()
+        pytest.fail("the forked process hangs")
+    assert results.get() == list(range(9))
 
 
 def sample_in_child(results: multiprocessing.SimpleQueue) -> None:

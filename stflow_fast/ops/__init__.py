@@ -55,19 +55,20 @@ __all__ = [
 
 BLOCK_BYTES = 8 * 2**20
 """Live bytes of one block of spots: near a core's cache (2 MiB of L2), and long enough that Python's share, for which
-threads wait for each other, stays small. Default model, seconds of a prepared sample of 10,000 spots, one thread and two:
-3.59 and 2.28 at 4 MiB, 3.51 and 1.94 at 8, 3.70 and 1.92 at 16, 3.54 and 2.01 at 24."""
+threads wait for each other, stays small. Default model, seconds of a prepared sample of 10,000 spots, one thread and
+two: 3.59 and 2.28 at 4 MiB, 3.51 and 1.94 at 8, 3.70 and 1.92 at 16, 3.54 and 2.01 at 24."""
 
 KEPT_BYTES = 128 * 2**20
-"""Live bytes up to which no backward of a training step computes the slide's blocks again. For 10,000 spots that would save
-a sixth of the time, and take 5.5 GB where it is 1.4."""
+"""Live bytes up to which no backward of a training step computes the slide's blocks again. For 10,000 spots that would
+save a sixth of the time, and take 5.5 GB where it is 1.4."""
 
 TRAINED_BLOCK_BYTES = 16 * 2**20
-"""Live bytes of one block with gradients. Seconds of CPU per step of 6,000 spots, one thread: 8.1 at 2 MiB, 6.6 at 4, 6.1
-at 8, 6.0 at 16."""
+"""Live bytes of one block with gradients. Seconds of CPU per step of 6,000 spots, one thread: 8.1 at 2 MiB, 6.6 at 4,
+6.1 at 8, 6.0 at 16."""
 
 ROW_BLOCK = 1024
-"""Spots in a block of what treats every spot alone. As above, two threads: 2.00 s by 512, 1.94 by 1024, 2.06 by 2048."""
+"""Spots in a block of what treats every spot alone. As above, two threads: 2.00 s by 512, 1.94 by 1024, 2.06 by
+2048."""
 
 COMPILED_BLOCK = 512
 """Spots in a block of the compiled path: one shape for every slide, so one compilation per configuration.
@@ -116,7 +117,7 @@ def by_rows(
         return function(*tensors[: len(inputs)], tensors[len(inputs) :], part, **out)
 
     blocks = blocks_of(n, ROW_BLOCK)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *weights)):
 
         def reading(rows: slice) -> Reading:
             parts = [Part(index, rows if index < len(inputs) else ...) for index in range(len(inputs) + len(weights))]
@@ -227,8 +228,8 @@ def edge_attention(
         messages: [N, K, E] of :func:`make_messages`; made on the way when None.
 
     Returns:
-        context [N, C]. In plain torch with gradients and more than one block, blocks are recomputed in the backward;
-        the kernels recompute always.
+        context [N, C]. In plain torch, blocks of large slides are recomputed in the backward (:data:`KEPT_BYTES`); the
+        kernels recompute always.
     """
     training = torch.is_grad_enabled() and terms.requires_grad
     keys = None if dropouts.keys is None else dropouts.keys.keys

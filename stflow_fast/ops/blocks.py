@@ -74,7 +74,7 @@ class _Graph(NamedTuple):
 
     parts: list[Part]
     leaves: list[Tensor | None]
-    outputs: list[GradientEdge]  # not the tensors, whose memory is free
+    outputs: list[GradientEdge | None]  # not the tensors, whose memory is free; None of what needs no gradient
 
 
 class Blocks(torch.autograd.Function):
@@ -121,10 +121,13 @@ class Blocks(torch.autograd.Function):
         def differentiate(rows: slice) -> tuple[list[Part], list[Tensor | None]]:
             graph = ctx.kept.pop(rows.start, None) or _differentiable(ctx, rows, tensors, needed)[1]
             wanted = [(part, leaf) for part, leaf in zip(graph.parts, graph.leaves, strict=True) if part_needs(part)]
+            read = [index for index in arrived if graph.outputs[index] is not None]
+            if not read:
+                return [], []
             found = torch.autograd.grad(
-                [graph.outputs[index] for index in arrived],
+                [graph.outputs[index] for index in read],
                 [leaf for _, leaf in wanted],
-                [gradients[index][rows] for index in arrived],
+                [gradients[index][rows] for index in read],
                 allow_unused=True,
             )
             return [part for part, _ in wanted], found
@@ -153,7 +156,8 @@ def _differentiable(
     ]
     with torch.enable_grad(), ctx.precision():
         outputs = function(*leaves)
-    return outputs, _Graph(parts, leaves, [get_gradient_edge(output) for output in outputs])
+    edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
+    return outputs, _Graph(parts, leaves, edges)
 
 
 def rows_read(neighbors: Tensor) -> tuple[Tensor, Tensor]:
