@@ -109,7 +109,7 @@ def by_rows(
         The function's tensors [N, ...].
     """
     n, device = len(inputs[0]), inputs[0].device
-    if device.type != "cpu" or n == 0:
+    if device.type != "cpu" or n == 0 or _on_triton(inputs[0]):  # Triton's interpreter is for one thread
         return function(*inputs, weights, keys)
 
     def run(rows: slice, *tensors: Tensor | None, **out: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
