@@ -200,7 +200,9 @@ def test_neighbours_never_cross_slides() -> None:
     [
         (np.zeros((3, 3)), 2, None, "shape"),
         (np.array([[0, np.nan], [1, 1]]), 2, None, "1 of 2 spots"),
-        (np.zeros((3, 2)), 0, None, "k: must be at least 1"),
+        (np.zeros((3, 2)), 0, None, "k: must be a whole number of at least 1, not 0"),
+        (np.zeros((3, 2)), 2.5, None, "k: must be a whole number of at least 1, not 2.5"),
+        (np.zeros((3, 2)), "4", None, "k: must be a whole number of at least 1, not '4'"),
         (np.zeros((3, 2)), 2, [0, 2], "slide_ptr"),
         (np.zeros((3, 2)), 2, [0, 2, 1, 3], "slide_ptr"),
     ],
