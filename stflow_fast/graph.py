@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .arrays import as_tensor
 from .errors import InputError
-from .threads import thread_count
+from .threads import blocks_of, thread_count
 
 MISSING = -1
 """Entry of a neighbour table where a spot has fewer than K neighbours."""
@@ -156,7 +156,7 @@ def lattice_tolerance(points: Tensor, nearest: Tensor, resolution: Tensor) -> Te
         [N] float64.
     """
     n, size = len(points), max(1, EDGES_AT_ONCE // WITNESSES)
-    blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
+    blocks = blocks_of(n, size)
     # What is missing (-1) is the last.
     places = torch.nn.functional.pad(points.T, (0, 1), value=torch.inf)
     steps = torch.nn.functional.pad(resolution, (0, 1))

@@ -443,7 +443,7 @@ def _check_finite(features: Tensor, dtype: torch.dtype, where: str) -> None:
             broken.append(int((~part.isfinite()).any(dim=1).sum()))
 
     n = len(features)
-    in_turn(count, blocks_of(n, FEATURE_CHUNK if features.is_cuda else ops.ROW_BLOCK), features.device)
+    in_turn(count, _chunks(n, features.device), features.device)
     if sum(broken):
         found = f"{sum(broken)} of {n} spots are NaN or infinite"
         raise InputError(f"{where}features: {found}; remove them or embed them again")
@@ -491,8 +491,13 @@ def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:
     def embed(rows: slice) -> None:
         image[rows] = model.image_transform(features[order[rows]].to(weight))
 
-    in_turn(embed, blocks_of(graph.n_spots, FEATURE_CHUNK if weight.is_cuda else ops.ROW_BLOCK), weight.device)
+    in_turn(embed, _chunks(graph.n_spots, weight.device), weight.device)
     return image
+
+
+def _chunks(n: int, device: torch.device) -> list[slice]:
+    """Spots whose features are looked at together."""
+    return blocks_of(n, ops.ROW_BLOCK if device.type == "cpu" else FEATURE_CHUNK)
 
 
 def _streamed(features: Tensor, order: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,48 +222,52 @@ def test_a_thread_that_cannot_start_leaves_torch_as_it_was(monkeypatch: pytest.M
     assert not ours()
 
 
-def count_in_child(results: multiprocessing.SimpleQueue) -> None:
+def start_forked(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Run a function in a forked process; returns what waits for its result."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=lambda: results.put(function()))
+    child.start()
+
+    def result() -> Any:
+        child.join(timeout=60)
+        if child.is_alive():
+            child.kill()
+            pytest.fail("the forked process hangs")
+        assert child.exitcode == 0
+        return results.get()
+
+    return result
+
+
+def taken_in_turn() -> list[int]:
     taken = []
     in_turn(taken.append, range(9), CPU)
-    results.put(sorted(taken))
+    return sorted(taken)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def sum_of_a_sample(threads: int) -> float:
+    model, features, coords = model_and_slide()
+    torch.set_num_threads(threads)
+    return Sampler(model).prepare((features, coords)).draw(seed=3).expression.sum().item()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@needs_fork
 def test_a_process_forked_amid_the_work_has_no_threads_to_wait_for() -> None:
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
     with spread(CPU):
         in_turn(lambda block: None, range(9), CPU)
-        child = context.Process(target=count_in_child, args=(results,))
-        child.start()
-    child.join(timeout=60)
-    if child.is_alive():
-        child.kill()
-        pytest.fail("the forked process hangs")
-    assert results.get() == list(range(9))
+        result = start_forked(taken_in_turn)
+    assert result() == list(range(9))
 
 
-def sample_in_child(results: multiprocessing.SimpleQueue) -> None:
-    model, features, coords = model_and_slide()
-    torch.set_num_threads(2)
-    results.put(Sampler(model).prepare((features, coords)).draw(seed=3).expression.sum().item())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_a_forked_process_samples_too() -> None:
     """As a worker of a DataLoader is one, after its parent has sampled."""
-    model, features, coords = model_and_slide()
-    expected = Sampler(model).prepare((features, coords)).draw(seed=3).expression.sum().item()
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    child = context.Process(target=sample_in_child, args=(results,))
-    child.start()
-    child.join(timeout=60)
-    if child.is_alive():
-        child.kill()
-        pytest.fail("the forked process hangs")
-    assert child.exitcode == 0
-    assert results.get() == expected
+    expected = sum_of_a_sample(threads=3)
+    assert start_forked(lambda: sum_of_a_sample(threads=2))() == expected
 
 
 class Samples(torch.utils.data.Dataset):

@@ -120,7 +120,8 @@ class Blocks(torch.autograd.Function):
 
         def differentiate(rows: slice) -> tuple[list[Part], list[Tensor | None]]:
             graph = ctx.kept.pop(rows.start, None) or _differentiable(ctx, rows, tensors, needed)[1]
-            wanted = [(part, leaf) for part, leaf in zip(graph.parts, graph.leaves, strict=True) if part_needs(part)]
+            pairs = zip(graph.parts, graph.leaves, strict=True)
+            wanted = [(part, leaf) for part, leaf in pairs if needed[part.source]]
             read = [index for index in arrived if graph.outputs[index] is not None]
             if not read:
                 return [], []
@@ -131,9 +132,6 @@ class Blocks(torch.autograd.Function):
                 allow_unused=True,
             )
             return [part for part, _ in wanted], found
-
-        def part_needs(part: Part) -> bool:
-            return needed[part.source]
 
         def add(found: tuple[list[Part], list[Tensor | None]]) -> None:
             for part, gradient in zip(*found, strict=True):
