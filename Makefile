@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench bench-compare gpu clean
+.PHONY: setup demo test check format bench bench-compare gpu gpu-cache clean
 
 setup: $(VENV)/.done
 
@@ -75,16 +75,22 @@ bench: setup
 bench-compare: setup
 	$(BIN)/python -m benchmarks.compare "$(BASE)" $(HEAD)
 
-# On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit.
+# Compiles the kernels of `make gpu` without a GPU, for a machine with this Triton and Python, into carried/, and copies the
+# golden files there.
+GPU_TRITON ?= 3.6.0
+GPU_TRITON_PYTHON ?= 3.12
+gpu-cache: setup
+	$(BIN)/python -m benchmarks.gpu.pack --triton $(GPU_TRITON) --python $(GPU_TRITON_PYTHON)
+
+# On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit. What to
+# type, and what comes back: benchmarks/gpu/README.md. GPU_FLAGS=--rehearse runs the same plan on the CPU, tiny.
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
-# --rehearse runs the same path on the CPU, tiny and interpreted.
+GPU_MINUTES ?= 7
 GPU_FLAGS ?=
-
-# Eight minutes at most, whatever hangs; what was measured until then is in the files.
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	timeout --signal=INT 465 $(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU_FLAGS)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) demo build carried *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

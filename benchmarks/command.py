@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -23,10 +24,12 @@ from stflow_fast.errors import InputError, OutputError
 from stflow_fast.progress import figures_bar
 
 from . import measure, report
-from .jobs import CHECK_SPOTS, PRECISION, Case, Plan, input_bytes, job_of, providers_of, why_not
+from .cases import CHECK_SPOTS, NETWORK, PRECISION, Case, Plan
+from .jobs import input_bytes, job_of, providers_of, why_not
 from .lines import WORKLOADS, load, read
+from .operations import OPERATIONS
 from .pictures import write_pictures
-from .providers import OVER_BUDGET
+from .providers import OVER_BUDGET, PROVIDERS
 from .slides import LAYOUTS
 from .suite import TOO_LONG, Suite
 from .terminal import terminal_table
@@ -34,12 +37,20 @@ from .workload import parse_sizes
 
 CPU_PROVIDERS = ("reference", "reference_compiled", "eager_stflow", "flash_attention")
 CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
+CPU_OPERATIONS = ("reference",)
 """What runs on a CPU unless others are asked for. Kernels need a GPU; all pairs' attention of the published kind takes
 minutes, materialised dot products more than flash attention's, and an edge list about as long as the published code."""
 
 INTERRUPTED = 130
 MANY = 1_000
 """Threads or busy processes; more are a mistyped number."""
+
+REHEARSAL = "rehearsal"
+"""In place of a device's name."""
+
+TINY_WIDTHS = {"hidden_dim": 32, "pairwise_hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+TINY = dataclasses.replace(NETWORK, feature_dim=16, **TINY_WIDTHS)
+TINY_SPOTS, TINY_GENES, TINY_K = 24, 5, 4
 
 COMMITTED = Path("benchmarks/results")
 """Beside a README with a section of benchmarks, the lines that it is drawn from."""
@@ -65,6 +76,7 @@ class Options:
     seconds: float
     minutes: float
     resume: bool
+    rehearse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +91,15 @@ class Order:
     def places(self) -> set[tuple]:
         return {(*case, name) for case in self.cases for name in self.providers[case.workload]}
 
+    def rehearsed(self) -> Order:
+        """The same on one tiny slide, once: what would be compiled for every size is left out."""
+        plan = dataclasses.replace(
+            self.plan, rounds=1, network=TINY, check_spots=TINY_SPOTS, rehearsal=True, seconds=math.inf
+        )
+        cases = [case._replace(spots=TINY_SPOTS, genes=TINY_GENES, k=TINY_K) for case in self.cases]
+        kept = {workload: tuple(filter(_rehearses, names)) for workload, names in self.providers.items()}
+        return Order(plan, list(dict.fromkeys(cases)), kept)
+
     def without(self, lines: Iterable[tuple]) -> Order:
         """All but the cases of which every provider has its line; the others whole, so that all take turns again, and
         with the same of other numbers of threads and busy processes, so that these are of one run."""
@@ -88,6 +109,11 @@ class Order:
 
         lacking = {_work_of(case) for case in self.cases if not has_all(case)}
         return dataclasses.replace(self, cases=[case for case in self.cases if _work_of(case) in lacking])
+
+
+def _rehearses(provider: str) -> bool:
+    factory = PROVIDERS.get(provider)
+    return not getattr(getattr(factory, "func", factory), "compiled_by_size", False)
 
 
 def _work_of(case: Case) -> Case:
@@ -103,7 +129,7 @@ def order_of(options: Options) -> Order:
         _names("--layout", options.layout, LAYOUTS),
         _names("--dtype", options.dtype, PRECISION),
     )
-    if "tf32" in dtypes and device.type != "cuda":
+    if "tf32" in dtypes and device.type != "cuda" and not options.rehearse:
         raise InputError("--dtype: tf32 is the precision of a GPU, and this runs on the CPU; use float32 or bf16")
     spots, genes, ks = (_sizes(name, getattr(options, name)) for name in ("spots", "genes", "k"))
     machines = _machines(options)
@@ -117,8 +143,7 @@ def order_of(options: Options) -> Order:
         Case(workload, layout, n, k, n_genes, dtype, *machine)
         for machine in machines
         for workload in workloads
-        # A graph has neither genes nor a precision to choose.
-        for dtype, n_genes in (itertools.product(dtypes, genes) if workload != "graph" else [("float32", genes[0])])
+        for dtype, n_genes in _settings(workload, dtypes, genes)
         for layout, k, n in itertools.product(layouts, ks, spots)
     ]
     if max(ks) >= CHECK_SPOTS:
@@ -137,10 +162,20 @@ def order_of(options: Options) -> Order:
     return Order(plan, cases, _providers(options.providers, workloads, device))
 
 
-def run(options: Options, out: Path) -> int:
+def _settings(workload: str, dtypes: Iterable[str], genes: list[int]) -> Iterable[tuple[str, int]]:
+    """A graph has neither genes nor a precision to choose, a single operation no genes."""
+    if workload == "graph":
+        return [("float32", genes[0])]
+    return itertools.product(dtypes, genes[:1] if workload in OPERATIONS else genes)
+
+
+def run(options: Options, out: Path, pictures: bool = True) -> int:
     """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code."""
     order = order_of(options)
-    path = out / f"{measure.file_name(measure.device_name(order.plan.device))}.jsonl"
+    if options.rehearse:
+        order = order.rehearsed()
+    device = REHEARSAL if options.rehearse else measure.device_name(order.plan.device)
+    path = out / f"{measure.file_name(device)}.jsonl"
     earlier = read(path) if path.exists() else []  # a broken line is told before anything is measured
     before = measured_before(earlier, order.plan) if options.resume else {}
     ordered, order = order.places, order.without(before)
@@ -163,7 +198,8 @@ def run(options: Options, out: Path) -> int:
         return INTERRUPTED
     known = before | {_place(line): line for line in lines}
     show([line for place, line in known.items() if place in ordered])
-    _say_written(write_pictures(load(path), out))
+    if pictures:
+        _say_written(write_pictures(load(path), out))
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
     red = [line for line in lines if line["check"] == "red"]
     for line in red:
@@ -298,7 +334,8 @@ def _providers(text: str | None, workloads: tuple[str, ...], device: torch.devic
     """Those of each workload; of a list, each workload takes the ones it has."""
     if text is None:
         if device.type == "cpu":
-            return {workload: CPU_GRAPHS if workload == "graph" else CPU_PROVIDERS for workload in workloads}
+            found = dict.fromkeys(OPERATIONS, CPU_OPERATIONS) | {"graph": CPU_GRAPHS}
+            return {workload: found.get(workload, CPU_PROVIDERS) for workload in workloads}
         return {workload: providers_of(workload) for workload in workloads}
     known = dict.fromkeys(name for workload in (*workloads, *WORKLOADS) for name in providers_of(workload))
     names = _names("--providers", text, known)

@@ -7,7 +7,6 @@ timed is whole samples.
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import functools
@@ -18,136 +17,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stflow_fast import DenoiserConfig, SpotGraph, ops
+from stflow_fast import SpotGraph, ops
 from stflow_fast.ops.backend import Workload as Wanted
 from stflow_fast.ops.backend import use_backend, why_not_triton
 
-from . import measure
+from . import floor, measure
 from .baselines.eager_stflow import dense_neighbors
+from .cases import CHECK_SEED, INPUT_SETS, PRECISION, STEADY_STEPS, Case, Job, Plan
+from .floor import Rates
+from .operations import OPERATIONS, OperationJob, operation_providers
 from .providers import PROVIDERS, distance_bytes, over_budget
-from .slides import LAYOUTS, BenchmarkSlide, benchmark_slide
+from .slides import BenchmarkSlide, benchmark_slide, coordinates
 from .workload import FEATURE_DIM, SAMPLE_STEPS
-
-NETWORK = DenoiserConfig(n_genes=1, feature_dim=FEATURE_DIM)
-"""The default one; a case has genes and neighbours of its own."""
-
-CHECK_SPOTS = 1_100
-"""More than one block of what is compiled, and of what treats every spot alone."""
 
 FEW_SPOTS = 64
 """For a first call of what takes the square of them."""
 
-CHECK_SEED = 101
-INPUT_SETS = 3
-STEADY_STEPS = 4
-"""Times of the loop that holds as much memory as a whole sample: from the second step on there are the source, x_t, a
-prediction, and the next x_t."""
-
 TIME = 0.3
 """Of one denoiser call and of a training step."""
 
-PRECISION = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 WITHOUT_AUTOCAST = ("eager_stflow",)
 """The published code does not run under it."""
 
 GRAPH_TOLERANCE = 1e-6
 """Of the geometry; one wrong neighbour is an error of 1."""
-
-
-class Case(NamedTuple):
-    """One workload at one size, with so many threads of torch, beside so many busy processes of that niceness."""
-
-    workload: str
-    layout: str
-    spots: int
-    k: int
-    genes: int
-    dtype: str
-    threads: int = torch.get_num_threads()
-    busy: int = 0
-    busy_nice: int = 0
-
-    @property
-    def idle(self) -> Case:
-        """The same with nothing beside it."""
-        return self._replace(busy=0, busy_nice=0)
-
-    @classmethod
-    def of(cls, line: dict[str, Any]) -> Case:
-        """That a line is of."""
-        return cls(*(line[field] for field in cls._fields))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a suite is run.
-
-    Attributes:
-        memory_budget: bytes that one provider may take.
-        rounds: calls of each provider that are timed, at most.
-        seconds: a figure that would take longer is left out, by the trend of the smaller sizes; and as long may the
-            turns of a case take together, after the first, which is always made.
-        network: the denoiser but for its genes and neighbours, which are a case's.
-        deadline: of ``time.monotonic``; what would end behind it is left out.
-    """
-
-    device: torch.device
-    memory_budget: int
-    rounds: int = 5
-    seconds: float = 30.0
-    network: DenoiserConfig = NETWORK
-    check_spots: int = CHECK_SPOTS
-    deadline: float = math.inf
-
-    def config(self, case: Case) -> DenoiserConfig:
-        return dataclasses.replace(self.network, n_genes=case.genes, n_neighbors=case.k)
-
-
-class Job(abc.ABC):
-    """One provider of one case: what is made once per slide, what is timed, and what judges it."""
-
-    arithmetic: str
-    """Of :data:`PRECISION`: a case's dtype, but for what does not run in it."""
-
-    prepare_s: float | None = None
-    judged = True
-    """Whether a reference computes the same."""
-
-    compiles = False
-    """Whether its first call compiles something."""
-
-    compiled_by_size = False
-    """Whether another number of spots is compiled anew."""
-
-    memory_calls, warm_calls = 1.0, 1.0
-    """What measuring memory and warming up take, in timed calls."""
-
-    sample_steps = SAMPLE_STEPS
-    """Of samples prepared from now on."""
-
-    @abc.abstractmethod
-    def why_not(self, spots: int, memory_budget: int) -> str | None:
-        """One line that says why it cannot run there, or None."""
-
-    @abc.abstractmethod
-    def load(self, spots: int, layout: str, seed: int = 0) -> None:
-        """Have the inputs in memory, for :meth:`prepare` to find."""
-
-    @abc.abstractmethod
-    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
-        """Make the sets of inputs, and what is made once per slide: :attr:`prepare_s`."""
-
-    @abc.abstractmethod
-    def call(self, turn: int) -> Any:
-        """What is timed, on one of the sets of inputs."""
-
-    def warm_up(self) -> None:
-        """Once before anything is timed."""
-        self.call(0)
-
-    @abc.abstractmethod
-    def result(self) -> Tensor:
-        """What the check compares, once prepared."""
 
 
 class NetworkJob(Job):
@@ -157,7 +50,7 @@ class NetworkJob(Job):
         self.provider = PROVIDERS[name](plan.config(case)).to(plan.device, dtype)
         self.judged, self.compiles = self.provider.same_function, self.provider.compiles
         self.compiled_by_size = self.provider.compiled_by_size
-        self.device, self.workload = plan.device, case.workload
+        self.device, self.workload, self.config = plan.device, case.workload, plan.config(case)
         self.genes, self.feature_dim = case.genes, plan.network.feature_dim
         plain = "tf32" if plan.device.type == "cuda" else "float32"
         self.arithmetic = plain if case.dtype == "bf16" and name in WITHOUT_AUTOCAST else case.dtype
@@ -220,6 +113,12 @@ class NetworkJob(Job):
                 self.call(turn)
         return self.call(0)
 
+    def floor(self, spots: int, measured: Callable[[], Rates]) -> tuple[float, Rates] | None:
+        if not self.judged:
+            return None
+        counted, rates = floor.work(self.workload, self.config, spots), measured()
+        return floor.floor_ms(counted, rates, 2 if self.arithmetic == "bf16" else 4), rates
+
     def _loss(self, x: Tensor) -> Tensor:
         return self.provider.loss(x, self.target, TIME)
 
@@ -253,6 +152,8 @@ GRAPHS: dict[str, Callable[[Tensor, int, torch.device], SpotGraph | Tensor]] = {
 
 class GraphJob(Job):
     """One of :data:`GRAPHS`, from coordinates on the host to the table of neighbours on the device."""
+
+    tolerance = GRAPH_TOLERANCE
 
     def __init__(self, plan: Plan, case: Case, name: str) -> None:
         self.device, self.name, self.k, self.arithmetic = plan.device, name, case.k, case.dtype
@@ -291,10 +192,14 @@ class GraphJob(Job):
 
 
 def providers_of(workload: str) -> tuple[str, ...]:
+    if workload in OPERATIONS:
+        return operation_providers(workload)
     return tuple(GRAPHS if workload == "graph" else PROVIDERS)
 
 
 def job_of(plan: Plan, case: Case, name: str) -> Job:
+    if case.workload in OPERATIONS:
+        return OperationJob(plan, case, name)
     return GraphJob(plan, case, name) if case.workload == "graph" else NetworkJob(plan, case, name)
 
 
@@ -316,15 +221,12 @@ def noises(spots: int, genes: int, seed: int) -> list[Tensor]:
     return [torch.rand(spots, genes, generator=generator) for _ in range(INPUT_SETS)]
 
 
-def coordinates(layout: str, spots: int, seed: int) -> Tensor:
-    """[N, 2] as :func:`benchmark_slide` makes them, without the rest of a slide."""
-    return LAYOUTS[layout](spots, torch.Generator().manual_seed(seed)).float().double()
-
-
 def input_bytes(case: Case, feature_dim: int = FEATURE_DIM) -> int:
     """What a case holds of inputs alone."""
     if case.workload == "graph":
         return INPUT_SETS * 16 * case.spots
+    if case.workload in OPERATIONS:
+        return OperationJob.input_bytes(case)
     return case.spots * (16 + 4 * feature_dim + 4 * (2 + INPUT_SETS) * case.genes)
 
 
@@ -359,8 +261,8 @@ def check(plan: Plan, case: Case, name: str) -> Verdict:
         found, compile_s = compile_seconds(result, plan.device)
     else:
         found, compile_s = result(), None
-    if case.workload == "graph":
-        error, tolerance = found.item(), GRAPH_TOLERANCE
+    if job.tolerance is not None:
+        error, tolerance = found.item(), job.tolerance
     else:
         tolerance = measure.NETWORK_TOLERANCE[PRECISION[job.arithmetic]]
         exact = dataclasses.replace(plan, device=torch.device("cpu"))

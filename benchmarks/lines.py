@@ -14,7 +14,7 @@ import numpy as np
 
 from stflow_fast.errors import InputError, first_line
 
-from .jobs import PRECISION
+from .cases import PRECISION
 from .looks import LOOKS, digits, size
 from .providers import OVER_BUDGET
 from .suite import LEFT_OUT
@@ -26,12 +26,26 @@ SETTING = ("layout", "k", "genes", "dtype")
 IDLE = {"busy": 0, "busy_nice": 0}
 """Of a line with nothing beside it, as were all that do not say so."""
 
+NEWER = {"device_ms": None, "device_kernels": None, "floor_ms": None}
+"""Of lines from before there were these."""
+
 MACHINE = ("threads", *IDLE)
 SERIES = ("workload", "provider", *SETTING, *MACHINE, "device")
 KEY = (*SERIES, "spots")
 """What makes two lines the same figure; of such the newest counts."""
 
-NUMBERS = ("median_ms", "p20_ms", "p80_ms", "prepare_ms", "compile_s", "peak_bytes", "spots_per_s", "of_floor")
+NUMBERS = (
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "device_ms",
+    "floor_ms",
+    "prepare_ms",
+    "compile_s",
+    "peak_bytes",
+    "spots_per_s",
+    "of_floor",
+)
 FIELDS = (*KEY, *NUMBERS, "arithmetic", "rounds", "alone", "check", "note", "load", "versions", "commit", "date")
 RATES = ("peak_flops_per_s", "peak_copy_bytes_per_s")
 """What a share of the floor rests on."""
@@ -43,6 +57,12 @@ WORKLOADS = {
     "denoise": "One call of the denoiser",
     "train_step": "Training step",
     "graph": "Graph of the spots",
+    "edge_forward": "Edge attention of a layer",
+    "edge_backward": "Backward of a layer's edge attention",
+    "edge_messages": "Messages of a layer",
+    "gated_mlp": "MLP of a layer",
+    "gated_mlp_backward": "Backward of a layer's MLP",
+    "dropout": "Dropout of tokens",
 }
 STUDIED = {"genes": "Genes", "k": "Neighbours", "layout": "Layout"}
 """Settings that may be varied, each alone, and how a reader meets them."""
@@ -135,7 +155,7 @@ def _parse(content: str, place: str) -> Line:
         raise InputError(f"{place}: is not valid JSON ({error}); remove the line") from error
     if not isinstance(line, dict):
         raise InputError(f"{place}: is no JSON object; remove the line")
-    return {**IDLE, **line}
+    return {**IDLE, **NEWER, **line}
 
 
 def _check(line: Line, place: str) -> None:

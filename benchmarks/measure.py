@@ -95,6 +95,28 @@ def event_ms(function: Callable[[], Any]) -> float:
     return begin.elapsed_time(end)
 
 
+MOST_COSTLY = 12
+"""Kernels that a profile names."""
+
+
+def device_profile(function: Callable[[], Any]) -> dict[str, Any]:
+    """Fields of a line: what the GPU did in one call, by its own clock, in all and by kernel; empty where its profiler
+    does not run, which must not cost the times that were taken before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            function()
+            torch.cuda.synchronize()
+        found = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    except RuntimeError:
+        return {}
+    costly = sorted(found, key=lambda event: event.self_device_time_total, reverse=True)
+    kernels = [[event.key[:80], event.count, event.self_device_time_total / 1e3] for event in costly[:MOST_COSTLY]]
+    total = sum(event.self_device_time_total for event in found) / 1e3
+    return {"device_ms": total, "device_kernels": kernels} if found else {}
+
+
 def flush_l2(device: torch.device) -> None:
     torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device).fill_(1)
 
@@ -149,15 +171,6 @@ def _memory_in_use(device: torch.device) -> Callable[[], int] | None:
     except pynvml.NVMLError:
         return None
     return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
-
-
-def out_of_memory(function: Callable[[], Any]) -> str:
-    """Runs it once; what to note where the device is too small for it."""
-    try:
-        function()
-    except torch.OutOfMemoryError:
-        return f"out of memory at {torch.cuda.max_memory_allocated():,} bytes"
-    return ""
 
 
 def lacked_memory(error: BaseException) -> bool:

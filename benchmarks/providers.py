@@ -294,6 +294,21 @@ class FlexAttention(DotProduct):
         return None if torch.cpu._is_avx2_supported() else "on the CPU, FlexAttention needs AVX2"
 
 
+def edge_sizes(config: DenoiserConfig) -> Sizes:
+    """Of SwiGLU's messages."""
+    return Sizes(
+        config.n_neighbors, config.pairwise_hidden_dim // 2, config.n_heads * config.hidden_dim, config.hidden_dim
+    )
+
+
+def triton_lacks(config: DenoiserConfig, device: torch.device) -> str | None:
+    """What keeps the kernels from a network, or None. Also float32's shared memory on small GPUs, as
+    ops.edge_attention asks."""
+    settings = Settings(config.n_heads, config.activation, config.activation)
+    work = EdgeWork(ops.TRAINED_BY, edge_sizes(config), settings)
+    return why_not_triton(Workload(device, k=config.n_neighbors, edges=work), interpreted=True)
+
+
 class Ours(Provider):
     """stflow_fast with one of its backends."""
 
@@ -343,11 +358,7 @@ class Ours(Provider):
         if self.cuda_graph and device.type != "cuda":
             return f"the device is {device.type}, and a CUDA graph needs a GPU"
         if self.backend == "triton":
-            # Also float32's shared memory on small GPUs, as ops.edge_attention asks.
-            c = self.config
-            sizes = Sizes(c.n_neighbors, c.pairwise_hidden_dim // 2, c.n_heads * c.hidden_dim, c.hidden_dim)
-            work = EdgeWork(ops.TRAINED_BY, sizes, Settings(c.n_heads, c.activation, c.activation))
-            return why_not_triton(Workload(device, k=c.n_neighbors, edges=work), interpreted=True)
+            return triton_lacks(self.config, device)
         if not self.compiled:
             return None
         if device.type != "cpu":

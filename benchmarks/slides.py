@@ -68,6 +68,11 @@ LAYOUTS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 }
 
 
+def coordinates(layout: str, n_spots: int, seed: int) -> Tensor:
+    """[N, 2] as :func:`benchmark_slide` makes them, without the rest of a slide."""
+    return LAYOUTS[layout](n_spots, torch.Generator().manual_seed(seed)).float().double()
+
+
 def features(n_spots: int, feature_dim: int = FEATURE_DIM, seed: int = 0) -> Tensor:
     """[N, F] normal numbers: a set per seed, to rotate among."""
     return torch.randn(n_spots, feature_dim, generator=torch.Generator().manual_seed(seed))

@@ -23,13 +23,9 @@ from stflow_fast.errors import first_line
 
 from . import floor, measure
 from .busy import busy_processes
+from .cases import PRECISION, STEADY_STEPS, Case, Job, Plan
 from .jobs import (
     FEW_SPOTS,
-    PRECISION,
-    STEADY_STEPS,
-    Case,
-    Job,
-    Plan,
     Verdict,
     check,
     compile_seconds,
@@ -46,9 +42,9 @@ TOO_LONG = LEFT_OUT + "some {:.0f} s expected; raise --seconds"
 LINE: dict[str, Any] = {
     **dict.fromkeys(("workload", "provider", "layout", "spots", "k", "genes", "dtype", "arithmetic")),
     **dict.fromkeys(("threads", "busy", "busy_nice")),
-    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "prepare_ms", "compile_s")),
-    **dict.fromkeys(("peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
-    **dict.fromkeys(("of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
+    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "rounds", "cold_l2_ms", "device_ms", "device_kernels")),
+    **dict.fromkeys(("prepare_ms", "compile_s", "peak_bytes", "reserved_bytes", "device_bytes", "spots_per_s")),
+    **dict.fromkeys(("floor_ms", "of_floor", "peak_flops_per_s", "peak_copy_bytes_per_s")),
     **{"alone": False, "relative_error": None, "tolerance": None, "check": "not compared", "note": "", "load": None},
 }
 """The fields of a line beside those of :func:`benchmarks.measure.provenance`, empty.
@@ -58,9 +54,13 @@ LINE: dict[str, Any] = {
 ``alone`` is what lacked memory beside the others of its case, and took no turns with them.
 ``compile_s``, of what compiles, is how much longer its first call in the run took than a second one: on the small slide
 of the check, or at its own size where every size is compiled anew. It is in no other figure.
+``device_ms`` is what a GPU computed and copied in one call, by its own clock; the rest of the median is the host's.
+``device_kernels`` are the most costly of its kernels: name, launches, milliseconds.
 ``peak_bytes``, ``reserved_bytes`` and ``device_bytes`` are above what was there before.
-``of_floor`` is the floor of :mod:`benchmarks.floor` over the median, 1 at best, of what computes the published
-function; ``peak_flops_per_s`` and ``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic.
+``of_floor`` is ``floor_ms`` over the median (of a single operation on a GPU: over ``device_ms``), 1 at best.
+``floor_ms`` is by :mod:`benchmarks.floor`, of what computes the published function; ``peak_flops_per_s`` and
+``peak_copy_bytes_per_s`` are the rates behind it, of that run and arithmetic. Of a single operation it is by
+:mod:`benchmarks.roofline`, with rates of an H100.
 """
 
 
@@ -125,7 +125,7 @@ class Entrant:
         self.line = {**LINE, **case._asdict(), "provider": name, "arithmetic": case.dtype}
         self.warm: list[float] = []
         self.cold: list[float] = []
-        self.rates: floor.Rates | None = None  # where there is a floor
+        self.floor: tuple[float, floor.Rates] | None = None
         self.lacked_memory = False
         self.owed = 0.0  # seconds until its first turn is over, as far as a trend tells
 
@@ -187,11 +187,13 @@ class Entrant:
         self.line |= {"spots_per_s": 1e3 * self.case.spots / median}
         if self.cold:
             self.line["cold_l2_ms"] = measure.times_of(self.cold)[0]
-        if self.rates:
-            counted = floor.work(self.case.workload, self.plan.config(self.case), self.case.spots)
-            least = floor.floor_ms(counted, self.rates, 2 if self.job.arithmetic == "bf16" else 4)
-            self.line |= {"of_floor": least / median, "peak_flops_per_s": self.rates.flops_per_s}
-            self.line["peak_copy_bytes_per_s"] = self.rates.bytes_per_s
+        if self.plan.device.type == "cuda":
+            self.line |= measure.device_profile(lambda: self.job.call(0))
+        if self.floor:
+            least, rates = self.floor
+            reached = (self.job.by_device and self.line["device_ms"]) or median
+            self.line |= {"floor_ms": least, "of_floor": least / reached, "peak_flops_per_s": rates.flops_per_s}
+            self.line["peak_copy_bytes_per_s"] = rates.bytes_per_s
 
 
 class Suite:
@@ -288,9 +290,11 @@ class Suite:
         entrant = Entrant(self.plan, case, name)
         self._tell(case, name)
         leave_out = functools.partial(self._leave_out, owed=owed)
-        parts = [self._refuse, leave_out, self._judge, self._begin_trend, leave_out, self._measure_rates]
-        if self.plan.device.type == "cpu" and measure.STATUS.exists():
-            parts.append(self._measure_peak)
+        parts = [self._refuse, leave_out, self._judge, self._begin_trend, leave_out]
+        if not self.plan.rehearsal:
+            parts.append(self._find_floor)
+            if self.plan.device.type == "cpu" and measure.STATUS.exists():
+                parts.append(self._measure_peak)
         for part in parts:
             entrant.attempt(functools.partial(part, entrant))
         if entrant.runs:
@@ -334,11 +338,10 @@ class Suite:
             with busy_processes(case.busy, case.busy_nice):
                 self._trends[kind] = dict([small_call(self.plan, case, entrant.name)])
 
-    def _measure_rates(self, entrant: Entrant) -> None:
-        """While there is memory for it, once for each number of threads."""
-        job = job_of(self.plan, entrant.case, entrant.name)
-        if job.judged and entrant.case.workload != "graph":
-            entrant.rates = self._rates(PRECISION[job.arithmetic], entrant.case.threads)
+    def _find_floor(self, entrant: Entrant) -> None:
+        """While there is memory for it; rates are measured once for each number of threads."""
+        job, threads = job_of(self.plan, entrant.case, entrant.name), entrant.case.threads
+        entrant.floor = job.floor(entrant.case.spots, lambda: self._rates(PRECISION[job.arithmetic], threads))
 
     def _measure_peak(self, entrant: Entrant) -> None:
         """Before anything large is made here: what dies of it does so elsewhere. Once, whatever is beside the case."""

@@ -67,7 +67,7 @@ EDGE_TYPES = {
     **{name: "*i64" for name in ("neighbors", "arriving", "arriving_ptr")},
     "dropout_keys": "*i32",
     "n": "i32",
-    "n_edges": "i64",
+    "n_edges": "i32",  # of fewer than 2^31
 }
 EDGE_KERNELS = {
     "edge_attention_fwd": edge_attention.edge_attention_fwd_kernel,
@@ -135,7 +135,8 @@ def edge_variants(arch: int, tile: Launch | None = None) -> Iterator[Variant]:
 def _edge_variant(name: str, arch: int, precision: str, case: EdgeCase, tile: Launch | None) -> Variant:
     gate, k, p, kept, width, n_heads, pairwise = case
     e = (pairwise or width) // halves_of("gate", gate)
-    sizes = Sizes(k=k, e=e, hp=n_heads * width, d=width)
+    d = n_heads if name == "edge_messages" else width  # a launch of which knows of no d
+    sizes = Sizes(k=k, e=e, hp=n_heads * width, d=d)
     settings = Settings(n_heads, gate, "swiglu" if gate == "swiglu" else "gelu", p, p, kept)
     shape, launch = edge_shape(name, arch, precision, sizes, settings, tile)
     kernel = EDGE_KERNELS[name]
@@ -227,6 +228,7 @@ def gate_variants(arch: int) -> Iterator[Variant]:
         for precision in PRECISIONS:
             for gate, p, columns in (
                 ("swiglu", 0.0, 512),
+                ("swiglu", 0.0, 128),
                 ("swiglu", 0.2, 512),
                 ("swiglu", 0.2, 128),
                 ("gelu", 0.2, 512),
@@ -257,13 +259,21 @@ def gate_variants(arch: int) -> Iterator[Variant]:
 
 
 def other_variants(arch: int) -> Iterator[Variant]:
-    """Dropout, and the neighbour search."""
-    launch = launch_of("dropout", arch, "bf16")
-    numbers = {"COLUMNS": 128, "ROWS": launch.rows, "THRESHOLD": dropout_threshold(0.2), "SCALE": 1.25}
-    types = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "n": "i32", "stream": "i32"}
-    types |= dict.fromkeys(numbers, "constexpr")
-    work = streaming(2 * 128, "bf16")
-    yield Variant(dropout.dropout_kernel, "dropout bf16", types, numbers, launch, True, (), launch.rows, work)
+    """Dropout, and the neighbour search.
+
+    The default model drops tokens and, of the published 50, genes. In bf16 too it drops float32: CUDA's autocast leaves
+    the LayerNorm before the gene head in it.
+    """
+    for precision in ("bf16", "ieee"):
+        for columns in (128, 50):
+            launch = launch_of("dropout", arch, precision)
+            numbers = {"COLUMNS": columns, "ROWS": launch.rows, "THRESHOLD": dropout_threshold(0.2), "SCALE": 1.25}
+            typed = POINTER.get(precision, "*fp32")
+            types = {"x": typed, "keys": "*i32", "out": typed, "n": "i32", "stream": "i32"}
+            types |= dict.fromkeys(numbers, "constexpr")
+            name = f"dropout {precision}" + (f" C={columns}" if columns != 128 else "")
+            work = streaming(2 * columns, precision)
+            yield Variant(dropout.dropout_kernel, name, types, numbers, launch, True, (), launch.rows, work)
     search = neighbors.nearest_kernel
     launch = launch_of("nearest", arch, "float64")
     numbers = {"CELLS": 9, "BLOCK": launch.rows, "COLS": neighbors.COLS}

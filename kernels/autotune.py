@@ -9,7 +9,8 @@ more than noise: the 80th percentile of its times below the 20th of the row's. E
 
 A row holds for later architectures too, until one of their own is measured. Whether it suits others of the same age
 (sm_86 has less shared memory than sm_80), ``python -m stflow_fast.kernels.aot --arch 86`` says without one.
-The table is replaced at the end. The exit code is 1 where a row of the table cannot run, 2 without a CUDA device.
+The table is replaced at the end. The exit code is 1 where a row of the table cannot run, 2 without a CUDA device, or
+where ``--rehearse`` has no interpreter that works.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from .launch import (
     find_row,
     overlap,
     use_launch,
+    why_not_interpreted,
 )
 
 TOLERANCE = {"bf16": 2**-7, "tf32": 2**-9, "ieee": 1e-5, "float64": 0.0}
@@ -297,6 +299,8 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
     if not os.access(arguments.out.resolve().parent, os.W_OK):
         raise InputError(f"--out: {arguments.out} cannot be written; name another file")
     if arguments.rehearse:
+        if lacks := why_not_interpreted():
+            raise InputError(f"--rehearse: {lacks}")
         return Machine(torch.device("cpu"), "Triton's interpreter", OLDEST, arguments.spots or 10, 1, 2)
     if not torch.cuda.is_available():
         raise InputError("there is no CUDA device; --rehearse runs the same path on the CPU")

@@ -83,9 +83,10 @@ class _Attention:
         e, dtype = case.columns, case.dtype
         self.d, self.hp, self.graph, self.keys = 2 * e, N_HEADS * 2 * e, numbers.graph, numbers.keys()
         self.terms = numbers.normal(numbers.n, 2 * self.hp + self.d, dtype=dtype)
-        self.edge = numbers.normal(4, 2 * e, dtype=dtype)
         self.message_to_logit = numbers.normal(e, self.hp, dtype=dtype, scale=e**-0.5)
-        self.logit = numbers.normal(e + 1, dtype=dtype, scale=e**-0.5)
+        # Which the model leaves in its own precision, under autocast too.
+        self.edge = numbers.normal(4, 2 * e, dtype=torch.float32)
+        self.logit = numbers.normal(e + 1, dtype=torch.float32, scale=e**-0.5)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -579,6 +579,7 @@ def _forward_fake(*arguments: Any) -> Tensor:
 def _backward(grad_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, settings = _split(arguments)
     terms, neighbors, _, edge, message_to_logit, logit, keys, arriving, arriving_ptr = inputs
+    check_device("terms", terms)
     n, sizes = len(terms), inputs.sizes
     if not n:
         return terms.new_empty(terms.shape), *(torch.zeros_like(weight) for weight in (edge, message_to_logit, logit))

@@ -153,7 +153,9 @@ def gated_mlp(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
-    return torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, 0.0 if keys is None else p, stream)
+    if keys is None or p == 0:  # either of both is no dropout, and one kernel is compiled for it
+        keys, p = None, 0.0
+    return torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, p, stream)
 
 
 def _forward(*arguments: Any) -> Tensor:

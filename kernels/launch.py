@@ -17,6 +17,7 @@ from torch import Tensor
 from stflow_fast.errors import InputError
 
 from .conventions import float32_is_tf32
+from .versions import why_not_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors: decided when a kernel's file is loaded."""
@@ -230,6 +231,8 @@ def check_device(name: str, tensor: Tensor) -> None:
     """Refuse a tensor that no kernel can reach."""
     if not (tensor.is_cuda or INTERPRETED):
         raise InputError(f"{name}: is on {tensor.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
+    if INTERPRETED and (lacks := why_not_interpreted()):
+        raise InputError(f"TRITON_INTERPRET: is 1, but {lacks}")
 
 
 def check_tensors(expected: dict[str, tuple[Tensor, tuple[int, ...]]], **dtypes: torch.dtype) -> None:

@@ -283,7 +283,11 @@ def demo(
 @app.command()
 def benchmark(
     workload: Annotated[
-        str, typer.Option(help="Of sample, train_step, denoise and graph, with commas between.")
+        str,
+        typer.Option(
+            help="Of sample, train_step, denoise, graph, and single operations: edge_forward, edge_backward, "
+            "edge_messages, gated_mlp, gated_mlp_backward, dropout. With commas between."
+        ),
     ] = "sample",
     spots: Annotated[str, typer.Option(help="Sizes of the slides, such as 1e3,1e4,605471.")] = "1e3,3e3,1e4",
     providers: Annotated[str | None, typer.Option(help="What to compare; what suits the device when left out.")] = None,
@@ -309,6 +313,10 @@ def benchmark(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results, which are added to; ./benchmark when left out.")
     ] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures of --out when all is measured.")] = True,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="On one tiny slide, once: shows that all of it runs, and no figure.")
+    ] = False,
     redraw: Annotated[
         bool,
         typer.Option(
@@ -341,8 +349,9 @@ def benchmark(
         seconds=seconds,
         minutes=minutes,
         resume=resume,
+        rehearse=rehearse,
     )
-    if code := command.run(options, out or Path("benchmark")):
+    if code := command.run(options, out or Path("benchmark"), pictures):
         raise typer.Exit(code)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -200,6 +199,8 @@ def _earlier_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[
 
 def _is_made_by(path: Path, about: dict[str, Any]) -> bool:
     """Whether a prediction stands there that was drawn as ``about`` says (one that is being overwritten was not)."""
+    import anndata  # where it is used, as in slides/anndata_file.py
+
     try:
         with h5py.File(path, "r") as file:
             before = anndata.io.read_elem(file["uns/stflow_fast"])
@@ -214,6 +215,8 @@ def write_prediction(path: Path, model: Denoiser, slide: Slide, drawn: Sample, a
     Raises:
         OutputError: the file cannot be written.
     """
+    import anndata
+
     genes = model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
     table = anndata.AnnData(
         X=drawn.expression.float().numpy(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import platform
 
@@ -14,6 +12,7 @@ from . import ops
 from ._version import __version__
 from .devices import choose_device
 from .errors import InputError
+from .kernels.versions import OLDEST_VERSIONS, installed, too_old
 from .threads import thread_count
 
 REQUIRED = (
@@ -44,22 +43,21 @@ def diagnose() -> Table:
         table.add_column(heading)
     table.add_row("python", platform.python_version(), platform.platform())
     for name in REQUIRED:
-        found = _installed(name)
-        table.add_row(name, found or "missing", "" if found else f"pip install {name}")
-    for name, remark in OPTIONAL.items():
-        found = _installed(name)
-        table.add_row(name, found or "not installed (optional)", "" if found else remark)
+        table.add_row(name, installed(name) or "missing", _remark(name, f"pip install {name}"))
+    for name, absent in OPTIONAL.items():
+        table.add_row(name, installed(name) or "not installed (optional)", _remark(name, absent))
     table.add_section()
     for row in (_device(), _threads(), *_load(), _backend(), _compiler()):
         table.add_row(*row)
     return table
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _remark(name: str, absent: str) -> str:
+    """Of a package: what to do where it is absent or too old."""
+    if not installed(name):
+        return absent
+    old = too_old(name)
+    return f"{old}: pip install '{name}>={OLDEST_VERSIONS[name]}'" if old else ""
 
 
 def _device() -> tuple[str, str, str]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from stflow_fast.kernels import versions
 
 from benchmarks.baselines.eager_stflow import EagerTimeEmbedding
 from stflow_fast.model import TimestepEmbedder
 
+from . import margins
+
 # Kernels are interpreted where there is no GPU; Triton reads this when a kernel's file is loaded.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
@@ -32,12 +34,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What fails because kernels cannot be interpreted, and says so, is skipped, but never in CI."""
+    lacks = versions.why_not_interpreted()
+    try:
+        return (yield)
+    except Exception as error:  # torch's opcheck and assertions about a process say it again
+        if lacks and lacks in str(error) and not os.environ.get("CI"):
+            pytest.skip(lacks)
+        raise
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How near the GPU's errors came to their limits; nothing where none was compared."""
+    for line in margins.summary():
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
-    """A path below ../shared (golden files, real slides); the test is skipped where it is absent, but never in CI."""
+    """A path below ../shared (golden files, real slides), or below the folder that STFLOW_SHARED names, for where the
+    checkout is without its neighbours; the test is skipped where it is absent, but never in CI."""
 
     def find(name: str) -> Path:
-        path = SHARED / name
+        path = Path(os.environ.get("STFLOW_SHARED") or Path(__file__).resolve().parents[2] / "shared") / name
         if not path.exists():
             if os.environ.get("CI"):
                 pytest.fail(f"{path} is absent, and CI must not skip")
@@ -45,6 +66,25 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Packages of other versions: ``pretend(triton="3.4.0")``; of None, a package is not installed."""
+    version_of = importlib.metadata.version
+
+    def installed(**versions_by_name: str | None) -> None:
+        def version(name: str) -> str:
+            found = versions_by_name[name] if name in versions_by_name else version_of(name)
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        versions.installed.cache_clear()
+
+    yield installed
+    versions.installed.cache_clear()
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_interpreted_kernels_are_not_compiled() -> None:
     assert "TRITON_INTERPRET: is 1" in done.stderr
 
 
-LAUNCH = """
+ABSENT_GPU = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -164,7 +164,7 @@ class AbsentGPU:
 def launcher(kernel, grid):
     def launch(*arguments, **options):
         made = kernel.warmup(*arguments, grid=grid, **options)
-        print(kernel.__name__, made.metadata.num_warps, "cubin" in made.asm)
+        launched(kernel, made)
         for argument in arguments if kernel.__name__ == "nearest_kernel" else ():
             if torch.is_tensor(argument) and argument.dtype == torch.int32:
                 argument.fill_(1)  # every query is settled
@@ -176,8 +176,14 @@ from stflow_fast.kernels import dropout, edge_attention, gated_mlp, launch, neig
 
 for module in (dropout, edge_attention, gated_mlp):
     module.check_device = lambda *_: None
-launch.architecture = lambda device: 90
+launch.architecture = neighbors.architecture = lambda device: 90
 neighbors._check = lambda *_: None
+"""
+
+LAUNCH = """
+def launched(kernel, made):
+    print(kernel.__name__, made.metadata.num_warps, "cubin" in made.asm)
+
 n, k = 1000, 8
 half = lambda *size: torch.zeros(*size, dtype=torch.bfloat16, requires_grad=True)
 keys = torch.zeros(n, dtype=torch.int32)
@@ -202,9 +208,65 @@ neighbors.nearest(points, code, torch.tensor([0, n]), torch.zeros(n, dtype=torch
 
 def test_launches_pass_through_triton_as_on_a_gpu() -> None:
     """The interpreter and the compiler by itself know nothing of how a launch binds and specialises its arguments."""
-    done = compiled("-c", LAUNCH)
+    done = compiled("-c", ABSENT_GPU + LAUNCH)
     assert done.returncode == 0, done.stderr
     launched = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _, _ in launched} == set(KERNELS)
     assert all(made == "True" for _, _, made in launched)
     assert ["edge_attention_fwd_kernel", "4", "True"] in launched
+
+
+MODEL = """
+import torch.nn.functional as F
+import triton.compiler
+from stflow_fast import Denoiser, DenoiserConfig, Sampler
+from stflow_fast.kernels import aot
+from stflow_fast.ops import backend
+
+def described(types, constants, options):
+    return types, constants, {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+
+def bound(source, target, options):
+    constants = {source.fn.arg_names[i]: value for (i,), value in source.constants.items()}
+    return described(source.signature, constants, options)
+
+def launched(kernel, made):
+    if (kernel, made) not in launches:
+        launches.append((kernel, made))
+
+triton.compiler.compile = bound  # nothing is compiled here
+backend.why_not_triton = lambda *_, **__: None
+layer_norm = F.layer_norm
+F.layer_norm = lambda x, *rest: layer_norm(x.float(), *rest)  # as under CUDA's autocast; the CPU's leaves bfloat16
+launches = []
+slide, x_0 = (torch.rand(1000, 32), torch.rand(1000, 2)), torch.rand(1000, 50)
+model = Denoiser(DenoiserConfig(n_genes=50, feature_dim=32))
+graph = model.build_graph(slide[1])
+for precision in ("bf16", "ieee", "tf32"):
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    for dropout in (False, True):
+        model.train(dropout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model.denoise(graph, x_0, model.image_transform(slide[0]), torch.rand(1)).sum().backward()
+    sampler = Sampler(model, precision="bf16" if precision == "bf16" else "float32")  # which keeps messages
+    sampler.prepare(slide).draw(x_0)
+variants = (*aot.edge_variants(90), *aot.gate_variants(90), *aot.other_variants(90))
+compiled = [
+    (each.kernel, described(each.types, each.constants, each.launch.options | {"enable_fp_fusion": each.fused}))
+    for each in variants
+    if each.default
+]
+for ours, others in ((launches, compiled), (compiled, launches)):
+    for kernel, what in ours:
+        print(kernel.__name__, (kernel, what) in others, what)
+"""
+
+
+def test_what_the_default_model_launches_is_what_is_compiled_by_default() -> None:
+    """And the other way round: types, constants and options, in training with dropout and without, and in sampling.
+    Which integers and addresses are multiples of 16 is not compared."""
+    done = compiled("-c", ABSENT_GPU + MODEL)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert {name for name, _, _ in lines} == set(KERNELS)
+    assert [line for line in lines if line[1] != "True"] == []

@@ -533,14 +533,6 @@ def test_ties_are_told_by_the_precision_that_coordinates_came_in(kind: str) -> N
         assert not torch.equal(knn_graph(rounded.astype(exact), 8), table)
 
 
-@pytest.mark.gpu
-def test_tensors_on_a_gpu_stay_there() -> None:
-    x = torch.rand(6, 4, device="cuda")
-    for value in (x, x[None], x.clone().requires_grad_(), [*x], x.to(torch.uint32), x.bfloat16()):
-        assert as_tensor("x", value, (6, 4)).is_cuda
-    assert np.array_equal(as_array("x", x, (6, 4), np.float32), x.cpu().numpy())
-
-
 # Names.
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stflow_fast.kernels import versions
 from stflow_fast.kernels.conventions import Settings, Sizes
 from torch import Tensor
 
@@ -135,6 +140,70 @@ def test_a_missing_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with ops.use_backend("triton"), pytest.raises(InputError, match="^STFLOW_BACKEND: .*triton is not installed"):
         backend_for(Workload(CPU))
     assert backend_for(Workload(CPU, n_spots=10)).name == "reference"
+
+
+@interpreted
+@pytest.mark.parametrize("version", ["3.4.0", "3.4.0+git1234", "3.3", "2.99.1rc1"])
+def test_a_triton_that_does_not_compile_the_kernels_is_refused(version: str, pretend: Callable[..., None]) -> None:
+    pretend(triton=version)
+    lacks = f"triton {version} is older than 3.5, from which on its kernels compile"
+    for device in (CPU, torch.device("cuda", 0)):
+        with ops.use_backend("triton"), pytest.raises(InputError) as refused:
+            backend_for(Workload(device))
+        assert str(refused.value) == f"STFLOW_BACKEND: is triton, but {lacks}; set it to auto or reference"
+    assert backend_for(Workload(torch.device("cuda", 0))) == ("reference", f"plain torch; {lacks}")
+
+
+@pytest.mark.parametrize("version", ["3.5", "3.5.0+git1234", "3.5.0rc1", "3.6.0", "3.10.1", "4.0", None, "unknown"])
+def test_a_triton_of_another_version_is_not_refused(
+    version: str | None, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one whose version nobody wrote down, as in a build of one's own."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pretend(triton=version)
+    assert backend_for(Workload(torch.device("cuda", 0))).name == "triton"
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), st.sampled_from(["", "rc1", "a0", ".dev3", "+git12.3"]))
+def test_the_numbers_of_a_version_are_read(numbers: list[int], rest: str) -> None:
+    assert versions.release(".".join(map(str, numbers)) + rest) == tuple(numbers)
+
+
+def test_what_setup_asks_for_is_what_is_looked_for() -> None:
+    text = (Path(__file__).resolve().parents[1] / "setup.py").read_text()
+    assert dict(re.findall(r'"(torch|triton)>=([\d.]+)', text)) == versions.OLDEST_VERSIONS
+
+
+INTERPRETERS = [
+    ("3.5.0", "2.4.0", False),
+    ("3.6.0", "2.4.6", False),
+    ("3.6.0", "2.10.0", False),
+    ("3.6.0", "2.3.5", True),
+    ("3.7.0", "2.4.6", True),
+    ("3.7.1", "3.0", True),
+    (None, "2.4.6", True),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("triton", "numpy", "works"), INTERPRETERS)
+def test_an_interpreter_that_fails_with_this_numpy_is_refused_with_the_mend(
+    triton: str | None, numpy: str, works: bool, pretend: Callable[..., None]
+) -> None:
+    pretend(triton=triton, numpy=numpy)
+    if works:
+        assert launch.why_not_interpreted() is None
+        with ops.use_backend("triton"):
+            assert backend_for(Workload(CPU)).name == "triton"
+        launch.check_device("x", torch.ones(1))
+        return
+    lacks = f"Triton {triton}'s interpreter fails with numpy {numpy}: install numpy<2.4 or triton>=3.7"
+    assert launch.why_not_interpreted() == lacks
+    with ops.use_backend("triton"), pytest.raises(InputError, match=f"^STFLOW_BACKEND: is triton, but {lacks}; set it"):
+        backend_for(Workload(CPU))
+    with pytest.raises(InputError, match=f"^TRITON_INTERPRET: is 1, but {lacks}$"):
+        launch.check_device("x", torch.ones(1))
+    assert backend_for(Workload(CPU)) == ("reference", "plain torch; the device is cpu")
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -881,14 +881,52 @@ def test_on_a_gpu_memory_is_that_of_making_and_of_two_calls(
     monkeypatch.setattr(measure, "flush_l2", lambda device: said.append("flush"))
     monkeypatch.setattr(measure, "event_ms", lambda function: (function(), 2.0)[1])
     monkeypatch.setattr(measure, "peak", lambda function, device: (function(), len(said))[1])
+    monkeypatch.setattr(measure, "device_profile", lambda function: (function(), {"device_ms": 1.5})[1])
     monkeypatch.setattr(measure, "device_name", lambda device: "a GPU")
     for name, answer in {"empty_cache": None, "memory_reserved": 2, "max_memory_reserved": 8}.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     plan = dataclasses.replace(small_plan(rounds=2), device=torch.device("cuda"))
     (line,) = lines_of(plan, [CASE], ("a",))
-    assert said == [("a", 0), ("a", 0), "flush", ("a", 0), ("a", 0), "flush", ("a", 1), ("a", 1)]
+    assert said == [("a", 0), ("a", 0), "flush", ("a", 0), ("a", 0), "flush", ("a", 1), ("a", 1), ("a", 0)]
     assert (line["note"], line["peak_bytes"], line["reserved_bytes"], line["device_bytes"]) == ("", 2, 6, 0)
-    assert (line["median_ms"], line["cold_l2_ms"]) == (2.0, 2.0)
+    assert (line["median_ms"], line["cold_l2_ms"], line["device_ms"]) == (2.0, 2.0, 1.5)
+
+
+class Event(NamedTuple):
+    key: str
+    count: int
+    self_device_time_total: float  # microseconds
+    device_type: torch.autograd.DeviceType = torch.autograd.DeviceType.CUDA
+
+
+EVENTS = [
+    *(Event("copy", 1, 500.0), Event("a kernel", 4, 2500.0)),
+    Event("aten::mm", 1, 9e9, torch.autograd.DeviceType.CPU),
+]
+
+
+@pytest.mark.parametrize(
+    ("events", "fields"),
+    [
+        (EVENTS, {"device_ms": 3.0, "device_kernels": [["a kernel", 4, 2.5], ["copy", 1, 0.5]]}),
+        ([], {}),
+        (RuntimeError("no CUPTI"), {}),
+    ],
+)
+def test_a_profile_counts_what_the_gpu_did(
+    monkeypatch: pytest.MonkeyPatch, events: list[Event] | RuntimeError, fields: dict[str, Any]
+) -> None:
+    @contextlib.contextmanager
+    def profile(activities: list[Any]) -> Iterator[Any]:
+        yield SimpleNamespace(key_averages=lambda: events)
+        if isinstance(events, RuntimeError):
+            raise events
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    called = []
+    assert measure.device_profile(lambda: called.append(1)) == fields
+    assert called == [1]
 
 
 def test_what_does_not_run_in_a_dtype_is_measured_beside_it_and_says_its_own() -> None:

@@ -144,6 +144,28 @@ def test_doctor_says_how_many_threads_and_why(
     assert diagnosed(0.0, **machine)["threads"] == said
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "said"),
+    [
+        ("triton", "3.4.0", ("3.4.0", "triton 3.4.0 is older than 3.5: pip install 'triton>=3.5'")),
+        ("triton", "3.5.0", ("3.5.0", "")),
+        ("triton", None, ("not installed (optional)", "for the kernels on a GPU: pip install triton")),
+        ("torch", "2.8.0+cu128", ("2.8.0+cu128", "torch 2.8.0+cu128 is older than 2.9: pip install 'torch>=2.9'")),
+        ("torch", "2.9.0+cpu", ("2.9.0+cpu", "")),
+        ("numpy", None, ("missing", "pip install numpy")),
+    ],
+)
+def test_doctor_says_what_is_too_old_or_missing(
+    name: str,
+    version: str | None,
+    said: tuple[str, str],
+    pretend: Callable[..., None],
+    diagnosed: Callable[..., dict[str, tuple[str, str]]],
+) -> None:
+    pretend(**{name: version})
+    assert diagnosed(0.0)[name] == said
+
+
 def test_demo_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = make_cohort(n_train=2, train_spots=100, test_spots=200)
     monkeypatch.setattr(demo, "make_cohort", lambda seed: small)

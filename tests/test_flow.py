@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stflow_fast import ops, use_backend
+from stflow_fast.arrays import as_array, as_tensor
 from stflow_fast.config import DenoiserConfig, parse_bytes
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
@@ -514,6 +515,49 @@ def test_a_gpu_samples_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, cuda_gra
         prepared.draw(seed=1)
     trajectory = prepared.draw(x_0, trajectory=True).trajectory
     torch.testing.assert_close(trajectory[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def last_corner(side: int, width: int) -> torch.Tensor:
+    """Spots of a square of so many rows, those of its last rows and columns."""
+    spot = torch.arange(side * side)
+    return torch.minimum(spot // side, spot % side) >= side - width
+
+
+def error_in_the_last_corner(network: Denoiser, side: int, patch: int, margin: int) -> float:
+    """Of a large sample of a jittered square lattice, against plain torch on a patch around the corner: a layer carries
+    a spot's influence less than 2.7 rows on, in each call, and behind that margin nothing is left of the border."""
+    config, generator = network.config, torch.Generator().manual_seed(0)
+    features = torch.randn(side * side, config.feature_dim, generator=generator)
+    x_0 = torch.rand(side * side, config.n_genes, generator=generator)
+    spot = torch.arange(side * side)
+    coords = torch.stack([spot % side, spot // side], dim=1) + 0.8 * torch.rand(side * side, 2, generator=generator)
+    drawn = sample(network, (features, coords), x_0=x_0, n_sample_steps=3).expression
+    near = last_corner(side, patch)
+    with use_backend("reference"):
+        expected = sample(network, (features[near], coords[near]), x_0=x_0[near], n_sample_steps=3).expression
+    corner = last_corner(patch, patch - margin)
+    return ((drawn[near][corner] - expected[corner]).norm() / expected[corner].norm()).item()
+
+
+def test_the_last_corner_of_a_slide_is_what_its_patch_alone_gives() -> None:
+    network = model()
+    assert error_in_the_last_corner(network, side=40, patch=20, margin=11) < 1e-6
+    assert error_in_the_last_corner(network, side=40, patch=20, margin=0) > 1e-4  # a border is seen
+
+
+@pytest.mark.gpu
+def test_the_last_corner_of_a_million_spots_is_what_its_patch_alone_gives() -> None:
+    torch.manual_seed(0)
+    network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=32)).cuda()
+    assert error_in_the_last_corner(network, side=1000, patch=100, margin=22) < 1e-3
+
+
+@pytest.mark.gpu
+def test_arrays_on_a_gpu_stay_there() -> None:
+    x = torch.rand(6, 4, device="cuda")
+    for value in (x, x[None], x.clone().requires_grad_(), [*x], x.to(torch.uint32), x.bfloat16()):
+        assert as_tensor("x", value, (6, 4)).is_cuda
+    assert np.array_equal(as_array("x", x, (6, 4), np.float32), x.cpu().numpy())
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -276,6 +276,21 @@ def test_what_cannot_be_tuned_is_said_in_one_line(arguments: tuple[str, ...], co
     assert len(done.stderr.splitlines()) == 1
     assert complaint in done.stderr
     assert launch.TABLE_PATH.read_bytes() == before
+
+
+def test_a_rehearsal_without_an_interpreter_that_works_is_refused_in_one_line(
+    tmp_path: Path,
+    pretend: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(triton="3.6.0", numpy="2.4.6")
+    monkeypatch.setattr(autotune, "INTERPRETED", True)
+    monkeypatch.setattr(sys, "argv", ["autotune", "--rehearse", "--out", str(tmp_path / "table.csv")])
+    assert autotune.main() == 2
+    reason = "Triton 3.6.0's interpreter fails with numpy 2.4.6: install numpy<2.4 or triton>=3.7"
+    assert capsys.readouterr().err == f"autotune: --rehearse: {reason}\n"
+    assert not (tmp_path / "table.csv").exists()
 
 
 def test_unknown_names_are_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..kernels.conventions import MOST_COLUMNS, MOST_NEIGHBORS, Settings, Sizes, float32_is_tf32
+from ..kernels.versions import too_old, why_not_interpreted
 
 
 class Choice:
@@ -137,13 +138,15 @@ def why_not_triton(workload: Workload, interpreted: bool) -> str | None:
         return f"the device is {device.type}"
     if not _triton_is_installed():
         return "triton is not installed"
+    if lacks := too_old("triton"):
+        return f"{lacks}, from which on its kernels compile"
     if workload.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels do not compute in {workload.dtype}"
     if workload.k > MOST_NEIGHBORS:
         return f"its kernels take up to {MOST_NEIGHBORS} neighbours, not {workload.k}"
     if workload.edges and workload.edges.sizes.e > MOST_COLUMNS:
         return f"its edge kernels take messages of up to {MOST_COLUMNS} columns, not {workload.edges.sizes.e}"
-    return _what_a_gpu_lacks(workload) if device.type == "cuda" else None
+    return _what_a_gpu_lacks(workload) if device.type == "cuda" else why_not_interpreted()
 
 
 def _what_a_gpu_lacks(workload: Workload) -> str | None:

@@ -1,0 +1,136 @@
+"""What is run on the GPU, in the order of its worth. A section is one process, or several at once, with its own limit.
+
+Figures are those of ``stflow-fast benchmark``, by that command: a section can be typed by hand as its line says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+OURS = "triton_graph,triton"
+QUADRATIC = "eager_stflow,dense_softmax,dense_attention"
+"""In their memory: of large slides they say how much they would need."""
+OPPONENTS = f"flash_attention,{QUADRATIC}"
+OPERATIONS = "edge_forward,edge_backward,edge_messages,gated_mlp,gated_mlp_backward,dropout"
+BF16, FLOAT32 = "bf16", "tf32,float32"
+LARGE = "1e4,1e5,1e6"
+
+STARTING = 20
+"""Seconds of a limit that a process may take before and after what it measures."""
+
+
+class Figures(NamedTuple):
+    """Options of ``stflow-fast benchmark``."""
+
+    workload: str
+    spots: str
+    dtype: str
+    providers: str
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """As typed."""
+        return tuple(text for name, value in self._asdict().items() for text in (f"--{name}", value))
+
+
+class Section(NamedTuple):
+    name: str
+    seconds: int  # its limit
+    commands: dict[str, tuple[str, ...]]  # by name, all at once
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+FIGURES: dict[str, tuple[int, Figures]] = {
+    # Every kernel, checked against float64 on 1,100 spots before it is timed on 1,000.
+    "every kernel in bf16": (120, Figures(f"{OPERATIONS},graph", "1e3", BF16, "triton_kept_edges,triton,reference")),
+    "sample of 10,000 spots in bf16": (120, Figures("sample", "1e4", BF16, f"{OURS},{OPPONENTS}")),
+    "sample of 1,000,000 spots in bf16": (150, Figures("sample", "1e6", BF16, f"triton_graph,{QUADRATIC}")),
+    "training step of 10,000 spots in bf16": (120, Figures("train_step", "1e4", BF16, f"triton,{OPPONENTS}")),
+    "edge kernels against their floor in bf16": (
+        120,
+        Figures("edge_forward,edge_backward,edge_messages", LARGE, BF16, "triton_kept_edges,triton"),
+    ),
+}
+"""The first, which come before the tests."""
+
+FLOAT32_FIGURES: dict[str, tuple[int, Figures]] = {
+    "every kernel in float32": (150, Figures(OPERATIONS, "1e3", FLOAT32, "triton_kept_edges,triton,reference")),
+    "sample of 10,000 spots in float32": (120, Figures("sample", "1e4", FLOAT32, f"{OURS},{OPPONENTS}")),
+    "training step of 10,000 spots in float32": (120, Figures("train_step", "1e4", FLOAT32, f"triton,{OPPONENTS}")),
+    "edge kernels against their floor in float32": (
+        120,
+        Figures("edge_forward,edge_backward", LARGE, FLOAT32, "triton_kept_edges,triton"),
+    ),
+    "neighbours": (120, Figures("graph", LARGE, "float32", "triton,scipy_kdtree,dense_cdist")),
+}
+
+SIZES = "1e3,3e3,3e4,1e5,3e5"
+LAST_FIGURES: dict[str, tuple[int, Figures]] = {
+    "samples of all sizes in bf16": (
+        180,
+        Figures("sample", SIZES, BF16, f"triton_graph,triton_kept_edges,message_passing,{OPPONENTS}"),
+    ),
+    "training steps of all sizes in bf16": (
+        150,
+        Figures("train_step", "1e3,3e3,3e4,1e5", BF16, "triton,message_passing,eager_stflow,flash_attention"),
+    ),
+    # Every size of it is compiled anew.
+    "FlexAttention in bf16": (150, Figures("sample,train_step", "1e4,1e5", BF16, "triton,flex_attention")),
+}
+
+ALL_FIGURES = {**FIGURES, **FLOAT32_FIGURES, **LAST_FIGURES}
+
+TEST_FILES = tuple(f"tests/test_{name}.py" for name in ("kernel_gpu", "kernel_neighbors", "flow"))
+TEST_FILE = TEST_FILES[0]
+TESTS = {
+    "golden files": (TEST_FILE, "-k", "published_code"),
+    "bf16": (TEST_FILE, "-k", "bf16"),
+    "fp16": (TEST_FILE, "-k", "fp16 and not bf16"),
+    "tf32": (TEST_FILE, "-k", "tf32"),
+    "ieee": (TEST_FILE, "-k", "ieee"),
+    "the others": (*TEST_FILES, "-k", "not (published_code or bf16 or fp16 or tf32 or ieee)"),
+}
+"""``pytest -m gpu`` in parts, which compile side by side."""
+
+SANITIZED = (
+    f"{TEST_FILE}::test_attention_is_as_exact_as_plain_torch[K + 1 spots-bf16]",
+    f"{TEST_FILE}::test_gated_mlp_is_as_exact_as_plain_torch[relu, odd widths-bf16]",
+)
+EVERY_ALLOCATION = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""By the driver, so that what lies beyond a tensor is nobody's."""
+
+TUNED = ("--kernels", "edge_attention_fwd", "--precisions", "bf16")
+
+
+def plan(out: Path, rehearse: bool) -> list[Section]:
+    """All of it; rehearsed, on one tiny slide on the CPU with the kernels interpreted."""
+    python = (sys.executable, "-m")
+    pytest = (*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
+    tuned = (*python, "stflow_fast.kernels.autotune", *TUNED, "--out", str(out / "launch_table.csv"))
+    checked = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, *SANITIZED)
+
+    def figures(name: str, seconds: int, what: Figures) -> Section:
+        rest = ("--device", "cpu", "--rehearse") if rehearse else ("--device", "cuda")
+        # As long as a section may a figure take: by the trend of a small slide, whose time is the host's, a large one
+        # would be left out.
+        limits = ("--minutes", f"{(seconds - STARTING) / 60:.2f}", "--seconds", str(seconds))
+        command = (*python, "stflow_fast", "benchmark", *what.options, *limits, *rest)
+        return alone(name, seconds, (*command, "--resume", "--no-pictures", "--out", str(out)))
+
+    return [
+        alone("kernels compiled", 150, (*python, "benchmarks.gpu.kernels", *(("--rehearse",) if rehearse else ()))),
+        *(figures(name, *what) for name, what in FIGURES.items()),
+        Section("tests", 240, {name: (*pytest, *which) for name, which in TESTS.items()}),
+        *(figures(name, *what) for name, what in FLOAT32_FIGURES.items()),
+        alone("autotune of the forward", 120, (*tuned, *(("--rehearse",) if rehearse else ("--columns", "64")))),
+        alone("memory checked", 150, checked)._replace(environment=EVERY_ALLOCATION),
+        *(figures(name, *what) for name, what in LAST_FIGURES.items()),
+    ]
+
+
+def alone(name: str, seconds: int, command: tuple[str, ...]) -> Section:
+    return Section(name, seconds, {"": command})

@@ -1,0 +1,53 @@
+"""The versions of other packages that the kernels work with. Neither torch nor Triton is needed here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+
+OLDEST_VERSIONS = {"torch": "2.9", "triton": "3.5"}
+"""As in setup.py. Triton 3.3.1 finds no fields in a kernel's constant, 3.4.0 never ends with ``tiles.matmul``, which
+calls itself; 3.5 comes with torch 2.9."""
+
+OLDEST_INTERPRETER = "3.7"
+"""Where a loop begins at ``program_id``, an interpreter before it makes an int of an array of one number, which numpy
+refuses from REFUSING_NUMPY on: 3.5.0 and 3.6.0 fail with numpy 2.4.0 and 2.4.6, not with 2.3.5; 3.7.0 and 3.7.1 do
+not fail with 2.4.6."""
+
+REFUSING_NUMPY = "2.4"
+
+
+@functools.cache
+def installed(package: str) -> str | None:
+    """Its version; None where there is none, or nobody wrote it down."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (3, 6, 0) of 3.6.0rc1 and of 3.6.0+git1234."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+
+
+def older(version: str, other: str) -> bool:
+    """By their releases; what has no number is not older."""
+    return () < release(version) < release(other)
+
+
+def too_old(package: str) -> str | None:
+    """That it is older than OLDEST_VERSIONS has it, or None; a version that is not known is no reason."""
+    version, oldest = installed(package), OLDEST_VERSIONS.get(package)
+    return f"{package} {version} is older than {oldest}" if version and oldest and older(version, oldest) else None
+
+
+def why_not_interpreted() -> str | None:
+    """What keeps Triton's interpreter from the kernels, with the mend, or None."""
+    triton, numpy = installed("triton"), installed("numpy")
+    if not triton or not numpy or not older(triton, OLDEST_INTERPRETER) or older(numpy, REFUSING_NUMPY):
+        return None
+    mend = f"install numpy<{REFUSING_NUMPY} or triton>={OLDEST_INTERPRETER}"
+    return f"Triton {triton}'s interpreter fails with numpy {numpy}: {mend}"
