@@ -66,6 +66,7 @@ class Plan:
             turns of a case take together, after the first, which is always made.
         network: the denoiser but for its genes and neighbours, which are a case's.
         deadline: of ``time.monotonic``; what would end behind it is left out.
+        profile: on a GPU, ask its profiler too, behind the times of a case.
         rehearsal: sizes are tiny and kernels interpreted, so that neither peaks of memory nor rates are taken.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     check_spots: int = CHECK_SPOTS
     deadline: float = math.inf
     rehearsal: bool = False
+    profile: bool = False
 
     def config(self, case: Case) -> DenoiserConfig:
         return dataclasses.replace(self.network, n_genes=case.genes, n_neighbors=case.k)

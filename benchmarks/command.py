@@ -26,7 +26,7 @@ from stflow_fast.progress import figures_bar
 from . import measure, report
 from .cases import CHECK_SPOTS, NETWORK, PRECISION, Case, Plan
 from .jobs import input_bytes, job_of, providers_of, why_not
-from .lines import WORKLOADS, load, read
+from .lines import WORKLOADS, load, out_of_memory, read
 from .operations import OPERATIONS
 from .pictures import write_pictures
 from .providers import OVER_BUDGET, PROVIDERS
@@ -77,6 +77,7 @@ class Options:
     minutes: float
     resume: bool
     rehearse: bool = False
+    profile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def order_of(options: Options) -> Order:
         if (value := getattr(options, name)) is not None and not value > 0:
             raise InputError(f"--{name}: must be more than 0, not {value}")
     deadline = time.monotonic() + 60 * options.minutes
-    plan = Plan(device, _budget(options.memory_budget, device), rounds, options.seconds, deadline=deadline)
+    budget, profile = _budget(options.memory_budget, device), options.profile and device.type == "cuda"
+    plan = Plan(device, budget, rounds, options.seconds, deadline=deadline, profile=profile)
     cases = [
         Case(workload, layout, n, k, n_genes, dtype, *machine)
         for machine in machines
@@ -169,8 +171,9 @@ def _settings(workload: str, dtypes: Iterable[str], genes: list[int]) -> Iterabl
     return itertools.product(dtypes, genes[:1] if workload in OPERATIONS else genes)
 
 
-def run(options: Options, out: Path, pictures: bool = True) -> int:
-    """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code."""
+def run(options: Options, out: Path, pictures: bool = True, complete: bool = False) -> int:
+    """Append a line per figure to ``out``/<device>.jsonl as it is measured, and show them; the exit code, which is 1
+    where a check is red, and where ``complete`` is asked for and a figure failed or was left out for the time."""
     order = order_of(options)
     if options.rehearse:
         order = order.rehearsed()
@@ -179,15 +182,16 @@ def run(options: Options, out: Path, pictures: bool = True) -> int:
     earlier = read(path) if path.exists() else []  # a broken line is told before anything is measured
     before = measured_before(earlier, order.plan) if options.resume else {}
     ordered, order = order.places, order.without(before)
-    lines: list[dict[str, Any]] = []
+    lines: dict[tuple, dict[str, Any]] = {}
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         with figures_bar(len(order.places)) as (begin, done), appending(path) as write:
 
             def keep(line: dict[str, Any]) -> None:
                 write(line)
-                lines.append(line)
-                done()
+                if _place(line) not in lines:  # with a profile it comes again
+                    done()
+                lines[_place(line)] = line
 
             with torch.cuda.device(order.plan.device) if order.plan.device.type == "cuda" else contextlib.nullcontext():
                 suite = Suite(order.plan, keep, begin)
@@ -196,34 +200,47 @@ def run(options: Options, out: Path, pictures: bool = True) -> int:
     except KeyboardInterrupt:
         console.print(f"stflow-fast: interrupted; the {len(lines)} lines measured so far are in {path}", markup=False)
         return INTERRUPTED
-    known = before | {_place(line): line for line in lines}
+    known = before | lines
     show([line for place, line in known.items() if place in ordered])
     if pictures:
         _say_written(write_pictures(load(path), out))
     Console().print(f"{len(lines)} new lines in {path}", markup=False, soft_wrap=True)
-    red = [line for line in lines if line["check"] == "red"]
+    red = [line for line in lines.values() if line["check"] == "red"]
     for line in red:
         console.print(
             f"stflow-fast: {line['provider']} computes something else in {line['workload']}: relative error "
             f"{line['relative_error']}, at most {line['tolerance']} allowed",
             markup=False,
         )
-    return int(bool(red))
+    lacking = [line for line in lines.values() if complete and not is_final(line, order.plan)]
+    for line in lacking:
+        console.print(f"stflow-fast: {line['workload']}, {line['provider']}: {line['note']}", markup=False)
+    return int(bool(red or lacking))
+
+
+def is_final(line: dict[str, Any], plan: Plan) -> bool:
+    """Whether there is a time, or memory did not suffice, or another call would refuse it for the same reason."""
+    return bool(line["median_ms"] or out_of_memory(line)) or _is_refused(line, plan)
+
+
+def _is_refused(line: dict[str, Any], plan: Plan) -> bool:
+    """Whether what has no time would have none now, for the same reason; the budget is by default what is free at the
+    moment."""
+    case, note = Case.of(line), line["note"]
+    if expected := re.fullmatch(TOO_LONG.replace("{:.0f}", r"(\d+)"), note):
+        return int(expected[1]) > plan.seconds
+    now = why_not(plan, case, job_of(plan, case, line["provider"]))
+    return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
 
 
 def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple, dict[str, Any]]:
-    """By case and provider, those of this very code and its libraries. Those without a time count where there would be
-    none now, for the same reason; the budget is by default what is free at the moment."""
+    """By case and provider, those of this very code and its libraries; of those without a time what is refused."""
     same_code, versions = functools.cache(measure.same_code), measure.versions()
 
     def stands(line: dict[str, Any]) -> bool:
         if line["versions"] != versions or not same_code(line["commit"]) or line["check"] == "red":
             return False
-        case, note = Case.of(line), line["note"]
-        if expected := re.fullmatch(TOO_LONG.replace("{:.0f}", r"(\d+)"), note):
-            return int(expected[1]) > plan.seconds
-        now = why_not(plan, case, job_of(plan, case, line["provider"])) if note else ""
-        return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
+        return not line["note"] or _is_refused(line, plan)
 
     return {_place(line): line for line in lines if stands(line)}
 

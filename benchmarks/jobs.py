@@ -54,7 +54,7 @@ class NetworkJob(Job):
         self.genes, self.feature_dim = case.genes, plan.network.feature_dim
         plain = "tf32" if plan.device.type == "cuda" else "float32"
         self.arithmetic = plain if case.dtype == "bf16" and name in WITHOUT_AUTOCAST else case.dtype
-        self._step = None
+        self._step, self._loaded = None, None
         # On a GPU, the first sample captures what the others replay.
         self._warmed_by_one = case.workload == "sample" and plan.device.type == "cpu"
         if self._warmed_by_one:
@@ -73,12 +73,15 @@ class NetworkJob(Job):
 
     def load(self, spots: int, layout: str, seed: int = 0) -> None:
         slide_of(layout, spots, seed, self.genes, self.feature_dim)
-        noises(spots, self.genes, seed)
-
-    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
-        slide = slide_of(layout, spots, seed, self.genes, self.feature_dim)
         dtype = self.provider.weight.dtype
         self.sets = [noise.to(self.device, dtype) for noise in noises(spots, self.genes, seed)]
+        self._loaded = spots, layout, seed
+
+    def prepare(self, spots: int, layout: str, seed: int = 0) -> None:
+        if self._loaded != (spots, layout, seed):
+            self.load(spots, layout, seed)
+        slide = slide_of(layout, spots, seed, self.genes, self.feature_dim)
+        dtype = self.provider.weight.dtype
         if self.workload == "train_step":
             slide = slide.to(self.device)
             self.target = slide.x_1.to(dtype)

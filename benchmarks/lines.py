@@ -16,6 +16,7 @@ from stflow_fast.errors import InputError, first_line
 
 from .cases import PRECISION
 from .looks import LOOKS, digits, size
+from .operations import OPERATIONS
 from .providers import OVER_BUDGET
 from .suite import LEFT_OUT
 
@@ -79,7 +80,7 @@ NEEDED = 3
 SPREAD_CALLS = 5
 """Without so many there are no percentiles to show."""
 
-REPEAT = "make bench"
+REPEAT, REPEAT_ON_GPU = "make bench", "make gpu"
 
 
 def load(path: str | os.PathLike) -> list[Line]:
@@ -198,13 +199,15 @@ def in_order(lines: Iterable[Line]) -> list[Line]:
 
 
 def chosen(lines: Iterable[Line]) -> list[Line]:
-    """Of one device, what tables and pictures for a reader show, in order.
+    """Of one device, what tables and pictures for a reader show, in order. Single operations are for who works on them:
+    the terminal's table has them, and the page of ``make gpu``.
 
     Per workload the layout, K and genes that were measured most, in all workloads where two are equal, since the others
     are studies beside it; per provider its fastest arithmetic. Of an idle machine, and the number of threads that was
     measured most.
     """
-    by_threads = grouped((line for line in lines if not line["busy"]), ("threads",)).values()
+    whole = (line for line in lines if not line["busy"] and line["workload"] not in OPERATIONS)
+    by_threads = grouped(whole, ("threads",)).values()
     lines, kept = in_order(max(by_threads, key=len, default=[])), []
     often = {setting: len(members) for setting, members in grouped(lines, tuple(STUDIED)).items()}
     for members in grouped(lines, ("workload",)).values():
@@ -240,11 +243,17 @@ def published_times(lines: Iterable[Line]) -> dict[tuple, float]:
     }
 
 
-def times_as_fast(line: Line, published: dict[tuple, float], extra_ms: float = 0.0) -> str:
-    """As the published code in the same run, of :func:`published_times`: "4.79x"; empty where it is not known.
+def ratio_of(line: Line, published: dict[tuple, float], extra_ms: float = 0.0) -> float | None:
+    """How many times as fast as the published code in the same run, of :func:`published_times`, where it is known.
     ``extra_ms`` are added to the line's time."""
     theirs = published.get(run_of(line))
-    return f"{digits(theirs / (line['median_ms'] + extra_ms))}x" if theirs and line["median_ms"] else ""
+    return theirs / (line["median_ms"] + extra_ms) if theirs and line["median_ms"] else None
+
+
+def times_as_fast(line: Line, published: dict[tuple, float], extra_ms: float = 0.0) -> str:
+    """:func:`ratio_of` as "4.79x"; empty where it is not known."""
+    ratio = ratio_of(line, published, extra_ms)
+    return f"{digits(ratio)}x" if ratio else ""
 
 
 def idle_times(lines: Iterable[Line]) -> dict[tuple, float]:

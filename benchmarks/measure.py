@@ -109,7 +109,7 @@ def device_profile(function: Callable[[], Any]) -> dict[str, Any]:
             function()
             torch.cuda.synchronize()
         found = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    except RuntimeError:
+    except Exception:
         return {}
     costly = sorted(found, key=lambda event: event.self_device_time_total, reverse=True)
     kernels = [[event.key[:80], event.count, event.self_device_time_total / 1e3] for event in costly[:MOST_COSTLY]]

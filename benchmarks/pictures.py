@@ -32,7 +32,6 @@ from .lines import (
 )
 from .looks import OTHER_FUNCTION, Look, computes_another_function, digits, look_of, named
 from .measure import file_name
-from .operations import OPERATIONS
 
 DPI = 150
 SOFT = "#555555"
@@ -47,8 +46,7 @@ def write_pictures(lines: Iterable[Line], folder: str | os.PathLike) -> list[Pat
         InputError: a picture cannot be written.
     """
     figures: dict[Path, Figure] = {}
-    whole = [line for line in lines if line["workload"] not in OPERATIONS]  # single operations are read in tables
-    for (device,), members in grouped(whole, ("device",)).items():
+    for (device,), members in grouped(lines, ("device",)).items():
         for quantity, field in MEASURED.items():
             if any(line[field] for line in chosen(members)):
                 figures[picture_path(folder, device, quantity)] = scaling_figure(members, quantity)

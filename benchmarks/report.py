@@ -15,6 +15,7 @@ from .lines import (
     NEEDED,
     PUBLISHED,
     REPEAT,
+    REPEAT_ON_GPU,
     SERIES,
     SETTING,
     STEADY,
@@ -351,6 +352,7 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
     commits = ", ".join(sorted({line["commit"] for line in everything}))
     rounds = ", ".join(map(str, sorted({line["rounds"] for line in everything if line["rounds"]})))
     arithmetic = {line["arithmetic"] for line in lines}
+    repeat = REPEAT_ON_GPU if any(line.get("cold_l2_ms") for line in lines) else REPEAT
     fastest = "in the fastest arithmetic of each; " if len(arithmetic) > 1 else ""
     return (
         f"Median time of {rounds} calls, without what is made once per slide (ours: neighbours, embedding of the "
@@ -358,5 +360,5 @@ def _told(lines: list[Line], studied: list[Line]) -> str:
         "algorithm, where both took turns in one run. "
         + (f"{OTHER_FUNCTION} computes another function, over all spots or by dot products. " if other else "")
         + f"Layout {values('layout')}; {values('k')} neighbours, {values('genes')} genes; {values('threads')} thread(s)"
-        f"{load}. {software}; commit {commits}; {dates}. Again: `{REPEAT}`."
+        f"{load}. {software}; commit {commits}; {dates}. Again: `{repeat}`."
     )

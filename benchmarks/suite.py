@@ -54,7 +54,8 @@ LINE: dict[str, Any] = {
 ``alone`` is what lacked memory beside the others of its case, and took no turns with them.
 ``compile_s``, of what compiles, is how much longer its first call in the run took than a second one: on the small slide
 of the check, or at its own size where every size is compiled anew. It is in no other figure.
-``device_ms`` is what a GPU computed and copied in one call, by its own clock; the rest of the median is the host's.
+``device_ms`` is what a GPU computed and copied in one call, by its own clock; the rest of the median is the host's. It
+comes, where it was asked for, with a second line of the same figure.
 ``device_kernels`` are the most costly of its kernels: name, launches, milliseconds.
 ``peak_bytes``, ``reserved_bytes`` and ``device_bytes`` are above what was there before.
 ``of_floor`` is ``floor_ms`` over the median (of a single operation on a GPU: over ``device_ms``), 1 at best.
@@ -153,8 +154,10 @@ class Entrant:
 
     def start(self) -> None:
         """Everything that is made before the rounds, on a GPU with an eye on its memory."""
+        self.job = job_of(self.plan, self.case, self.name)
         if self.plan.device.type != "cuda":
             return self._make()
+        self.job.load(self.case.spots, self.case.layout)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved()
         with measure.device_memory(self.plan.device) as most:
@@ -163,9 +166,7 @@ class Entrant:
         self.line |= {"device_bytes": most(), "reserved_bytes": torch.cuda.max_memory_reserved() - reserved}
 
     def _make(self) -> None:
-        case = self.case
-        self.job = job_of(self.plan, case, self.name)
-        self.job.prepare(case.spots, case.layout)
+        self.job.prepare(self.case.spots, self.case.layout)
         self.line["prepare_ms"] = None if self.job.prepare_s is None else 1e3 * self.job.prepare_s
         if self.job.compiled_by_size and self.line["compile_s"] is None:
             self.line["compile_s"] = compile_seconds(self.job.warm_up, self.plan.device)[1]
@@ -187,13 +188,20 @@ class Entrant:
         self.line |= {"spots_per_s": 1e3 * self.case.spots / median}
         if self.cold:
             self.line["cold_l2_ms"] = measure.times_of(self.cold)[0]
-        if self.plan.device.type == "cuda":
-            self.line |= measure.device_profile(lambda: self.job.call(0))
-        if self.floor:
-            least, rates = self.floor
-            reached = (self.job.by_device and self.line["device_ms"]) or median
-            self.line |= {"floor_ms": least, "of_floor": least / reached, "peak_flops_per_s": rates.flops_per_s}
-            self.line["peak_copy_bytes_per_s"] = rates.bytes_per_s
+        self._share_of_floor()
+
+    def profile(self) -> None:
+        """Behind the times: a profiler slows what is launched after it."""
+        self.line |= measure.device_profile(lambda: self.job.call(0))
+        self._share_of_floor()
+
+    def _share_of_floor(self) -> None:
+        if self.floor is None:
+            return
+        least, rates = self.floor
+        reached = (self.job.by_device and self.line["device_ms"]) or self.line["median_ms"]
+        self.line |= {"floor_ms": least, "of_floor": least / reached, "peak_flops_per_s": rates.flops_per_s}
+        self.line["peak_copy_bytes_per_s"] = rates.bytes_per_s
 
 
 class Suite:
@@ -269,11 +277,15 @@ class Suite:
     def _finish(self, case: Case, entrants: list[Entrant]) -> None:
         for entrant in entrants:
             entrant.attempt(entrant.finish)
-            entrant.job = None
             if entrant.runs:
                 # The shortest: on a busy machine a median bends the trend.
                 self._note_time(case, entrant.name, min(entrant.warm))
             self._end(entrant.line)
+        for entrant in entrants:
+            if entrant.runs and self.plan.profile:
+                entrant.profile()
+                self._end(entrant.line)
+            entrant.job = None
 
     def _note_time(self, case: Case, name: str, milliseconds: float) -> None:
         trend = self._trends.setdefault(_kind(case, name), {})

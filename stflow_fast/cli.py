@@ -314,6 +314,15 @@ def benchmark(
         Path | None, typer.Option(help="Folder of the results, which are added to; ./benchmark when left out.")
     ] = None,
     pictures: Annotated[bool, typer.Option(help="Draw pictures of --out when all is measured.")] = True,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="On a GPU, also what it did by its own clock, kernel by kernel. Slows later cases."
+        ),
+    ] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Exit code 1 where a figure failed, or was left out for the time.")
+    ] = False,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="On one tiny slide, once: shows that all of it runs, and no figure.")
     ] = False,
@@ -350,8 +359,9 @@ def benchmark(
         minutes=minutes,
         resume=resume,
         rehearse=rehearse,
+        profile=profile,
     )
-    if code := command.run(options, out or Path("benchmark"), pictures):
+    if code := command.run(options, out or Path("benchmark"), pictures, complete):
         raise typer.Exit(code)
 
 

@@ -27,8 +27,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked ``gpu`` runs where there is one."""
+    """What is marked ``gpu`` runs where there is one, and where STFLOW_TEST_GPU says so there must be."""
     if not torch.cuda.is_available():
+        if os.environ.get("STFLOW_TEST_GPU"):
+            pytest.exit("STFLOW_TEST_GPU is set, and there is no CUDA device", returncode=1)
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -152,32 +152,11 @@ def test_interpreted_kernels_are_not_compiled() -> None:
 
 ABSENT_GPU = """
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from stflow_fast.benchmarks.gpu.variants import Variants, absent_gpu
+from stflow_fast.kernels import dropout, edge_attention, gated_mlp, neighbors
 
-class AbsentGPU:
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-def launcher(kernel, grid):
-    def launch(*arguments, **options):
-        made = kernel.warmup(*arguments, grid=grid, **options)
-        launched(kernel, made)
-        for argument in arguments if kernel.__name__ == "nearest_kernel" else ():
-            if torch.is_tensor(argument) and argument.dtype == torch.int32:
-                argument.fill_(1)  # every query is settled
-    return launch
-
-driver.set_active(AbsentGPU())
-triton.JITFunction.__getitem__ = launcher
-from stflow_fast.kernels import dropout, edge_attention, gated_mlp, launch, neighbors
-
-for module in (dropout, edge_attention, gated_mlp):
-    module.check_device = lambda *_: None
-launch.architecture = neighbors.architecture = lambda device: 90
-neighbors._check = lambda *_: None
+absent = absent_gpu(90, Variants(0, 1), lambda kernel, made: launched(kernel, made))
+absent.__enter__()  # to the end of the process
 """
 
 LAUNCH = """
@@ -221,7 +200,6 @@ import torch.nn.functional as F
 import triton.compiler
 from stflow_fast import Denoiser, DenoiserConfig, Sampler
 from stflow_fast.kernels import aot
-from stflow_fast.ops import backend
 
 def described(types, constants, options):
     return types, constants, {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
@@ -235,7 +213,6 @@ def launched(kernel, made):
         launches.append((kernel, made))
 
 triton.compiler.compile = bound  # nothing is compiled here
-backend.why_not_triton = lambda *_, **__: None
 layer_norm = F.layer_norm
 F.layer_norm = lambda x, *rest: layer_norm(x.float(), *rest)  # as under CUDA's autocast; the CPU's leaves bfloat16
 launches = []

@@ -36,6 +36,7 @@ def line(provider: str = "reference", spots: int = 10_000, ms: float | None = 10
             "prepare_ms": ms and 1.0,
         },
         **{"arithmetic": changed.get("dtype", "float32"), "alone": False},
+        **{"device_ms": None, "device_kernels": None, "floor_ms": None},
         **{"median_ms": ms, "p20_ms": ms and 0.9 * ms, "p80_ms": ms and 1.1 * ms, "compile_s": ms and 0.1},
         **{"peak_bytes": None if ms is None else 1000 * spots, "reserved_bytes": None, "device_bytes": None},
         **{"spots_per_s": ms and 1e3 * spots / ms, "of_floor": None, "relative_error": 1e-7, "tolerance": 1e-5},
@@ -83,6 +84,23 @@ def results(tmp_path: Path) -> Path:
     write(folder / "aot.jsonl", [{"kernel": "some", "arch": 80}])
     (tmp_path / "README.md").write_bytes(README.encode())
     return folder
+
+
+def test_single_operations_are_in_the_terminal_and_nowhere_else(results: Path) -> None:
+    before = [report.redraw(results, results.parent / "README.md"), (results.parent / "README.md").read_text()]
+    operation = line("triton", 3_000, 0.123, workload="edge_forward", dtype="bf16")
+    write(results / "operations.jsonl", [operation])
+    after = [report.redraw(results, results.parent / "README.md"), (results.parent / "README.md").read_text()]
+    assert after == before
+    assert chosen([operation]) == []
+    assert "edge_forward triton" in " ".join(shown(terminal_table([operation])).split())
+
+
+@pytest.mark.parametrize(("cold", "command"), [(None, "make bench"), (0.2, "make gpu")])
+def test_the_section_says_what_measures_it_again(results: Path, cold: float | None, command: str) -> None:
+    write(results / "cpu.jsonl", [line(spots=spots, cold_l2_ms=cold) for spots in SPOTS])
+    report.redraw(results, results.parent / "README.md")
+    assert f"Again: `{command}`." in (results.parent / "README.md").read_text()
 
 
 def test_known_slopes_are_recovered():

@@ -213,6 +213,30 @@ def test_a_wrong_neighbour_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert good["check"] == "green"
 
 
+class Breaks(EagerSTFlow):
+    def denoise(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Lacks(EagerSTFlow):
+    def denoise(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("provider", "options", "code"),
+    [(Breaks, (), 1), (Lacks, (), 0), (EagerSTFlow, (), 0), (EagerSTFlow, ("--minutes", "1e-9"), 1)],
+)
+def test_what_failed_or_was_left_out_is_told_where_all_is_wanted(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, provider: type, options: tuple[str, ...], code: int
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "eager_stflow", provider)
+    # A GPU's is refused here in any case.
+    options = ("--workload", "denoise", "--providers", "eager_stflow,triton_graph", *options)
+    assert run(tmp_path / "a", *options).exit_code == 0
+    assert run(tmp_path / "b", *options, "--complete").exit_code == code
+
+
 def test_an_interrupted_run_keeps_its_lines(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, begun = Suite.run_case, []
 
@@ -887,9 +911,14 @@ def test_on_a_gpu_memory_is_that_of_making_and_of_two_calls(
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     plan = dataclasses.replace(small_plan(rounds=2), device=torch.device("cuda"))
     (line,) = lines_of(plan, [CASE], ("a",))
-    assert said == [("a", 0), ("a", 0), "flush", ("a", 0), ("a", 0), "flush", ("a", 1), ("a", 1), ("a", 0)]
+    assert said == [("a", 0), ("a", 0), "flush", ("a", 0), ("a", 0), "flush", ("a", 1), ("a", 1)]
     assert (line["note"], line["peak_bytes"], line["reserved_bytes"], line["device_bytes"]) == ("", 2, 6, 0)
-    assert (line["median_ms"], line["cold_l2_ms"], line["device_ms"]) == (2.0, 2.0, 1.5)
+    assert (line["median_ms"], line["cold_l2_ms"], line["device_ms"]) == (2.0, 2.0, None)
+    said.clear()
+    timed, profiled = lines_of(dataclasses.replace(plan, profile=True), [CASE], ("a",))
+    assert timed == {**line, "date": timed["date"], "load": timed["load"]}  # written before a profiler begins
+    assert profiled == {**timed, "device_ms": 1.5, "load": profiled["load"]}
+    assert said[-1] == ("a", 0)
 
 
 class Event(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from triton.runtime import cache as triton_cache
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cached, kernels, page, variants
-from benchmarks.gpu.plan import ALL_FIGURES, TEST_FILES, TESTS, Section, alone, plan
+from benchmarks.gpu.plan import ALL_FIGURES, MINUTES, STARTING, TEST_FILES, TESTS, Section, alone, plan
 from benchmarks.gpu.sections import DONE, TIME_UP, run
 from benchmarks.jobs import providers_of
 from benchmarks.lines import NEWER, newest, read
@@ -54,7 +55,9 @@ def test_what_becomes_of_a_process_costs_its_section_alone(tmp_path: Path) -> No
         "refused": REFUSED,
         "absent": ("no-such",),
     }
-    lines = {line["part"]: line for line in run(Section("all", 4, commands), {}, 4.0, tmp_path / "log")}
+    lines = {
+        line["part"]: line for line in run(Section("all", 4, commands), {}, 4.0, tmp_path / "log", lambda: "9 MHz")
+    }
     assert {name: line["outcome"] for name, line in lines.items()} == {
         "crash": "ended by SIGABRT",
         "hang": "no end within 4 s",
@@ -63,20 +66,20 @@ def test_what_becomes_of_a_process_costs_its_section_alone(tmp_path: Path) -> No
         "refused": "exit 2",
         "absent": "cannot run: no-such is not installed",
     }
-    assert (lines["good"]["said"], lines["refused"]["said"], lines["crash"]["said"]) == (
-        *("3 new lines", "no such thing"),
-        "begun",
-    )
-    assert lines["hang"]["seconds"] >= 4
+    said = {name: lines[name]["said"] for name in ("good", "refused", "crash")}
+    assert said == {"good": "3 new lines", "refused": "no such thing", "crash": "begun"}
+    assert lines["hang"]["seconds"] >= 4 > lines["crash"]["seconds"]
+    assert "good" not in (lines["good"]["said"], lines["good"]["outcome"])
     assert "no such thing" in (tmp_path / "log").read_text()
 
 
 def test_a_section_that_ends_leaves_no_child_behind(tmp_path: Path) -> None:
     """A child holds what the section writes to, and sleeps on."""
     child = f"import time; open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(600)"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1)"
+    wait = f"while not __import__('os').path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.1)"
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n{wait}\ntime.sleep(0.5)"
     begun = time.monotonic()
-    (line,) = run(alone("a", 60, python(code)), {}, 60.0, tmp_path / "log")
+    (line,) = run(alone("a", 60, python(code)), {}, 60.0, tmp_path / "log", lambda: "")
     assert line["outcome"] == DONE
     assert time.monotonic() - begun < 50
     child_id = int((tmp_path / "pid").read_text())
@@ -102,6 +105,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def called(sections: list[Section], *arguments: str) -> int:
         monkeypatch.setattr(gpu, "plan", lambda *_: sections)
         monkeypatch.setattr(gpu, "BEGUN", time.monotonic())
+        monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
         monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse", *arguments])
         return gpu.main()
 
@@ -134,9 +138,8 @@ def test_another_call_does_what_is_missing_and_first_what_was_never_begun(
 
 
 def test_where_the_time_is_up_the_page_is_there_and_the_section_is_as_new(
-    call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., int], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
     sections = [alone(FIRST, 9, GOOD), alone("failed", 9, REFUSED), alone("cut", 9, HANG), alone("never", 9, GOOD)]
     assert call(sections, "--minutes", "0.1") == 1
     assert [line["outcome"] for line in lines_in(tmp_path)] == [DONE, "exit 2", TIME_UP]
@@ -223,18 +226,22 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_the_plan_names_what_there_is_and_all_gpu_tests(tmp_path: Path) -> None:
+    places = []
     for _, figures in ALL_FIGURES.values():
         known = {name for workload in figures.workload.split(",") for name in providers_of(workload)}
         assert set(figures.providers.split(",")) <= known
+        places += itertools.product(
+            *(getattr(figures, field).split(",") for field in ("workload", "spots", "dtype", "providers"))
+        )
+    assert len(set(places)) == len(places)  # the later would take the place of the earlier
     sections = plan(tmp_path, rehearse=False)
     names = [section.name for section in sections]
     assert len(set(names)) == len(names)
-    assert names[:3] == [FIRST, "every kernel in bf16", SAMPLE]
+    assert names[:4] == [FIRST, "edge kernels in bf16", "other kernels in bf16", SAMPLE]
     marked = {
         path.name for path in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.gpu$", path.read_text(), re.M)
     }
     assert {Path(name).name for name in TEST_FILES} == marked
-    assert len(TESTS) == len(next(section for section in sections if section.name == "tests").commands)
 
 
 def test_what_runs_on_the_gpus_machine_imports_nothing_that_it_lacks() -> None:
@@ -274,10 +281,10 @@ PUBLISHED = figure("sample", "eager_stflow", 10_000, median_ms=75.0, arithmetic=
             [figure("sample", "triton_graph", 10_000, device_ms=4.0, device_kernels=[["a kernel", 16, 3.5]])],
             "2 ms on the device: missed, 4.00 ms\n    * of 4.00 ms: `a kernel` 16 launches 3.50 ms",
         ),
-        ([PUBLISHED, figure("sample", "triton_graph", 10_000, median_ms=3.0)], "published algorithm: met, 25.0x"),
-        ([PUBLISHED, figure("sample", "triton_graph", 10_000, median_ms=3.1)], "published algorithm: missed, 24.2x"),
+        ([PUBLISHED, figure("sample", "triton_graph", 10_000, median_ms=3.0)], "published algorithm: met, 25.00x"),
+        ([PUBLISHED, figure("sample", "triton_graph", 10_000, median_ms=3.004)], "published algorithm: missed, 24.97x"),
         ([figure("sample", "triton_graph", 1_000_000, median_ms=201.0)], "1,000,000 spots: 200 ms: missed, 201 ms"),
-        ([figure("sample", "triton_graph", 1_000_000, peak_bytes=7_900_000_000)], "8 GB: met, 7.90 GB"),
+        ([figure("sample", "triton_graph", 1_000_000, reserved_bytes=7_900_000_000)], "torch's pool: met, 7.90 GB"),
         (
             [figure("sample", "triton_graph", 1_000_000, median_ms=None, note="out of memory at 9 bytes", check="x")],
             "200 ms: not measured (out of memory)",
@@ -339,28 +346,58 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (tmp_path / "cache" / "x").mkdir(parents=True)
     (tmp_path / "cache" / "x" / "a.cubin").write_text("code")
     key = variants.digest(triton_cache.triton_key())
-    return {"key": key, "arch": 90, "sources": cached.sources(), "variants": 7, "triton": "3.6.0"}
+    return {"key": key, "triton": "3.6.0"}
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({}, "7 kernels travelled: the key of Triton"),
-        ({"key": "another"}, "is not that of the cache, of 3.6.0: 2 of 64 kernels compiled by"),
-        ({"arch": 80}, "the cache is of sm_80: 2 of 64 kernels compiled by"),
-        ({"sources": "older"}, "the code is not the cache's: 2 of 64 kernels compiled by"),
-    ],
-)
-def test_kernels_that_travelled_are_used_where_they_suit_and_else_compiled(
+@pytest.mark.parametrize(("changed", "said"), [({}, "is that"), ({"key": "another"}, "is not that")])
+def test_kernels_that_travelled_are_unpacked_and_what_is_missing_compiled(
     carried: dict[str, Any], changed: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached.pack(carried | changed)
     (cached.CACHE / "x" / "a.cubin").unlink()
-    monkeypatch.setattr(kernels, "compile_variants", lambda arch, processes: {"compiled": 2, "variants": 64})
-    assert said in kernels.ready(90)
-    assert (cached.CACHE / "x" / "a.cubin").read_text() == "code"
+    asked = []
+
+    def compile_variants(*arguments: int) -> dict[str, int]:
+        asked.append(arguments)
+        assert (cached.CACHE / "x" / "a.cubin").read_text() == "code"
+        return {"compiled": 2, "variants": 64}
+
+    monkeypatch.setattr(kernels, "compile_variants", compile_variants)
+    found = kernels.ready(90)
+    assert f"{said} of the cache: 62 of 64 kernels found, 2 compiled by {os.cpu_count()} processes" in found
+    assert asked == [(90, os.cpu_count())]
 
 
 def test_where_nothing_travelled_kernels_are_compiled(carried: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "compile_variants", lambda arch, processes: {"compiled": 64, "variants": 64})
-    assert kernels.ready(90).startswith("no compiled kernels travelled: 64 of 64 kernels compiled by")
+    assert kernels.ready(90).startswith("no compiled kernels travelled: 0 of 64 kernels found, 64 compiled by")
+
+
+def test_the_parts_of_the_tests_are_all_of_them_once() -> None:
+    """As pytest's own selection has it; a part may hold none."""
+
+    def selected(*which: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", *which]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    parts = [name for which in TESTS.values() for name in selected(*which)]
+    assert sorted(parts) == sorted(selected(*TEST_FILES))
+
+
+def test_where_gpu_tests_must_run_their_absence_is_a_failure() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests/test_kernel_gpu.py"]
+    environment = {**os.environ, "STFLOW_TEST_GPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "there is no CUDA device" in done.stdout + done.stderr
+
+
+def test_a_process_is_told_how_long_it_has(tmp_path: Path) -> None:
+    (line,) = run(alone("a", 90, (*python("import sys; print(sys.argv[1])"), MINUTES)), {}, 80.0, tmp_path / "log", str)
+    assert float(line["said"]) == pytest.approx((80 - STARTING) / 60, abs=0.01)
+
+
+def test_another_section_alone_has_its_kernels_too(call: Callable[..., int], tmp_path: Path) -> None:
+    assert call([alone(FIRST, 9, GOOD), alone("a", 9, GOOD), alone("b", 9, GOOD)], "--only", "b") == 0
+    assert [line["section"] for line in lines_in(tmp_path)] == [FIRST, "b"]

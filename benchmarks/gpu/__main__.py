@@ -31,17 +31,15 @@ from stflow_fast.files import atomic_path
 from ..command import REHEARSAL, appending
 from ..lines import newest, read
 from ..measure import commit, file_name, versions
-from . import page
+from . import BEGUN, page
 from .cached import CACHE, SHARED
 from .plan import Section, plan
 from .sections import DONE, TIME_UP, run
 
-BEGUN = time.monotonic()
-
 INTERPRETED = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
-LEAST_SECONDS = 10
-"""No section begins with less."""
+LEAST_SECONDS = 40
+"""No section begins with less: torch is imported in some of them, and CUDA started."""
 
 ALWAYS = "kernels compiled"
 """In every call: another machine's folder is empty."""
@@ -57,6 +55,11 @@ def nvidia_smi(query: str) -> str:
     return "" if done.returncode else done.stdout.partition("\n")[0].strip()
 
 
+def clocks() -> str:
+    """Of the GPU, and what it draws."""
+    return nvidia_smi("clocks.sm,temperature.gpu,power.draw")
+
+
 class Records:
     """The lines of sections that a folder holds, and those that come."""
 
@@ -69,11 +72,10 @@ class Records:
         self.common["commit"] = commit()
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        clocks = nvidia_smi("clocks.sm,clocks.mem,temperature.gpu")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with appending(self.path) as write:
             for line in lines:
-                self.lines.append({**line, "clocks": clocks, "date": now, **self.common})
+                self.lines.append({**line, "date": now, **self.common})
                 write(self.lines[-1])
 
     def newest(self) -> dict[page.Part, dict[str, Any]]:
@@ -106,6 +108,14 @@ class Records:
             temporary.write_text(text)
         return text
 
+    def try_to_draw(self, sections: list[Section]) -> str:
+        """No page is worth the sections that are still to come; the lines are there."""
+        try:
+            return self.draw(sections)
+        except Exception:
+            traceback.print_exc()
+            return ""
+
 
 def parts_of(sections: list[Section]) -> list[page.Part]:
     return [(section.name, part) for section in sections for part in section.commands]
@@ -135,14 +145,11 @@ def measure(records: Records, sections: list[Section], arguments: argparse.Names
             print(f"no time left for {section.name} and what follows", flush=True)
             return
         print(f"{left:5.0f} s left: {section.name}", flush=True)
-        lines = run(section, environment(arguments.rehearse), min(section.seconds, left), records.log)
+        lines = run(section, environment(arguments.rehearse), min(section.seconds, left), records.log, clocks)
         records.add(lines)
         for line in lines:
             print(f"        {line['part']} {line['outcome']}, {line['seconds']} s: {line['said']}", flush=True)
-        try:
-            records.draw(plan(arguments.out, arguments.rehearse))
-        except Exception:  # no page is worth the sections that are still to come
-            traceback.print_exc()
+        records.try_to_draw(plan(arguments.out, arguments.rehearse))
 
 
 def parsed() -> argparse.Namespace:
@@ -160,7 +167,8 @@ def main() -> int:
     device = REHEARSAL if arguments.rehearse else nvidia_smi("name")
     sections = plan(arguments.out, arguments.rehearse)
     names = [section.name for section in sections]
-    wanted = [section for section in sections if not arguments.only or section.name in arguments.only]
+    only = {ALWAYS, *(arguments.only or names)}
+    wanted = [section for section in sections if section.name in only]
     try:
         if not device:
             raise InputError("nvidia-smi names no GPU; --rehearse runs the same plan on the CPU")
@@ -178,7 +186,7 @@ def main() -> int:
         measure(records, wanted, arguments)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", flush=True)
-    told, _, _ = records.draw(sections).partition(page.FIGURES)
+    told, _, _ = records.try_to_draw(sections).partition(page.FIGURES)
     print(f"{told}{records.page}", flush=True)
     return int(page.lacking(records.newest(), parts_of(wanted)))
 

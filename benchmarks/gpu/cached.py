@@ -7,7 +7,6 @@ used where it was filled, in :data:`CACHE`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -52,15 +51,6 @@ def compile_variants(arch: int, processes: int, *rest: str, **environment: str) 
             process.kill()
             process.wait()
     return {**found[0], "compiled": sum(each["compiled"] for each in found)}
-
-
-def sources() -> str:
-    """A digest of the code that kernels, and what launches them, are made of."""
-    files = sorted(path for room in ("kernels", "stflow_fast", "benchmarks") for path in (ROOT / room).rglob("*.py"))
-    told = hashlib.sha256()
-    for path in (*files, ROOT / "kernels" / "launch_table.csv"):
-        told.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return told.hexdigest()
 
 
 def pack(manifest: dict[str, Any]) -> None:

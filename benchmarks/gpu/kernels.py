@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from typing import Any
 
 import torch
 import triton
@@ -16,30 +17,25 @@ from triton.runtime import cache
 
 from stflow_fast.doctor import diagnose
 
-from .cached import compile_variants, sources, unpack
+from .cached import compile_variants, unpack
 from .variants import digest
 
 
 def ready(arch: int) -> str:
-    """One line of what was done."""
-    travelled, key = unpack(), digest(cache.triton_key())
-    if travelled and (travelled["key"], travelled["arch"], travelled["sources"]) == (key, arch, sources()):
-        return f"{travelled['variants']} kernels travelled: the key of Triton {triton.__version__} is the cache's"
-    begun, processes = time.monotonic(), os.cpu_count() or 1
+    """One line of what was done. What travelled is looked for in the cache, and what is not found compiled."""
+    travelled, begun, processes = unpack(), time.monotonic(), os.cpu_count() or 1
     made = compile_variants(arch, processes)
-    return (
-        f"{why_not(travelled, key, arch)}: {made['compiled']} of {made['variants']} kernels compiled by {processes} "
-        f"processes in {time.monotonic() - begun:.0f} s"
-    )
+    found = made["variants"] - made["compiled"]
+    compiled = f"{made['compiled']} compiled by {processes} processes, in {time.monotonic() - begun:.0f} s"
+    return f"{suits(travelled)}: {found} of {made['variants']} kernels found, {compiled}"
 
 
-def why_not(travelled: dict | None, key: str, arch: int) -> str:
-    """Why those that travelled are not all that is needed."""
+def suits(travelled: dict[str, Any] | None) -> str:
+    """What is known of kernels that travelled, or did not."""
     if travelled is None:
         return "no compiled kernels travelled"
-    if travelled["key"] != key:
-        return f"the key of Triton {triton.__version__} is not that of the cache, of {travelled['triton']}"
-    return f"the cache is of sm_{travelled['arch']}" if travelled["arch"] != arch else "the code is not the cache's"
+    same = travelled["key"] == digest(cache.triton_key())
+    return f"the key of Triton {triton.__version__} is {'' if same else 'not '}that of the cache"
 
 
 def main() -> None:
@@ -48,9 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     Console(width=120).print(diagnose())
     if arguments.rehearse:
-        travelled, key = unpack(), digest(cache.triton_key())
-        suits = travelled is not None and travelled["key"] == key
-        print(f"kernels are interpreted; those that travelled {'suit' if suits else 'do not suit'} this Triton")
+        print(f"{suits(unpack())}; kernels are interpreted")
         return
     major, minor = torch.cuda.get_device_capability()
     print(ready(10 * major + minor))

@@ -10,31 +10,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from .cached import ARCHIVE, CACHE, CARRIED, ROOT, SHARED, compile_variants, pack, sources
+from .cached import ARCHIVE, CACHE, CARRIED, ROOT, SHARED, compile_variants, pack
 
 FETCHED = ROOT / "build" / "gpu"
 PLATFORMS = [f"manylinux{year}_x86_64" for year in ("_2_17", "_2_27", "_2_28", "2014")]
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 GOLDEN = ROOT.parent / "shared" / "golden"
 
 MOST_BYTES = 10 * 2**20
 """Of an archive: what travels is small."""
 
 
-def fetch(triton: str, *for_python: str) -> Path:
+def fetch(triton: str, python: str) -> Path:
     """The folder of a wheel, unpacked."""
-    python = for_python[1] if for_python else platform.python_version()
     folder = FETCHED / f"triton-{triton}-python-{python}"
     if not folder.exists():
         wheels = FETCHED / "wheels" / folder.name
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, *for_python, "--dest", wheels, f"triton=={triton}"], check=True)
+        platforms = [text for name in PLATFORMS for text in ("--platform", name)]
+        which = ["--python-version", python, "--implementation", "cp", *platforms]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *which]
+        subprocess.run([*command, "--dest", wheels, f"triton=={triton}"], check=True)
         part = folder.with_suffix(".part")
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
             wheel.extractall(part)
@@ -50,9 +51,7 @@ def main() -> int:
     parser.add_argument("--python", default="3.12", help="that machine's version")
     parser.add_argument("--arch", type=int, default=90, help="compute capability of its GPU")
     arguments = parser.parse_args()
-    platforms = [text for name in PLATFORMS for text in ("--platform", name)]
-    here = fetch(arguments.triton)
-    there = fetch(arguments.triton, "--python-version", arguments.python, "--implementation", "cp", *platforms)
+    here, there = (fetch(arguments.triton, python) for python in (THIS_PYTHON, arguments.python))
     shutil.rmtree(CACHE, ignore_errors=True)
     path = os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH"))))
 
@@ -60,7 +59,7 @@ def main() -> int:
         return compile_variants(arguments.arch, processes, "--wheel", str(there), PYTHONPATH=path)
 
     made = variants(os.cpu_count() or 1)
-    pack({**made, "triton": arguments.triton, "python": arguments.python, "arch": arguments.arch, "sources": sources()})
+    pack({"key": made["key"], **vars(arguments)})
     found = variants(1)
     if GOLDEN.is_dir():
         shutil.copytree(GOLDEN, SHARED / GOLDEN.name, dirs_exist_ok=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ..lines import Line, grouped, in_order, published_times, times_as_fast, why_not_timed
+from ..command import REHEARSAL
+from ..lines import Line, grouped, in_order, published_times, ratio_of, times_as_fast, why_not_timed
 from ..looks import digits, named, seconds, size
 from ..summarize import table
 from .sections import DONE
@@ -28,8 +29,8 @@ def _within(field: str, most: float, told: Callable[[float], str]) -> Callable[[
 
 def _times(least: float) -> Callable[[Line, dict], tuple[str, bool] | None]:
     def reached(line: Line, published: dict) -> tuple[str, bool] | None:
-        found = times_as_fast(line, published)
-        return (found, float(found[:-1].replace(",", "")) >= least) if found else None
+        ratio = ratio_of(line, published)
+        return (f"{ratio:.2f}x", ratio >= least) if ratio else None
 
     return reached
 
@@ -38,7 +39,7 @@ def _of_floor(line: Line, _: dict) -> tuple[str, bool] | None:
     return (f"{digits(1 / line['of_floor'])} times it", line["of_floor"] >= 1 / 1.5) if line["of_floor"] else None
 
 
-SAMPLE, LARGE, STEP = (
+SAMPLE, MILLION, STEP = (
     ("sample", "triton_graph", 10_000),
     ("sample", "triton_graph", 1_000_000),
     ("train_step", "triton", 10_000),
@@ -46,8 +47,8 @@ SAMPLE, LARGE, STEP = (
 TARGETS = (
     Target("sample of 10,000 spots: 2 ms on the device", SAMPLE, _within("device_ms", 2.0, seconds)),
     Target("sample of 10,000 spots: 25 times as fast as the published algorithm", SAMPLE, _times(25)),
-    Target("sample of 1,000,000 spots: 200 ms", LARGE, _within("median_ms", 200.0, seconds)),
-    Target("sample of 1,000,000 spots: 8 GB", LARGE, _within("peak_bytes", 8e9, size)),
+    Target("sample of 1,000,000 spots: 200 ms", MILLION, _within("median_ms", 200.0, seconds)),
+    Target("sample of 1,000,000 spots: 8 GB, of torch's pool", MILLION, _within("reserved_bytes", 8e9, size)),
     Target(
         "edge attention of kept messages, 1,000,000 spots: within 1.5 times its floor",
         ("edge_forward", "triton_kept_edges", 1_000_000),
@@ -59,9 +60,10 @@ TARGETS = (
 FIGURES = "## Figures"
 LEGEND = """Milliseconds between CUDA events, inputs that were read before (cold: the L2 cache flushed): median (20th to
 80th percentile). device: what the GPU computed and copied in a call, by its own clock; the rest of the median is the
-host's. A sample is `PreparedSlide.draw`, the result on the host; prepared: made once per slide before it. of floor: the
-least time by counts over the median, of a single operation over the device's time, 1 at best. x: times as fast as the
-published algorithm in turns with it. error: against float64, checked before anything is timed."""
+host's. A sample is `PreparedSlide.draw`, the result on the host; prepared: made once per slide before it. peak, pool:
+bytes of tensors, and of torch's pool with its CUDA graphs, above the inputs, of what is made once and two calls. of
+floor: the least time by counts over the median, of a single operation over the device's time, 1 at best. x: times as
+fast as the published algorithm in turns with it. error: against float64, checked before anything is timed."""
 
 
 def drawn(common: dict[str, Any], known: dict[Part, dict], parts: list[Part], figures: list[Line]) -> str:
@@ -70,7 +72,7 @@ def drawn(common: dict[str, Any], known: dict[Part, dict], parts: list[Part], fi
     driver = f", driver {common['driver']}" if common["driver"] else ""
     commits = ", ".join(sorted({line["commit"] for line in (*known.values(), *figures)})) or common["commit"]
     device = common["device"]
-    head = "# Rehearsal on the CPU: nothing here is a figure of a GPU" if device == "rehearsal" else f"# {device}"
+    head = "# Rehearsal on the CPU: nothing here is a figure of a GPU" if device == REHEARSAL else f"# {device}"
     pieces = [head, f"{versions}{driver}; commit {commits}.", "## Targets", _targets(figures)]
     worst = [f"* {line['part']}: {told}" for line in known.values() for told in line["worst"]]
     if worst:
@@ -122,7 +124,7 @@ def _profile(line: Line) -> str:
     return f"of {digits(line['device_ms'])} ms: {'; '.join(kernels)}"
 
 
-HEAD = ["", "spots", "arithmetic", "ms", "cold", "device", "of floor", "x", "prepared", "peak", "error", ""]
+HEAD = ["", "spots", "arithmetic", "ms", "cold", "device", "of floor", "x", "prepared", "peak", "pool", "error", ""]
 
 
 def _tables(figures: list[Line]) -> list[str]:
@@ -137,7 +139,7 @@ def _row(line: Line, published: dict) -> list[str]:
     def cell(name: str, told: Callable[[float], str]) -> str:
         return "" if line[name] is None else told(line[name])
 
-    spread = "" if line["median_ms"] is None else " to ".join(digits(line[name]) for name in ("p20_ms", "p80_ms"))
+    spread = " to ".join(digits(line[name]) for name in ("p20_ms", "p80_ms") if line[name] is not None)
     return [
         named(line["provider"]),
         f"{line['spots']:,}",
@@ -149,6 +151,7 @@ def _row(line: Line, published: dict) -> list[str]:
         times_as_fast(line, published),
         cell("prepare_ms", digits),
         cell("peak_bytes", size),
+        cell("reserved_bytes", size),
         cell("relative_error", "{:.1e}".format) + (" RED" if line["check"] == "red" else ""),
         line["note"].replace("|", "/"),
     ]

@@ -6,6 +6,7 @@ Whatever becomes of a process (a sticky CUDA error, a hang, an end by the system
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -13,14 +14,18 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .plan import Section
+from .plan import MINUTES, STARTING, Section
 
 DONE, TIME_UP = "done", "the time was up"
 GRACE = 5.0
-"""Seconds that a process has to write what it knows, before it is killed."""
+"""Seconds that processes have to write what they know, before they are killed."""
+
+POLL, WATCHED = 0.05, 5.0
+"""Seconds between looks at processes, and between looks at the GPU."""
 
 SAID = 300
 """Characters of a line that are kept."""
@@ -29,67 +34,98 @@ WORST = "worst error over limit:"
 """So begins what the GPU tests say of rounding (tests/conftest.py)."""
 
 
-class Process(NamedTuple):
+PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
+
+
+@dataclasses.dataclass
+class Process:
     name: str
     running: subprocess.Popen
     out: Path
     err: Path
     begun: float
+    ended: float | None = None
+
+    def has_ended(self) -> bool:
+        if self.ended is None and self.running.poll() is not None:
+            self.ended = time.monotonic()
+        return self.ended is not None
+
+    def signal(self, number: signal.Signals) -> None:
+        """To its group: children go with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.running.pid, number)
 
 
-def run(section: Section, environment: dict[str, str], seconds: float, log: Path) -> list[dict[str, Any]]:
-    """Fields of a line for each of its processes, within ``seconds``; what they said goes to the end of ``log``."""
-    processes, lines = [], []
+def run(
+    section: Section, environment: dict[str, str], seconds: float, log: Path, watch: Callable[[], str]
+) -> list[dict[str, Any]]:
+    """Fields of a line for each of its processes, within ``seconds``; what they said goes to the end of ``log``, and
+    what ``watch`` said last, while they ran, into their lines."""
+    processes, lines, watched = [], [], ""
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, command in section.commands.items():
-                if shutil.which(command[0]) is None:
-                    lines.append({"part": name, "outcome": f"cannot run: {command[0]} is not installed"})
-                else:
+                if program := shutil.which(command[0], path=PATH):
                     said = Path(folder) / str(len(processes))
-                    processes.append(_start(name, command, {**environment, **section.environment}, said))
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.running.wait(max(0.0, deadline - time.monotonic()))
+                    settings = {**os.environ, **environment, **section.environment, "PYTHONUNBUFFERED": "1"}
+                    processes.append(_start(name, (program, *_timed(command[1:], seconds)), settings, said))
+                else:
+                    lines.append({"part": name, "outcome": f"cannot run: {command[0]} is not installed"})
+            while not _have_ended(processes, min(deadline, time.monotonic() + WATCHED)) and time.monotonic() < deadline:
+                watched = watch() or watched
+            late = [process for process in processes if not process.has_ended()]
         finally:  # also where this program is interrupted
-            lines += [_end(section, process, seconds, log) for process in processes]
-    return [{"section": section.name, "said": "", "worst": [], "seconds": 0.0, **line} for line in lines]
+            _stop(processes)
+        lines += [_told(section, process, process in late, seconds, log) for process in processes]
+    usual = {"section": section.name, "said": "", "worst": [], "seconds": 0.0, "clocks": watched}
+    return [{**usual, **line} for line in lines]
+
+
+def _timed(arguments: tuple[str, ...], seconds: float) -> list[str]:
+    """With the minutes that there are for it."""
+    minutes = f"{max(1.0, seconds - STARTING) / 60:.2f}"
+    return [minutes if argument == MINUTES else argument for argument in arguments]
 
 
 def _start(name: str, command: tuple[str, ...], environment: dict[str, str], said: Path) -> Process:
-    """In files: a pipe that a grandchild holds would never end."""
-    settings = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}
+    """Its words go to files: a pipe that a grandchild holds would never end. A group of its own, but no session: what
+    ends the caller's ends it too."""
     paths = said.with_suffix(".out"), said.with_suffix(".err")
     with paths[0].open("w") as out, paths[1].open("w") as err:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-        running = subprocess.Popen(command, env=settings, start_new_session=True, **pipes)
+        running = subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp, **pipes)
     return Process(name, running, *paths, time.monotonic())
 
 
-def _end(section: Section, process: Process, seconds: float, log: Path) -> dict[str, Any]:
-    """What became of it, ended if it still runs, and its children in any case."""
-    late = process.running.poll() is None
-    took = time.monotonic() - process.begun
-    if late:
-        _signal(process, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.running.wait(GRACE)
-    _signal(process, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
-        process.running.wait(GRACE)
+def _have_ended(processes: list[Process], deadline: float) -> bool:
+    """All of them, until then."""
+    while not (ended := all([process.has_ended() for process in processes])) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return ended
+
+
+def _stop(processes: list[Process]) -> None:
+    """What still runs may write what it knows, then all groups are ended."""
+    for process in processes:
+        if not process.has_ended():
+            process.signal(signal.SIGINT)
+    _have_ended(processes, time.monotonic() + GRACE)
+    for process in processes:
+        process.signal(signal.SIGKILL)
+    _have_ended(processes, time.monotonic() + GRACE)  # the driver may hold one for ever
+
+
+def _told(section: Section, process: Process, late: bool, seconds: float, log: Path) -> dict[str, Any]:
     out, err = (path.read_text(errors="replace") for path in (process.out, process.err))
     with log.open("a") as file:
         file.write(f"==== {section.name} {process.name}: {' '.join(process.running.args)}\n{out}{err}\n")
     outcome = _late(section, seconds) if late else _outcome(process.running.returncode)
     said = _last(out) if outcome == DONE else _last(err) or _last(out)
     worst = [line.removeprefix(WORST).strip() for line in out.splitlines() if line.startswith(WORST)]
+    took = (process.ended or time.monotonic()) - process.begun
     return {"part": process.name, "outcome": outcome, "said": said, "worst": worst, "seconds": round(took, 1)}
-
-
-def _signal(process: Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.running.pid, number)
 
 
 def _late(section: Section, seconds: float) -> str:

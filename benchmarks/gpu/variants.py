@@ -26,11 +26,11 @@ from stflow_fast.kernels import autotune, autotune_cases, dropout, edge_attentio
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
 
-from benchmarks.cases import Case, Plan
-from benchmarks.jobs import NetworkJob, job_of, providers_of
-from benchmarks.workload import N_GENES
 from stflow_fast.ops import backend
 
+from ..cases import Case, Plan
+from ..jobs import NetworkJob, job_of, providers_of
+from ..workload import N_GENES
 from .plan import ALL_FIGURES, TUNED, Figures
 
 SPOTS = 72
@@ -70,15 +70,19 @@ class Variants:
         self.compiled += not cache_hit
 
 
+Launched = Callable[[triton.JITFunction, Any], None]
+"""Gets a kernel and what was compiled, which is None of another process's."""
+
+
 @contextlib.contextmanager
-def absent_gpu(arch: int, variants: Variants) -> Iterator[None]:
+def absent_gpu(arch: int, variants: Variants, launched: Launched = lambda *_: None) -> Iterator[None]:
     """Tensors of the CPU pass for those of a GPU, and a launch ends when its kernel is compiled: nothing is computed.
     Triton's driver stays the absent one: for a process of its own."""
     compile_kernel = triton.JITFunction._do_compile
 
     def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_only(*arguments: Any, **options: Any) -> None:
-            kernel.warmup(*arguments, grid=grid, **options)
+            launched(kernel, kernel.warmup(*arguments, grid=grid, **options))
             if kernel is neighbors.nearest_kernel:
                 dict(zip(kernel.arg_names, arguments, strict=False))["settled_ptr"].fill_(1)
 
