@@ -283,7 +283,9 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """A table of the lines."""
+    """A table of the lines, where there are any: a rehearsal leaves providers out."""
+    if not lines:
+        return
     Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(lines))
 
 

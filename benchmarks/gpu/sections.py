@@ -24,7 +24,7 @@ DONE, TIME_UP = "done", "the time was up"
 GRACE = 5.0
 """Seconds that processes have to write what they know, before they are killed."""
 
-POLL, WATCHED = 0.05, 5.0
+POLL, WATCHED = 0.05, 3.0
 """Seconds between looks at processes, and between looks at the GPU."""
 
 SAID = 300
