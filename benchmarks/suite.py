@@ -257,10 +257,10 @@ class Suite:
                 self._tell(case, "all in turns")
                 self._take_turns(entrants)
         except KeyboardInterrupt:
-            self._finish(case, [entrant for entrant in entrants if entrant.warm])
+            self._finish(case, [entrant for entrant in entrants if entrant.warm], profile=False)
             raise
         crowded = [entrant for entrant in entrants if entrant.lacked_memory and len(entrants) > 1]
-        self._finish(case, [entrant for entrant in entrants if entrant not in crowded])
+        self._finish(case, [entrant for entrant in entrants if entrant not in crowded], self.plan.profile)
         for entrant in crowded:
             self._measure_alone(case, entrant)
 
@@ -274,7 +274,7 @@ class Suite:
             for entrant in entrants[first:] + entrants[:first]:
                 entrant.attempt(functools.partial(entrant.time, turn))
 
-    def _finish(self, case: Case, entrants: list[Entrant]) -> None:
+    def _finish(self, case: Case, entrants: list[Entrant], profile: bool) -> None:
         for entrant in entrants:
             entrant.attempt(entrant.finish)
             if entrant.runs:
@@ -282,7 +282,7 @@ class Suite:
                 self._note_time(case, entrant.name, min(entrant.warm))
             self._end(entrant.line)
         for entrant in entrants:
-            if entrant.runs and self.plan.profile:
+            if entrant.runs and profile:
                 entrant.profile()
                 self._end(entrant.line)
             entrant.job = None
