@@ -396,6 +396,12 @@ def test_a_process_is_told_how_long_it_has(tmp_path: Path) -> None:
     assert float(line["said"]) == pytest.approx((80 - STARTING) / 60, abs=0.01)
 
 
+@pytest.mark.parametrize(("seconds", "code", "outcome"), [(9.0, 1, "exit 1"), (8.0, 1, TIME_UP), (8.0, 2, "exit 2")])
+def test_what_lacks_figures_for_want_of_time_is_as_new(seconds: float, code: int, outcome: str, tmp_path: Path) -> None:
+    (line,) = run(alone("a", 9, python(f"import sys; sys.exit({code})")), {}, seconds, tmp_path / "log", str)
+    assert line["outcome"] == outcome
+
+
 def test_another_section_alone_has_its_kernels_too(call: Callable[..., int], tmp_path: Path) -> None:
     assert call([alone(FIRST, 9, GOOD), alone("a", 9, GOOD), alone("b", 9, GOOD)], "--only", "b") == 0
     assert [line["section"] for line in lines_in(tmp_path)] == [FIRST, "b"]

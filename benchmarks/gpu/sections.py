@@ -121,20 +121,21 @@ def _told(section: Section, process: Process, late: bool, seconds: float, log: P
     out, err = (path.read_text(errors="replace") for path in (process.out, process.err))
     with log.open("a") as file:
         file.write(f"==== {section.name} {process.name}: {' '.join(process.running.args)}\n{out}{err}\n")
-    outcome = _late(section, seconds) if late else _outcome(process.running.returncode)
+    outcome = _outcome(section, None if late else process.running.returncode, seconds)
     said = _last(out) if outcome == DONE else _last(err) or _last(out)
     worst = [line.removeprefix(WORST).strip() for line in out.splitlines() if line.startswith(WORST)]
     took = (process.ended or time.monotonic()) - process.begun
     return {"part": process.name, "outcome": outcome, "said": said, "worst": worst, "seconds": round(took, 1)}
 
 
-def _late(section: Section, seconds: float) -> str:
-    return TIME_UP if seconds < section.seconds else f"no end within {seconds:.0f} s"
-
-
-def _outcome(code: int) -> str:
+def _outcome(section: Section, code: int | None, seconds: float) -> str:
+    """Of an exit code; of none, it had no end. What lacks figures, and had less than its time, lacks them for that."""
     if code == 0:
         return DONE
+    if seconds < section.seconds and code in (None, 1):
+        return TIME_UP
+    if code is None:
+        return f"no end within {seconds:.0f} s"
     if code > 0:
         return f"exit {code}"
     name = signal.Signals(-code).name
