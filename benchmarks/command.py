@@ -29,7 +29,7 @@ from .jobs import input_bytes, job_of, providers_of, why_not
 from .lines import WORKLOADS, load, out_of_memory, read
 from .operations import OPERATIONS
 from .pictures import write_pictures
-from .providers import OVER_BUDGET, PROVIDERS
+from .providers import OVER_BUDGET, class_of
 from .slides import LAYOUTS
 from .suite import TOO_LONG, Suite
 from .terminal import terminal_table
@@ -113,8 +113,8 @@ class Order:
 
 
 def _rehearses(provider: str) -> bool:
-    factory = PROVIDERS.get(provider)
-    return not getattr(getattr(factory, "func", factory), "compiled_by_size", False)
+    found = class_of(provider)
+    return found is None or not found.compiled_by_size
 
 
 def _work_of(case: Case) -> Case:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .providers import PROVIDERS
+from .providers import class_of
 
 OTHER_FUNCTION = "†"
 
@@ -42,8 +42,8 @@ def look_of(provider: str) -> Look:
 
 
 def computes_another_function(provider: str) -> bool:
-    factory = PROVIDERS.get(provider)
-    return factory is not None and not getattr(factory, "func", factory).same_function
+    found = class_of(provider)
+    return found is not None and not found.same_function
 
 
 def named(provider: str) -> str:

@@ -22,7 +22,7 @@ from stflow_fast.ops.dropout import DropoutKeys
 from stflow_fast.ops.reference import AttentionSpec, Dropouts
 
 from . import measure
-from .cases import PRECISION, Case, Job, Plan
+from .cases import NETWORK, PRECISION, Case, Job, Plan
 from .floor import Rates
 from .providers import edge_sizes, our_network, triton_lacks
 from .roofline import MATRIX_RATES, RATES, unit_times
@@ -122,6 +122,12 @@ COUNTED = {
 KEPT = "_kept_edges"
 
 
+def terms_width(config: DenoiserConfig) -> int:
+    """Columns of A, B and V."""
+    sizes = edge_sizes(config)
+    return 2 * sizes.hp + sizes.d
+
+
 def operation_providers(workload: str) -> tuple[str, ...]:
     """Names of :data:`benchmarks.providers.PROVIDERS`: of the backend, and whether messages are kept."""
     kept = ("triton_kept_edges",) if workload == "edge_forward" else ()
@@ -131,7 +137,7 @@ def operation_providers(workload: str) -> tuple[str, ...]:
 class OperationJob(Job):
     """One operation, by one backend: inputs are of one set, for the L2 cache is flushed before they are read."""
 
-    judged, by_device = True, True
+    by_device = True
 
     def __init__(self, plan: Plan, case: Case, name: str) -> None:
         self.config, self.workload, self.device = plan.config(case), case.workload, plan.device
@@ -184,8 +190,8 @@ class OperationJob(Job):
 
     @staticmethod
     def input_bytes(case: Case) -> int:
-        """Terms of the default width, on the host and in the arithmetic's type."""
-        return 8 * (2 * 512 + 128) * case.spots
+        """Terms of the default network, on the host and in the arithmetic's type."""
+        return 8 * terms_width(NETWORK) * case.spots
 
     def _of(self, inputs: Inputs) -> Call:
         call = OPERATIONS[self.workload]
@@ -203,10 +209,8 @@ class OperationJob(Job):
         with torch.no_grad():
             states = network.backbone.layer_states()
             layer = (states if self.trains else states.of_autocast()).layers[0]
-        width = 2 * layer.folded.edges.message_to_logit.shape[1] + config.hidden_dim
-        terms, tokens = (
-            random_rows(spots, columns, seed).to(self.device, dtype) for columns in (width, config.hidden_dim)
-        )
+        widths = (terms_width(config), config.hidden_dim)
+        terms, tokens = (random_rows(spots, width, seed).to(self.device, dtype) for width in widths)
         spot = torch.arange(spots, device=self.device)
         keys = DropoutKeys.for_spots(torch.tensor([seed]), torch.zeros_like(spot), spot)
         spec = network.backbone.blks[0].attn.spec

@@ -390,3 +390,9 @@ PROVIDERS: dict[str, Callable[[DenoiserConfig], Provider]] = {
 named for it all of them, and ``triton`` none. ``triton`` and ``triton_kept_edges`` launch kernel after kernel;
 ``triton_graph`` is what the program does on a GPU: it captures the loop of a sample when it is called for the second
 time, and replays it from then on."""
+
+
+def class_of(name: str) -> type[Provider] | None:
+    """Of a name of :data:`PROVIDERS`, without what its factory sets; None of another."""
+    factory = PROVIDERS.get(name)
+    return getattr(factory, "func", factory)

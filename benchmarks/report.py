@@ -39,10 +39,10 @@ from .lines import (
 )
 from .looks import OTHER_FUNCTION, beside, computes_another_function, counted, digits, named, seconds, size
 from .pictures import picture_path, write_pictures
-from .providers import PROVIDERS, Ours
+from .providers import PROVIDERS, Ours, class_of
 from .summarize import table
 
-OURS = tuple(name for name, factory in PROVIDERS.items() if getattr(factory, "func", factory) is Ours)
+OURS = tuple(name for name in PROVIDERS if class_of(name) is Ours)
 SHOWN_SIZES = (10_000, 100_000, 605_471)  # the last is the largest public slide
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 

@@ -53,8 +53,8 @@ from .launch import (
     find_row,
     overlap,
     use_launch,
-    why_not_interpreted,
 )
+from .versions import why_not_interpreted
 
 TOLERANCE = {"bf16": 2**-7, "tf32": 2**-9, "ieee": 1e-5, "float64": 0.0}
 """Two roundings, for a tile changes the order of sums alone; of float64 come neighbours, which are the same."""

@@ -76,6 +76,12 @@ def lines_in(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def put_lines(folder: Path, *lines: dict[str, Any]) -> None:
+    """In place of those of the folder's only file."""
+    (path,) = folder.glob("*.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def lines_of(plan: Plan, cases: list[Case], names: tuple[str, ...]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     Suite(plan, lines.append, lambda what: None).run(cases, dict.fromkeys(("graph", "sample", "train_step"), names))
@@ -643,10 +649,9 @@ def test_lines_from_before_there_were_busy_ones_are_of_an_idle_machine(
     monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "reference", "--spots", "40")
     run(tmp_path, *options)
-    (path,) = tmp_path.glob("*.jsonl")
     (line,) = lines_in(tmp_path)
     del line["busy"], line["busy_nice"]
-    path.write_text(json.dumps(line) + "\n")
+    put_lines(tmp_path, line)
     assert load(tmp_path) == [{**line, "busy": 0, "busy_nice": 0}]
     run(tmp_path, *options, "--resume")
     assert len(lines_in(tmp_path)) == 1
@@ -760,10 +765,8 @@ def test_what_lacked_the_time_is_measured_later_with_its_opponents(
     monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "reference,flash_attention", "--spots", "40")
     run(tmp_path, *options)
-    (path,) = tmp_path.glob("*.jsonl")
     first, second = lines_in(tmp_path)
-    cut_off = {**second, "median_ms": None, "note": suite.TIME_IS_UP}
-    path.write_text("".join(json.dumps(line) + "\n" for line in (first, cut_off)))
+    put_lines(tmp_path, first, {**second, "median_ms": None, "note": suite.TIME_IS_UP})
     run(tmp_path, *options, "--resume")
     assert [line["note"] for line in lines_in(tmp_path)] == ["", suite.TIME_IS_UP, "", ""]
 
@@ -801,10 +804,8 @@ def test_what_was_left_out_for_its_time_is_asked_again_with_more(
     monkeypatch.setattr(measure, "same_code", lambda before: True)
     options = ("--workload", "denoise", "--providers", "reference", "--spots", "40")
     run(tmp_path, *options)
-    (path,) = tmp_path.glob("*.jsonl")
     (line,) = lines_in(tmp_path)
-    note = f"{suite.LEFT_OUT}some 50 s expected; raise --seconds"
-    path.write_text(json.dumps({**line, "median_ms": None, "note": note}) + "\n")
+    put_lines(tmp_path, {**line, "median_ms": None, "note": f"{suite.LEFT_OUT}some 50 s expected; raise --seconds"})
     run(tmp_path, *options, "--resume", "--seconds", seconds)
     assert len(lines_in(tmp_path)) == n_lines
 

@@ -61,9 +61,10 @@ def clocks() -> str:
 
 
 class Records:
-    """The lines of sections that a folder holds, and those that come."""
+    """The lines of sections that a folder holds, and those that come; the page of them and the whole plan."""
 
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, out: Path, device: str, sections: list[Section]) -> None:
+        self.parts = parts_of(sections)
         self.path = out / f"{file_name(device)}-sections.jsonl"
         self.figures, self.page = out / f"{file_name(device)}.jsonl", out / f"{file_name(device)}.md"
         self.log = out / f"{file_name(device)}.log"
@@ -101,17 +102,17 @@ class Records:
 
         return sorted(found, key=begun)
 
-    def draw(self, sections: list[Section]) -> str:
+    def draw(self) -> str:
         figures = newest(read(self.figures)) if self.figures.exists() else []
-        text = page.drawn(self.common, self.newest(), parts_of(sections), figures)
+        text = page.drawn(self.common, self.newest(), self.parts, figures)
         with atomic_path(self.page) as temporary:
             temporary.write_text(text)
         return text
 
-    def try_to_draw(self, sections: list[Section]) -> str:
+    def try_to_draw(self) -> str:
         """No page is worth the sections that are still to come; the lines are there."""
         try:
-            return self.draw(sections)
+            return self.draw()
         except Exception:
             traceback.print_exc()
             return ""
@@ -149,7 +150,7 @@ def measure(records: Records, sections: list[Section], arguments: argparse.Names
         records.add(lines)
         for line in lines:
             print(f"        {line['part']} {line['outcome']}, {line['seconds']} s: {line['said']}", flush=True)
-        records.try_to_draw(plan(arguments.out, arguments.rehearse))
+        records.try_to_draw()
 
 
 def parsed() -> argparse.Namespace:
@@ -174,8 +175,8 @@ def main() -> int:
             raise InputError("nvidia-smi names no GPU; --rehearse runs the same plan on the CPU")
         if unknown := set(arguments.only or ()).difference(names):
             raise InputError(f"--only: there is no section {unknown.pop()!r}; choose from {'; '.join(names)}")
-        records = Records(arguments.out, device)
-        records.draw(sections)  # what cannot be read, or written, is told before anything is measured
+        records = Records(arguments.out, device, sections)
+        records.draw()  # what cannot be read, or written, is told before anything is measured
     except (InputError, OutputError) as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2
@@ -186,7 +187,7 @@ def main() -> int:
         measure(records, wanted, arguments)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", flush=True)
-    told, _, _ = records.try_to_draw(sections).partition(page.FIGURES)
+    told, _, _ = records.try_to_draw().partition(page.FIGURES)
     print(f"{told}{records.page}", flush=True)
     return int(page.lacking(records.newest(), parts_of(wanted)))
 
