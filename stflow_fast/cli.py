@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -19,12 +20,18 @@ from .cohort import SamplingConfig, evaluate, load_model, predict
 from .config import DenoiserConfig
 from .demo import run_demo
 from .doctor import diagnose
+from .embedding import PRECISIONS, embed, patch_files
+from .encoders import LITE0, PUBLISHED
 from .errors import InputError
-from .files import check_output, read_json, write_json
-from .progress import epochs_bar, slides_bar
+from .files import check_output, write_json
+from .inspection import inspect, remarks_of, table_of
+from .outputs import DTYPES, SUFFIXES, OutputConfig
+from .progress import epochs_bar, patches_bar, paths_bar, slides_bar
 from .runs import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE
 from .sampling import DEFAULT_MEMORY_BUDGET
-from .slides import NORMALIZATIONS, Slide
+from .slides import FORMATS, NORMALIZATIONS, ReadOptions, Slide, read_genes
+from .slides.options import COORDINATE_SYSTEM, SPATIAL_KEY
+from .slides.stimage import ORGANS
 from .training import fit, load_fold
 from .windows import TrainingConfig
 
@@ -50,6 +57,17 @@ Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu,
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
 Precision = Annotated[str, typer.Option(help="Of matrix products: float32 or bf16 (error some 1 %).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
+FeaturesKey = Annotated[
+    str | None,
+    typer.Option(help="Where features are: of obsm, or X; name of a table or data set. As usual if left out."),
+]
+SpatialKey = Annotated[str, typer.Option(help="Of obsm with the spot centres.")]
+LibraryKey = Annotated[str | None, typer.Option(help="Column of obs that names sections; each is a slide then.")]
+TableName = Annotated[str | None, typer.Option(help="Of a SpatialData store.")]
+CoordinateSystem = Annotated[str, typer.Option(help="Of a SpatialData store.")]
+FormatName = Annotated[str | None, typer.Option(help=f"Of {', '.join(FORMATS)}; by content if left out.")]
+GENE_LIST = 'Gene list: JSON ([...] or {"genes": [...]}), or text with one name a line'
+GeneKey = Annotated[str | None, typer.Option(help="Column of var with the genes' names; the index if left out.")]
 
 
 def main() -> None:
@@ -112,7 +130,11 @@ def train(
     encoder: Annotated[str, typer.Option(help="Patch encoder: the name of its embeddings' folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     fold: Fold = 0,
-    genes: Annotated[str, typer.Option(help="Gene list in DATA.")] = "var_50genes.json",
+    genes: Annotated[str, typer.Option(help=f"{GENE_LIST}; in DATA, or elsewhere.")] = "var_50genes.json",
+    gene_key: GeneKey = None,
+    organ: Annotated[
+        str | None, typer.Option(help=f"DATA is STImage-1K4M: one of {', '.join(ORGANS)}; FOLD is the seed.")
+    ] = None,
     embeddings: Embeddings = None,
     normalize: Annotated[str, typer.Option(help=f"What to predict: {', '.join(NORMALIZATIONS)}.")] = "log1p",
     select_on: Annotated[
@@ -149,6 +171,8 @@ def train(
         embeddings=embeddings,
         normalize=normalize,
         select_on=select_on,
+        gene_key=gene_key,
+        organ=organ,
         config=config,
     )
     # Under `accelerate launch` every process runs this; the first one speaks and draws.
@@ -211,9 +235,25 @@ def evaluate_command(
 @app.command(name="predict")
 def predict_command(
     run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
-    slides: Annotated[list[Path], typer.Argument(help=".h5ad (obsm features and spatial) or .h5 embeddings.")],
+    slides: Annotated[list[Path], typer.Argument(help="Features of slides, in any format that inspect knows.")],
     out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
-    features_key: Annotated[str, typer.Option(help="Of obsm in the .h5ad.")] = "features",
+    features_key: FeaturesKey = None,
+    spatial_key: SpatialKey = SPATIAL_KEY,
+    library_key: LibraryKey = None,
+    table: TableName = None,
+    coordinate_system: CoordinateSystem = COORDINATE_SYSTEM,
+    format: FormatName = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="File, or folder of ID.h5, with features of SLIDES that hold none.")
+    ] = None,
+    ignore_encoder: Annotated[
+        bool, typer.Option("--ignore-encoder", help="Take features that another encoder is said to have made.")
+    ] = False,
+    to: Annotated[str, typer.Option(help=f"What to write: {' or '.join(SUFFIXES)} (a zarr folder).")] = "h5ad",
+    dtype: Annotated[str, typer.Option(help=f"Of the numbers written: {' or '.join(DTYPES)}.")] = "float32",
+    genes: Annotated[
+        Path | None, typer.Option(help="List of the genes to write: one a line, or JSON. All if left out.")
+    ] = None,
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
@@ -223,15 +263,28 @@ def predict_command(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
 ) -> None:
-    """Predict slides: one .h5ad each."""
-    with slides_bar(len(slides)) as on_slide:
+    """Predict slides: one .h5ad (or SpatialData .zarr) each."""
+    output = OutputConfig(to, dtype, read_genes(genes) if genes else None)
+    with slides_bar() as on_slide:
         written = predict(
             run,
             slides,
             out,
             sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision),
+            output=output,
             device=device,
-            features_key=features_key,
+            reading=ReadOptions(
+                format,
+                features_key,
+                spatial_key,
+                library_key,
+                None,
+                None,
+                coordinate_system,
+                table,
+                embeddings=embeddings,
+            ),
+            ignore_encoder=ignore_encoder,
             overwrite=overwrite,
             resume=resume,
             on_slide=on_slide,
@@ -239,11 +292,48 @@ def predict_command(
     typer.echo(f"{len(written)} slides in {out}")
 
 
+@app.command(name="inspect")
+def inspect_command(
+    paths: Annotated[list[Path], typer.Argument(help="Files of slides, or folders with such.")],
+    model: Annotated[str | None, typer.Option(help="Folder of a run or of a model, to hold them against.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list of one object a slide.")] = False,
+    features_key: FeaturesKey = None,
+    spatial_key: SpatialKey = SPATIAL_KEY,
+    library_key: LibraryKey = None,
+    gene_key: GeneKey = None,
+    table: TableName = None,
+    coordinate_system: CoordinateSystem = COORDINATE_SYSTEM,
+    format: FormatName = None,
+) -> None:
+    """Say what files are, and whether they can be predicted. Exit code 3 where one cannot be."""
+    reading = ReadOptions(
+        format=format,
+        features_key=features_key,
+        spatial_key=spatial_key,
+        library_key=library_key,
+        gene_key=gene_key,
+        coordinate_system=coordinate_system,
+        table=table,
+    )
+    held_against = None if model is None else load_model(model, "cpu")
+    with paths_bar() as on_path:
+        found = inspect(paths, reading, held_against, on_path)
+    if as_json:
+        typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(table_of(found))
+        for remark in remarks_of(found):
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    if any(each.problem for each in found):
+        raise typer.Exit(3)
+
+
 @app.command()
 def convert(
     published: Annotated[Path, typer.Argument(help="A state_dict (.pth) of the published code.")],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    genes: Annotated[Path, typer.Option(help='The predicted genes in order: a JSON list, or {"genes": [...]}.')],
+    genes: Annotated[Path, typer.Option(help=f"The predicted genes in order. {GENE_LIST}.")],
     encoder: Annotated[str, typer.Option(help="Patch encoder it was trained with.")] = "",
     normalize: Annotated[str, typer.Option(help="What it predicts.")] = "log1p",
     n_neighbors: Annotated[int | None, typer.Option(help="Neighbours K it was trained with; published: 8.")] = None,
@@ -258,16 +348,54 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a published checkpoint into a model folder (config.json and model.safetensors)."""
-    content = read_json(genes)
-    names = content.get("genes") if isinstance(content, dict) else content
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f'{genes}: must be a JSON list of gene names, or {{"genes": [...]}}')
+    names = read_genes(genes)
     asked = {"n_neighbors": n_neighbors, "non_negative": non_negative, "activation": activation}
     settings = {name: value for name, value in asked.items() if value is not None}
-    model = convert_checkpoint(published, tuple(names), encoder, normalize, **settings)
+    model = convert_checkpoint(published, names, encoder, normalize, **settings)
     check_output(out, "config.json", reuse=overwrite)
     model.save_pretrained(out)
     typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} genes; model in {out}")
+
+
+@app.command(name="embed")
+def embed_command(
+    patches: Annotated[list[Path], typer.Argument(help="HEST's patches: files, their folder, or task folders.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help=f"{LITE0}; a folder, or OWNER/NAME of the Hub, for transformers; {', '.join(PUBLISHED)} or timm:NAME."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of all encoders' embeddings; embeddings/ beside patches/ when left out.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the folder in --out; the encoder's when left out.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Patches encoded at once.")] = 64,
+    precision: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PRECISIONS)}; the last two are faster on a GPU, and less exact.")
+    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the embeddings in the file: float32 or float16.")] = "float32",
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the files that this call would write again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of these slides.")] = False,
+) -> None:
+    """Embed the patches of slides: one .h5 each, where train --encoder NAME looks for it."""
+    files = patch_files(patches)
+    with patches_bar(len(files)) as on_patches:
+        written = embed(
+            files.values(),
+            encoder,
+            out,
+            name=name,
+            batch_size=batch_size,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            on_patches=on_patches,
+        )
+    typer.echo(f"{len(written)} slides in {written[0].parent}")
 
 
 @app.command()

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
-import pandas as pd
-import torch
 
 from ._version import __version__
 from .config import parse_bytes
 from .devices import choose_device
 from .errors import InputError, OutputError
 from .evaluation import compare
-from .files import atomic_path, check_output, read_json, write_json
+from .files import check_output, read_json, write_json
 from .flow import time_grid
 from .model import Denoiser
+from .outputs import (
+    SUFFIXES,
+    WRITERS,
+    OutputConfig,
+    as_dtype,
+    prediction_table,
+    read_about,
+    remove_prediction,
+)
+from .pretrained import fingerprint
 from .priors import Prior, check_seed
 from .runs import MODEL_FOLDER, RUN_FILE
 from .sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, check_precision, resolve
-from .slides import HestTask, Slide, read_slide
+from .slides import ReadOptions, Slide, SlideSource, open_task, sources
 from .windows import TEST
+
+if TYPE_CHECKING:
+    import anndata  # where it is used, it is imported, as in slides/anndata_file.py
 
 MANIFEST = "predictions.json"
 
@@ -87,7 +97,8 @@ def load_model(run: str | Path, device: str = "auto") -> Denoiser:
     return Denoiser.from_pretrained(run, map_location=place)
 
 
-def _model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:
+def model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:
+    """A model that is given, or that of :func:`load_model`, and where it is from."""
     return (run, "in memory") if isinstance(run, Denoiser) else (load_model(run, device), str(run))
 
 
@@ -97,57 +108,59 @@ def predict(
     out: str | Path,
     *,
     sampling: SamplingConfig | None = None,
+    output: OutputConfig | None = None,
     device: str = "auto",
-    features_key: str = "features",
+    reading: ReadOptions | None = None,
+    ignore_encoder: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    on_slide: Callable[[str, tuple[str, ...]], None] | None = None,
+    on_slide: Callable[[str, tuple[str, ...], int], None] | None = None,
 ) -> list[Path]:
-    """Predict slides and write one ``{slide id}.h5ad`` each; no expression is needed.
+    """Predict slides and write one ``{slide id}.h5ad`` each (or ``.zarr``); no expression is needed.
 
-    X is the predicted expression [N, G] float32 in the unit of the training (log1p counts), var_names the genes,
-    obs_names the barcodes, ``obsm["spatial"]`` the spot centres in level-0 pixels, ``uns["stflow_fast"]`` the model,
-    seed, NFE and version.
+    X is the predicted expression [N, G] in the unit of the training (log1p counts), var_names the genes, obs_names the
+    barcodes, obs what the input says of the spots, ``obsm["spatial"]`` their centres in level-0 pixels,
+    ``uns["stflow_fast"]`` the model, seed, NFE, version and layout; see :func:`.outputs.prediction_table`.
 
     Args:
         run: a run or model folder, or a model.
-        slides: one or several: ``.h5ad`` (``obsm[features_key]``, ``obsm["spatial"]``), ``.h5`` embeddings, or Slides.
+        slides: one or several: paths of any format of :data:`stflow_fast.slides.FORMATS`, or Slides.
         out: folder of the results.
         sampling: how to draw.
+        output: what is written of it, and how.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
-        features_key: of the ``.h5ad``.
+        reading: how to read paths.
+        ignore_encoder: predict from features of another encoder than the model's, too.
         overwrite: replace earlier predictions in ``out``; those of other slides go when all of these are written.
         resume: keep those that this very call would make again, and predict the slides that are missing.
-        on_slide: called with a slide's id and its reader's notes when its file is there.
+        on_slide: called with a slide's id, its notes, and how many slides there are, when its file is there.
 
     Returns:
         The files, in the order of ``slides``.
 
     Raises:
-        InputError: a bad model, an occupied ``out``, predictions of another model or seed on resume, or a full disk.
-            Bad slides do not stop the good ones: they are reported together when the others are written.
+        InputError: a bad model, genes that it does not predict, an occupied ``out``, predictions of another model, seed
+            or layout on resume, or a full disk. Bad slides do not stop the good ones: they are reported together when
+            the others are written.
     """
-    model, origin = _model_and_origin(run, device)
-    sampling = sampling or SamplingConfig()
-    wanted = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides)
-    about = {
-        "weights_sha256": _fingerprint(model),
-        "version": __version__,
-        "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
-        **sampling.describe(model),
-    }
+    model, origin = model_and_origin(run, device)
+    sampling, output = sampling or SamplingConfig(), output or OutputConfig()
+    wanted, failed = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides, reading or ReadOptions())
+    about = {**output.describe(gene_names(model)), **made_by(model, sampling)}
     told = {"model": origin, **about}  # where the model lay does not decide what it predicts
     out = check_output(out, MANIFEST, reuse=overwrite or resume)
     known = _earlier_predictions(out, about, resume) | set(wanted)
     write_json(out / MANIFEST, {**told, "slides": sorted(known)})
-    failed, written = [], []
+    written = []
     draw = sampling.drawer(model)
     for name, slide in wanted.items():
-        path, notes = out / f"{name}.h5ad", ()
+        path, notes = output.path(out, name), ()
         try:
             if not (resume and _is_made_by(path, about)):
-                loaded = slide if isinstance(slide, Slide) else read_slide(slide, features_key, expression=False)
-                write_prediction(path, model, loaded, draw(loaded), told)
+                loaded = slide if isinstance(slide, Slide) else slide.read()
+                if not ignore_encoder:
+                    _check_encoder(model, loaded)
+                WRITERS[output.to](path, _prediction(model, loaded, draw(loaded), output, told))
                 notes = loaded.notes
         except OutputError:
             raise
@@ -156,32 +169,73 @@ def predict(
             continue
         written.append(path)
         if on_slide:
-            on_slide(name, notes)
+            on_slide(name, notes, len(wanted))
     if failed:
         raise InputError("; ".join(failed) + (f" ({len(written)} other slides are in {out})" if written else ""))
-    for name in known - set(wanted):
-        if not _is_made_by(out / f"{name}.h5ad", about):  # of the result that this one replaces
-            (out / f"{name}.h5ad").unlink(missing_ok=True)
+    for path in {out / f"{name}{suffix}" for name in known for suffix in SUFFIXES.values()} - set(written):
+        if read_about(path) is not None and not _is_made_by(path, about):  # of the result that this one replaces
+            remove_prediction(path)
     return written
 
 
-def _by_name(slides: Iterable[str | Path | Slide]) -> dict[str, str | Path | Slide]:
-    """Slides by the name of their prediction; two of one name are refused."""
-    found: dict[str, str | Path | Slide] = {}
-    for slide in slides:
-        name = slide.id if isinstance(slide, Slide) else Path(slide).stem
-        if name in found:
-            raise InputError(f"{name}: is the name of several slides; rename one, each becomes one file")
-        found[name] = slide
-    return found
+def _by_name(
+    slides: Iterable[str | Path | Slide], reading: ReadOptions
+) -> tuple[dict[str, SlideSource | Slide], list[str]]:
+    """Slides by the name of their prediction, and what is wrong with other paths; two of one name are refused."""
+    found: dict[str, SlideSource | Slide] = {}
+    failed = []
+    for given in slides:
+        try:
+            here = [given] if isinstance(given, Slide) else sources(given, reading)
+        except InputError as error:
+            failed.append(str(error))
+            continue
+        for slide in here:
+            if slide.id in found:
+                raise InputError(f"{slide.id}: is the name of several slides; rename one, each becomes one file")
+            found[slide.id] = slide
+    return found, failed
 
 
-def _fingerprint(model: Denoiser) -> str:
-    """SHA-256 of the parameters, in the order of their names."""
-    digest = hashlib.sha256()
-    for _, value in sorted(model.state_dict().items()):
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _check_encoder(model: Denoiser, slide: Slide) -> None:
+    """Raise InputError where a slide says that its features are of another encoder than the model was trained with."""
+    of_model, of_slide = model.provenance.encoder, slide.origin.encoder
+    if of_model and of_slide and not _same_encoder(of_model, of_slide):
+        raise InputError(
+            f"{slide.origin.path}: features are of {of_slide!r}, but the model was trained with {of_model!r}; give "
+            "those, or --ignore-encoder if it is another name of the same"
+        )
+
+
+def _same_encoder(one: str, other: str) -> bool:
+    """Whether two names mean one encoder: written otherwise, or with the number of its first version."""
+    one, other = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (one, other))
+    return one == other or {one, other} == {one.removesuffix("v1"), f"{one.removesuffix('v1')}v1"}
+
+
+def gene_names(model: Denoiser) -> tuple[str, ...]:
+    """What a model predicts, in the order of its output; numbered where it does not know."""
+    return model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
+
+
+def made_by(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
+    """What decides the numbers of a prediction, beside the slide (plain types)."""
+    return {
+        "weights_sha256": fingerprint(model),
+        "version": __version__,
+        "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
+        **sampling.describe(model),
+    }
+
+
+def drawn_by(model: Denoiser, drawn: Sample) -> dict[str, Any]:
+    """How a prediction was drawn, and what its numbers are (plain types)."""
+    return {
+        "nfe": drawn.nfe,
+        "device": str(next(model.parameters()).device),
+        "encoder": model.provenance.encoder,
+        "normalize": model.provenance.normalize,
+    }
 
 
 def _earlier_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str]:
@@ -192,58 +246,29 @@ def _earlier_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[
     if not (isinstance(before, dict) and isinstance(before.get("slides"), list)):
         raise InputError(f"{out / MANIFEST}: does not describe predictions; choose another --out")
     for field, value in about.items() if resume else ():
-        if before.get(field) != value:
+        if field not in before:
+            raise InputError(
+                f"{out / MANIFEST}: tells no {field}, an earlier version made it; choose another --out, or --overwrite"
+            )
+        if before[field] != value:
             raise InputError(f"{out / MANIFEST}: {field} differs from this call; choose another --out, or --overwrite")
     return set(before["slides"])
 
 
 def _is_made_by(path: Path, about: dict[str, Any]) -> bool:
     """Whether a prediction stands there that was drawn as ``about`` says (one that is being overwritten was not)."""
-    import anndata  # where it is used, as in slides/anndata_file.py
-
-    try:
-        with h5py.File(path, "r") as file:
-            before = anndata.io.read_elem(file["uns/stflow_fast"])
-    except (OSError, KeyError):
-        return False
-    return all(before.get(field) == value for field, value in about.items())
+    before = read_about(path)
+    return before is not None and all(before.get(field) == value for field, value in about.items())
 
 
-def write_prediction(path: Path, model: Denoiser, slide: Slide, drawn: Sample, about: dict[str, Any]) -> None:
-    """Write one predicted slide as AnnData, atomically; see :func:`predict`.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    import anndata
-
-    genes = model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
-    table = anndata.AnnData(
-        X=drawn.expression.float().numpy(),
-        obs=pd.DataFrame(index=slide.barcodes.astype(str)),
-        var=pd.DataFrame(index=list(genes)),
-        obsm={"spatial": slide.coords},
-        uns={
-            "stflow_fast": {
-                **about,
-                "slide": slide.id,
-                "nfe": drawn.nfe,
-                "device": str(next(model.parameters()).device),
-                "encoder": model.provenance.encoder,
-                "normalize": model.provenance.normalize,
-                "notes": "; ".join(slide.notes),
-            }
-        },
-    )
-    if slide.micron_per_pixel is not None:
-        table.uns["stflow_fast"]["micron_per_pixel"] = slide.micron_per_pixel
-    # In memory first: HDF5 on a disk that fills up does not fail, it crashes when the file is closed.
-    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
-        anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
-        file.flush()
-        image = file.id.get_file_image()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(image)
+def _prediction(
+    model: Denoiser, slide: Slide, drawn: Sample, output: OutputConfig, about: dict[str, Any]
+) -> anndata.AnnData:
+    """One predicted slide as it is written; see :func:`predict`."""
+    panel = gene_names(model)
+    columns = output.select(panel)
+    expression = as_dtype(slide.id, drawn.expression.float().numpy()[:, columns], output.dtype)
+    return prediction_table(slide, expression, np.array(panel)[columns].tolist(), {**about, **drawn_by(model, drawn)})
 
 
 @dataclass(frozen=True)
@@ -285,17 +310,17 @@ def evaluate(
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
 
     Raises:
-        InputError: a test slide that the model was trained on, a model without gene names, or what HestTask, Slide
-            and sample refuse.
+        InputError: a test slide that the model was trained on, a model without gene names, or what
+            :func:`stflow_fast.slides.open_task`, Slide and sample refuse.
     """
-    model, origin = _model_and_origin(run, device)
+    model, origin = model_and_origin(run, device)
     if not model.provenance.genes or not model.provenance.encoder:
         raise InputError(
             f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"
         )
-    task = HestTask(data, model.provenance.encoder, embeddings)
-    split = task.fold(fold)
     about = model.provenance.training
+    task = open_task(data, model.provenance.encoder, embeddings, about.get("gene_key"), about.get("organ"))
+    split = task.fold(fold)
     seen = {*about.get("train", ()), *(about.get("selection", ()) if about.get("selected_on") != TEST else ())}
     leaked = sorted(seen & set(split.test))
     if leaked:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
+
 from .errors import InputError, OutputError, first_line
 
 LEFTOVER = ".part"
@@ -63,6 +65,22 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_hdf5(final: str | os.PathLike) -> Iterator[h5py.File]:
+    """Yield an HDF5 file in memory, and write it to ``final`` on success: on a disk that fills up HDF5 does not fail,
+    it crashes when the file is closed.
+
+    Raises:
+        OutputError: as :func:`atomic_path`.
+    """
+    with h5py.File(Path(final).name, "w", driver="core", backing_store=False) as file:
+        yield file
+        file.flush()
+        image = file.id.get_file_image()
+    with atomic_path(final) as temporary:
+        temporary.write_bytes(image)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

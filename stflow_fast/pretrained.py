@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
     """config.json and model.safetensors from the Hub, or where that is out of reach as they were last downloaded."""
     try:
         try:
-            _reach_hub(name, options)
+            reach_hub(name, options)
         except (ConnectionError, TimeoutError):
             cached = _cached(name, options)
             if len(cached) < 2 or options.get("force_download"):
@@ -173,7 +174,15 @@ def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
         ) from error
 
 
-def _reach_hub(name: str, options: dict[str, Any]) -> None:
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of the parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, value in sorted(module.state_dict().items()):
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def reach_hub(name: str, options: dict[str, Any]) -> None:
     """Ask the Hub once, unless it need not be; any answer but an error of its own will do. ``hf_hub_download`` goes on
     asking for half a minute, and before it looks into its cache it spends 3 s on a question about this machine. In a
     thread, as looking up a name, and each of its addresses, has a time limit of its own.

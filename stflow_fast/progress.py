@@ -47,15 +47,48 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
 
 
 @contextlib.contextmanager
-def slides_bar(n_slides: int) -> Iterator[Callable[[str, tuple[str, ...]], None]]:
-    """A bar over slides; yields what to call with the id of each slide that is done and the notes to print of it."""
+def slides_bar() -> Iterator[Callable[[str, tuple[str, ...], int], None]]:
+    """A bar over slides; yields what to call with the id of each that is done, the notes to print of it, and how many
+    there are."""
     with _progress() as progress:
-        task = progress.add_task("slide", total=n_slides, status="")
+        task = progress.add_task("slide", total=None, status="")
 
-        def update(name: str, notes: tuple[str, ...]) -> None:
+        def update(name: str, notes: tuple[str, ...], total: int) -> None:
             for note in notes:
                 progress.console.print(f"{name}: {note}", markup=False)
-            progress.update(task, advance=1, status=name)
+            progress.update(task, advance=1, total=total, status=name)
+
+        yield update
+
+
+@contextlib.contextmanager
+def patches_bar(n_slides: int) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over slides and one over the patches of a slide; yields what to call with a slide's id, how many of its
+    patches are done, and how many it has."""
+    progress = _progress()
+    slides = progress.add_task("slide", total=n_slides, status="")
+    patches = progress.add_task("patch", total=None, status="")
+
+    def update(name: str, done: int, n: int) -> None:
+        progress.start()  # not before: a model that is downloaded has a bar of its own
+        progress.update(patches, total=n, completed=done, status=name)
+        progress.update(slides, advance=1 if done == n else 0)
+
+    try:
+        yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+@contextlib.contextmanager
+def paths_bar() -> Iterator[Callable[[str, int], None]]:
+    """A bar over paths that are looked at; yields what to call with each that is done and how many there are."""
+    with _progress() as progress:
+        task = progress.add_task("file", total=None, status="")
+
+        def update(path: str, total: int) -> None:
+            progress.update(task, advance=1, total=total, status=path)
 
         yield update
 

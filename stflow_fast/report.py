@@ -18,12 +18,12 @@ from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from scipy.spatial import cKDTree
 
 from .errors import InputError
 from .evaluation import score
 from .files import atomic_path
 from .slides import Slide
+from .slides.places import spacing
 
 MODEL_NAME = "stflow-fast"
 DPI = 150
@@ -225,10 +225,7 @@ def gene_maps(
 def _spot_diameter(coords: np.ndarray) -> float:
     """In pixels: neighbours of a hexagonal lattice just overlap, and spots stay visible."""
     extent = float(np.ptp(coords, axis=0).max())
-    distance = cKDTree(coords).query(coords, k=min(2, len(coords)))[0].reshape(len(coords), -1)[:, -1]
-    distance = distance[distance > 0]
-    spacing = float(np.median(distance)) if len(distance) else max(extent, 1.0)
-    return max(1.16 * spacing, extent / 500)
+    return max(1.16 * (spacing(coords) or max(extent, 1.0)), extent / 500)
 
 
 def _box(coords: np.ndarray, margin: float, with_strip: bool) -> tuple[float, float, float, float]:

@@ -20,7 +20,7 @@ from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, Predict, time_grid
 from .graph import SpotGraph
 from .model import Denoiser, EncoderState
 from .priors import Prior, check_seed, slide_seed
-from .slides import Slide
+from .slides import Slide, StoredRows
 from .threads import blocks_of, in_turn, spread
 
 DEFAULT_MEMORY_BUDGET = "5GiB"
@@ -129,7 +129,8 @@ class Sampler:
 
         Args:
             slide: a Slide, or features [N, F] and coordinates [N, 2] (a slide with the empty id). Features on the host
-                stay there and are streamed to the device.
+                stay there and are streamed to the device; those on a disk (:class:`.slides.StoredRows`) are read once,
+                by blocks, and never all in memory.
 
         Raises:
             InputError: features of another size than the model's, NaN or infinite features or coordinates, shapes
@@ -147,12 +148,12 @@ class PreparedSlide:
         states: of each layer, with the edge messages that are kept.
     """
 
-    def __init__(self, sampler: Sampler, features: Tensor, coords: Tensor, slide_id: str) -> None:
+    def __init__(self, sampler: Sampler, features: Features, coords: Tensor, slide_id: str) -> None:
         self.sampler, self.slide_id = sampler, slide_id
         model, solver = sampler.model, sampler.solver
         with sampler.running():
             self.graph = model.build_graph(coords)
-            self.image = _embed(model, self.graph, features)
+            self.image = _embed(model, self.graph, features, _where(slide_id))
             self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
         make_call = _plain_call if self.states.heads is None else _folded_call
         messages = [layer.messages for layer in self.states.layers]
@@ -414,10 +415,16 @@ def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | No
     return n_sample_steps, Prior(prior) if isinstance(prior, str) else prior
 
 
-def _inputs(model: Denoiser, slide: Slide | tuple[Any, Any]) -> tuple[Tensor, Tensor, str]:
-    """Features [N, F] and coordinates [N, 2] of any make, and the slide's id; checked but for coordinates that are NaN,
-    which the graph refuses."""
+Features = Tensor | StoredRows
+"""[N, F]: slices of rows can be taken of them."""
+
+
+def _inputs(model: Denoiser, slide: Slide | tuple[Any, Any]) -> tuple[Features, Tensor, str]:
+    """Features [N, F] and coordinates [N, 2] of any make, and the slide's id. What is NaN is not looked for: features
+    are read once, by who embeds them, and the graph looks at coordinates."""
     if isinstance(slide, Slide):
+        if slide.features is None:
+            raise InputError(f"slide {slide.id}: has no patch features; give a file of them too (--embeddings)")
         features, coords, slide_id = slide.features, slide.coords, slide.id
     elif isinstance(slide, (tuple, list)) and len(slide) == 2:
         (features, coords), slide_id = slide, ""
@@ -425,28 +432,14 @@ def _inputs(model: Denoiser, slide: Slide | tuple[Any, Any]) -> tuple[Tensor, Te
         found = f"{len(slide)} of them" if isinstance(slide, (tuple, list)) else type(slide).__name__
         raise InputError(f"slide: must be a Slide, or two arrays, features [N, F] and coordinates [N, 2], not {found}")
     where = _where(slide_id)
-    mend = "use embeddings of the encoder that the model was trained with"
-    features = as_tensor(f"{where}features", features, ("N", model.config.feature_dim), mend)
+    wanted, mend = model.config.feature_dim, "use embeddings of the encoder that the model was trained with"
+    if isinstance(features, StoredRows):
+        if features.columns != wanted:
+            raise InputError(f"{where}features: must have shape [N, {wanted}], not {list(features.shape)}; {mend}")
+    else:
+        features = as_tensor(f"{where}features", features, ("N", wanted), mend)
     n = len(features)
-    coords = as_tensor(f"{where}coords", coords, (n, 2), f"features are of {n} spots")
-    _check_finite(features, model.image_transform.weight.dtype, where)
-    return features, coords, slide_id
-
-
-def _check_finite(features: Tensor, dtype: torch.dtype, where: str) -> None:
-    """``dtype`` is what the model computes in: what is too large for it is infinite."""
-    broken = []
-
-    def count(rows: slice) -> None:
-        part = features[rows].to(dtype)
-        if not part.sum().isfinite():  # a finite sum, an eighth of the time, has nothing in it that is not
-            broken.append(int((~part.isfinite()).any(dim=1).sum()))
-
-    n = len(features)
-    in_turn(count, _chunks(n, features.device), features.device)
-    if sum(broken):
-        found = f"{sum(broken)} of {n} spots are NaN or infinite"
-        raise InputError(f"{where}features: {found}; remove them or embed them again")
+    return features, as_tensor(f"{where}coords", coords, (n, 2), f"features are of {n} spots"), slide_id
 
 
 def _checked_source(x_0: Any, shape: tuple[int, int], slide_id: str) -> Tensor:
@@ -475,39 +468,68 @@ def _to_host(x: Tensor) -> Tensor:
     return staged.clone()
 
 
-def _embed(model: Denoiser, graph: SpotGraph, features: Tensor) -> Tensor:
+def _embed(model: Denoiser, graph: SpotGraph, features: Features, where: str) -> Tensor:
     """``image_transform`` of the rows of the graph [N, d], some of them on the device at a time.
 
-    From the host to a GPU they go through two pinned buffers in turn, so that one is filled while the other is copied.
+    Features are read in the order that they have, which a disk and a cache like, and what is made of them, a tenth as
+    wide, goes to the graph's rows.
+
+    Raises:
+        InputError: features that are NaN or infinite in the model's type.
     """
     weight = model.image_transform.weight
     image = torch.empty(graph.n_spots, model.config.hidden_dim, dtype=weight.dtype, device=weight.device)
-    order = graph.order.to(features.device)
-    if weight.is_cuda and not features.is_cuda:
-        for chunk, part in _streamed(features, order, weight.device):
-            image[chunk] = model.image_transform(part.to(weight))
-        return image
+    row_of = torch.empty_like(graph.order)
+    row_of[graph.order] = torch.arange(graph.n_spots, device=row_of.device)
+    broken = []
 
-    def embed(rows: slice) -> None:
-        image[rows] = model.image_transform(features[order[rows]].to(weight))
+    def embed(rows: slice, part: Tensor) -> None:
+        part = part.to(weight)
+        if not part.sum().isfinite():  # a finite sum, an eighth of the time, has nothing in it that is not
+            broken.append(int((~part.isfinite()).any(dim=1).sum()))
+        image[row_of[rows]] = model.image_transform(part).to(image.dtype)
 
-    in_turn(embed, _chunks(graph.n_spots, weight.device), weight.device)
+    if weight.is_cuda and not (isinstance(features, Tensor) and features.is_cuda):
+        for rows, part in _streamed(features, weight.device):
+            embed(rows, part)
+    else:
+        _embed_in_turn(embed, features, weight.device)
+    if sum(broken):
+        found = f"{sum(broken)} of {graph.n_spots} spots are NaN or infinite"
+        raise InputError(f"{where}features: {found}; remove them or embed them again")
     return image
 
 
-def _chunks(n: int, device: torch.device) -> list[slice]:
-    """Spots whose features are looked at together."""
-    return blocks_of(n, ops.ROW_BLOCK if device.type == "cpu" else FEATURE_CHUNK)
+def _embed_in_turn(embed: Callable[[slice, Tensor], None], features: Features, device: torch.device) -> None:
+    """``embed`` of blocks with the same bounds, wherever the features lie. Those on a disk are read by larger pieces of
+    whole chunks."""
+    size = ops.ROW_BLOCK if device.type == "cpu" else FEATURE_CHUNK
+    pieces = features.blocks(size) if isinstance(features, StoredRows) else [slice(0, len(features))]
+    for piece in pieces:
+        held = _part(features, piece)
+
+        def embed_block(rows: slice, first: int = piece.start, held: Tensor = held) -> None:
+            embed(slice(first + rows.start, first + rows.stop), held[rows].contiguous())
+
+        in_turn(embed_block, blocks_of(len(held), size), device)
 
 
-def _streamed(features: Tensor, order: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of the rows, and their features on a GPU."""
-    size = (min(FEATURE_CHUNK, len(order)), features.shape[1])
-    buffers = [torch.empty(size, dtype=features.dtype, pin_memory=True) for _ in range(2)]
+def _part(features: Features, rows: slice) -> Tensor:
+    part = features[rows]
+    return part if isinstance(part, Tensor) else torch.from_numpy(part)
+
+
+def _streamed(features: Features, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of spots, and their features on a GPU: they go from the host through two pinned buffers in turn, so that
+    one is filled while the other is copied."""
+    n, columns = features.shape
+    size = (min(FEATURE_CHUNK, n), columns)
+    dtype = features.dtype if isinstance(features, Tensor) else torch.float32
+    buffers = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in range(2)]
     copied = [torch.cuda.Event() for _ in buffers]
-    for index, chunk in enumerate(blocks_of(len(order), FEATURE_CHUNK)):
+    for index, chunk in enumerate(blocks_of(n, FEATURE_CHUNK)):
         copied[index % 2].synchronize()
-        staged = torch.index_select(features, 0, order[chunk], out=buffers[index % 2][: chunk.stop - chunk.start])
+        staged = buffers[index % 2][: chunk.stop - chunk.start].copy_(_part(features, chunk))
         part = staged.to(device, non_blocking=True)
         copied[index % 2].record()
         yield chunk, part

@@ -28,7 +28,7 @@ from .model import Denoiser
 from .pretrained import Provenance, load_state, load_tensors, save_tensors
 from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
 from .sampling import Sampler
-from .slides import HestTask
+from .slides import open_task
 from .threads import spread
 from .windows import (
     HELD_OUT_REGIONS,
@@ -177,17 +177,28 @@ def train(
     embeddings: str | Path | None = None,
     normalize: str = "log1p",
     select_on: str = "validation",
+    gene_key: str | None = None,
+    organ: str | None = None,
     denoiser: dict[str, Any] | None = None,
     config: TrainingConfig | None = None,
     precision: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Run:
-    """Train on one fold of a HEST-bench task folder: :func:`load_fold` (``encoder`` to ``select_on``) and :func:`fit`
+    """Train on one fold of a HEST-bench task folder: :func:`load_fold` (``encoder`` to ``organ``) and :func:`fit`
     (the others), whose arguments and errors these are. The Python twin of ``stflow-fast train``, without its picture.
     """
     loaded = load_fold(
-        data, encoder, fold, genes, embeddings=embeddings, normalize=normalize, select_on=select_on, config=config
+        data,
+        encoder,
+        fold,
+        genes,
+        embeddings=embeddings,
+        normalize=normalize,
+        select_on=select_on,
+        gene_key=gene_key,
+        organ=organ,
+        config=config,
     )
     return fit(loaded, out, denoiser, config, precision=precision, resume=resume, overwrite=overwrite)
 
@@ -201,9 +212,11 @@ def load_fold(
     embeddings: str | Path | None = None,
     normalize: str = "log1p",
     select_on: str = "validation",
+    gene_key: str | None = None,
+    organ: str | None = None,
     config: TrainingConfig | None = None,
 ) -> TrainingData:
-    """The training side of one fold of a HEST-bench task folder.
+    """The training side of one fold of a HEST-bench task folder, or of an organ of STImage-1K4M.
 
     The epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one, else on training slides
     that are held out, or on regions of them where they are few; with ``select_on="test"`` on the test slides, as the
@@ -213,19 +226,21 @@ def load_fold(
         data: the task folder.
         encoder: name of the embeddings' folder.
         fold: number of the split.
-        genes: the gene list, a file in the task folder.
+        genes: the gene list, a file in the task folder or elsewhere; see :func:`stflow_fast.slides.read_genes`.
         embeddings: where the embeddings are, if not in the task folder.
         normalize: see ``stflow_fast.slides.NORMALIZATIONS``.
         select_on: "validation" or "test".
+        gene_key: column of ``var`` with the names of the genes; its index when None.
+        organ: of STImage-1K4M, whose folder ``data`` then is; see :class:`stflow_fast.slides.StImageTask`.
         config: its seed and validation_fraction decide the regions.
 
     Raises:
-        InputError: as HestTask and Slide; another ``select_on``.
+        InputError: as :func:`stflow_fast.slides.open_task` and Slide; another ``select_on``.
     """
     if select_on not in ("validation", "test"):
         raise InputError(f"select_on: must be validation or test, not {select_on!r}")
     config = config or TrainingConfig()
-    task = HestTask(data, encoder, embeddings)
+    task = open_task(data, encoder, embeddings, gene_key, organ)
     split = task.fold(fold)
     train = [task.slide(name) for name in split.train]
     if select_on == "test":
@@ -238,7 +253,8 @@ def load_fold(
         if not selection:
             train, selection = hold_out_regions(train, config.validation_fraction, config.seed)
             selected_on = HELD_OUT_REGIONS
-    description = {"data": str(data), "fold": fold, "gene_list": genes, "test": list(split.test)}
+    told = {"data": str(data), "organ": organ, "fold": fold, "gene_list": genes, "gene_key": gene_key}
+    description = {**told, "test": list(split.test)}
     return TrainingData(train, selection, selected_on, task.genes(genes), encoder, normalize, description)
 
 

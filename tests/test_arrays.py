@@ -365,12 +365,13 @@ ARGUMENTS = [
     ("Slide", "counts"),
 ]
 PLAIN = {"x_0": "x", "x_t": "x"}
-MAY_BE_NONE = ("x_0", "counts")  # a draw from the prior, and a slide without counts
+# A draw from the prior, and a slide without counts or features.
+MAY_BE_NONE = (("sample", "x_0"), ("prepare", "x_0"), ("Slide", "counts"), ("Slide", "features"))
 
 
 @pytest.mark.parametrize(
     ("entry", "argument", "kind"),
-    [(*place, kind) for place in ARGUMENTS for kind in REFUSED if not (kind == "None" and place[1] in MAY_BE_NONE)],
+    [(*place, kind) for place in ARGUMENTS for kind in REFUSED if not (kind == "None" and place in MAY_BE_NONE)],
 )
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # they are on their way out
 def test_what_is_no_array_of_numbers_is_refused_in_one_line(entry: str, argument: str, kind: str) -> None:

@@ -27,6 +27,7 @@ from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
+from stflow_fast.slides import Slide, embeddings
 
 from .builders import (
     ENCODER,
@@ -118,9 +119,18 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing embeddings": (lambda t: embeddings_of(t, "S1").unlink(), r"S1\.h5: does not exist"),
     "missing expression": (lambda t: (t / "adata" / "S1.h5ad").unlink(), r"S1\.h5ad: does not exist"),
     "truncated embeddings": (lambda t: cut(embeddings_of(t, "S1")), r"S1\.h5: is not readable HDF5, or is truncated"),
-    "truncated expression": (lambda t: cut(t / "adata" / "S1.h5ad"), r"S1\.h5ad: is not a readable \.h5ad"),
-    "no embeddings key": (lambda t: delete_key(embeddings_of(t, "S1"), "embeddings"), "has no 'embeddings'; it has"),
-    "no barcodes key": (lambda t: delete_key(embeddings_of(t, "S1"), "barcodes"), "has no 'barcodes'; it has"),
+    "truncated expression": (
+        lambda t: cut(t / "adata" / "S1.h5ad"),
+        r"S1\.h5ad: is not readable HDF5, or is truncated",
+    ),
+    "no embeddings key": (
+        lambda t: delete_key(embeddings_of(t, "S1"), "embeddings"),
+        "has no 'embeddings' or 'features'; it has barcodes, coords",
+    ),
+    "no barcodes key": (
+        lambda t: delete_key(embeddings_of(t, "S1"), "barcodes"),
+        r"S1\.h5: no barcode in common with .*S1\.h5ad \(they look like 480_480 and 0x0\)",
+    ),
     "no common barcodes": (
         lambda t: write_embeddings(embeddings_of(t, "S1"), {**arrays("S1"), "barcodes": np.arange(60).astype(str)}),
         r"S1\.h5: no barcode in common with .*S1\.h5ad",
@@ -130,7 +140,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"S1\.h5: 1 duplicated barcodes",
     ),
     "embeddings in a group": (lambda t: regroup(embeddings_of(t, "S1"), "embeddings"), "must be tables, not groups"),
-    "coordinates of one number": (lambda t: replace_key(embeddings_of(t, "S1"), "coords", 3.0), "disagree in size"),
+    "coordinates of one number": (lambda t: replace_key(embeddings_of(t, "S1"), "coords", 3.0), "must have shape"),
     "barcodes that are no text": (
         lambda t: replace_key(embeddings_of(t, "S1"), "barcodes", np.full((60, 1), b"\xe9")),
         "barcodes are not UTF-8 text",
@@ -258,6 +268,47 @@ def test_one_bad_slide_does_not_stop_the_others(say: Callable[..., str], model: 
     assert len(list((tmp_path / "out").glob("*.h5ad"))) == 3
 
 
+def test_whatever_a_file_raises_is_one_line_and_the_others_go_on(
+    say: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that can be wrong with files at once, and of what nobody has thought of."""
+    good = [slide_file(tmp_path / "in", name) for name in ("S0", "S2")]
+    folder = tmp_path / "in"
+    (folder / "empty.h5").touch()
+    (folder / "text.h5ad").write_text("404 Not Found")
+    (folder / "folder.zarr").mkdir()
+    torch.save(torch.zeros(3, 4), folder / "features.pt")
+    cut(slide_file(folder, "half"))
+    strange = write_embeddings(folder / "strange.h5", arrays("S1"))
+    read_embeddings = embeddings.read_embeddings
+
+    def raise_something(path: Path, **options: object) -> Slide:
+        if path == strange:
+            raise ZeroDivisionError("of a library\nthat nobody knows")
+        return read_embeddings(path, **options)
+
+    monkeypatch.setattr(embeddings, "read_embeddings", raise_something)
+    bad = sorted(set(folder.iterdir()) - set(good))
+    complaint = say("predict", model, good[0], *bad, good[1], "--out", tmp_path / "out")
+    assert "strange.h5: cannot be read (ZeroDivisionError: of a library)" in complaint
+    for path in bad:
+        assert str(path) in complaint
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.h5ad")) == ["S0.h5ad", "S2.h5ad"]
+
+
+def test_features_of_another_encoder_are_refused_unless_they_are_the_same(
+    say: Callable[..., str], model: Path, task: Path, tmp_path: Path
+) -> None:
+    other = write_embeddings(tmp_path / "features_conch_v15" / "S0.h5", arrays("S0"))
+    predict = ["predict", model, other, "--out", tmp_path / "out"]
+    assert "features are of 'conch_v15', but the model was trained with 'tiny'; give those, or" in say(*predict)
+    say(*predict, "--ignore-encoder", "--overwrite", code=0)
+    for name in ("TINY", "tiny_v1", "Tiny-V1"):
+        same = write_embeddings(tmp_path / f"features_{name}" / "S0.h5", arrays("S0"))
+        say("predict", model, same, "--out", tmp_path / name, code=0)
+    say("predict", model, embeddings_of(task, "S0"), "--out", tmp_path / "task_s", code=0)
+
+
 def test_expression_is_not_needed_to_predict_nor_looked_at(
     say: Callable[..., str], model: Path, tmp_path: Path
 ) -> None:
@@ -311,10 +362,10 @@ def test_settings_of_the_wrong_kind_are_named(
 
 def test_predicting_from_files_without_features(say: Callable[..., str], model: Path, tmp_path: Path) -> None:
     bare = write_h5ad(tmp_path / "bare.h5ad", arrays("S0"))
-    assert "has no obsm['features'] with patch embeddings; it has spatial" in say(
+    assert "has no obsm['features'] with patch embeddings; obsm has spatial" in say(
         "predict", model, bare, "--out", tmp_path / "out"
     )
-    assert "is neither .h5ad" in say("predict", model, tmp_path / "x.svs", "--out", tmp_path / "out2")
+    assert "x.svs: does not exist" in say("predict", model, tmp_path / "x.svs", "--out", tmp_path / "out2")
 
 
 def run_with_little_space(*arguments: object, most: int = 20_000) -> str:
@@ -400,7 +451,7 @@ def test_converting_without_the_right_genes(say: Callable[..., str], model: Path
     assert "published.pth: is truncated" in say(*command)
     torch.save(state, tmp_path / "published.pth")
     (tmp_path / "genes.json").write_text(json.dumps(["A"] * PANEL))
-    assert "genes: A is named twice" in say(*command)
+    assert "genes.json: lists A twice; remove one" in say(*command)
     (tmp_path / "genes.json").write_text(json.dumps(gene_names()[:PANEL]))
     assert "normalize: must be one of" in say(*command, "--normalize", "banana")
     assert not (tmp_path / "out").exists()

@@ -101,11 +101,24 @@ def test_settings_are_read_off_the_parameters(activation: str, n_heads: int) -> 
     assert shapes_to_config(model.state_dict(), **told) == expected
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_published_checkpoint_is_converted(tmp_path: Path, wrapped: bool) -> None:
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        ("", ""),
+        ("state_dict", "module."),
+        ("model_state_dict", ""),
+        ("model", "_orig_mod.module."),
+        ("state_dict", "net.denoiser."),
+    ],
+)
+def test_a_published_checkpoint_is_converted(tmp_path: Path, key: str, prefix: str) -> None:
+    """As training loops, DistributedDataParallel, torch.compile and Lightning save it, among other things."""
     model = published().float()
-    state = {f"module.{name}": value for name, value in model.state_dict().items()} if wrapped else model.state_dict()
-    torch.save({"state_dict": state} if wrapped else state, tmp_path / "published.pth")
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    if key == "state_dict" and "net" in prefix:
+        state["loss.weight"] = torch.ones(3)
+    others = {"epoch": 3, "optimizer": {"lr": 1e-3}, "hyper_parameters": {"n_genes": 6}}
+    torch.save({key: state, **others} if key else state, tmp_path / "published.pth")
     converted = convert(tmp_path / "published.pth", GENES, "uni", n_neighbors=4, non_negative=False)
     assert converted.provenance.genes == GENES
     for ours, theirs in zip(converted.double().inference(*inputs()), model.double().inference(*inputs()), strict=True):
@@ -119,6 +132,13 @@ def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
         "is no file": None,
         "not those of a STFlow": {"weight": torch.zeros(3)},
         "is not a state_dict": [1, 2],
+        "nor has one as state_dict, model_state_dict, model, net, denoiser; it has epoch, weights": {
+            "epoch": 1,
+            "weights": good,
+        },
+        "holds several denoisers \\(model., ema.\\)": {
+            prefix + name: value for prefix in ("model.", "ema.") for name, value in good.items()
+        },
         "blks.0.extra is": {**good, "backbone.blks.0.extra": torch.zeros(1)},
         "an encoder alone": {name[9:]: value for name, value in good.items() if name.startswith("backbone.")},
         "n_heads: the parameters say 4": good,

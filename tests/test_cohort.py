@@ -84,7 +84,12 @@ def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_
     with pytest.raises(InputError, match="exists already"):
         predict(model, slides, tmp_path / "out")
     done: dict[str, tuple[str, ...]] = {}
-    assert predict(model, slides, tmp_path / "out", resume=True, on_slide=done.__setitem__) == [first, second]
+
+    def note(name: str, notes: tuple[str, ...], total: int) -> None:
+        done[name] = notes
+        assert total == 2
+
+    assert predict(model, slides, tmp_path / "out", resume=True, on_slide=note) == [first, second]
     assert first.read_bytes() == kept
     assert done == {slides[0].id: (), slides[1].id: ("nothing left out",)}
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
@@ -117,7 +122,7 @@ def test_overwriting_that_was_killed_goes_on(cohort: Cohort, model: Denoiser, tm
     slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
     first, second = predict(model, slides, out)
 
-    def kill(name: str, notes: tuple[str, ...]) -> None:
+    def kill(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

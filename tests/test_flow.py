@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,6 +28,7 @@ from stflow_fast.pretrained import Provenance
 from stflow_fast.priors import PRIORS, Prior, slide_seed
 from stflow_fast.sampling import PreparedSlide, Sampler, sample
 from stflow_fast.slides import Slide
+from stflow_fast.slides.rows import stored_rows
 
 from .cuda_stand_in import StandIn
 
@@ -188,6 +192,41 @@ def test_noise_of_a_spot_does_not_depend_on_the_spots_behind_it(name: str) -> No
     assert np.array_equal(
         Prior(name, total_count=2.5).draw(5, 7, seed), Prior(name, total_count=2.5).draw(9, 7, seed)[:5]
     )
+
+
+@pytest.mark.parametrize("chunks", [None, (1, 6), (300, 4), (2500, 6)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_on_a_disk_give_the_same_bits(tmp_path: Path, chunks: tuple[int, int] | None, threads: int) -> None:
+    """More spots than a block, read by pieces of whole chunks, however large those are."""
+    in_memory, path = slide(2500), tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("f", data=in_memory.features, chunks=chunks, compression=chunks and "gzip")
+        rows = stored_rows(path, "f", stored)
+    on_disk = dataclasses.replace(in_memory, features=rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, expected = (sample(model(), each, seed=3).expression for each in (on_disk, in_memory))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
+    as_arrays = (sample(model(), (features, in_memory.coords)).expression for features in (rows, in_memory.features))
+    assert torch.equal(*as_arrays)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_features_on_a_disk_are_counted(tmp_path: Path, value: float) -> None:
+    path, features = tmp_path / "a.h5", slide(2500).features.copy()
+    features[[3, 1030, 2499], [0, 5, 2]] = value
+    with h5py.File(path, "w") as file:
+        rows = stored_rows(path, "f", file.create_dataset("f", data=features))
+    on_disk = dataclasses.replace(slide(2500), features=rows)
+    with pytest.raises(InputError, match=r"^slide a: features: 3 of 2500 spots are NaN or infinite; remove them"):
+        sample(model(), on_disk)
+    with pytest.raises(InputError, match=r"^slide a: features: must have shape \[N, 6\], not \[2500, 5\]; use embedd"):
+        sample(model(), dataclasses.replace(on_disk, features=dataclasses.replace(rows, columns=5)))
+    with pytest.raises(InputError, match=r"^slide a: has no patch features; give a file of them too \(--embeddings\)"):
+        sample(model(), dataclasses.replace(on_disk, features=None))
 
 
 def test_a_sample_is_drawn_as_the_model_was_trained() -> None:

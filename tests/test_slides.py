@@ -15,7 +15,7 @@ import scipy.sparse
 
 from stflow_fast.errors import InputError
 from stflow_fast.files import write_json
-from stflow_fast.slides import HestTask, Slide, normalize_counts, read_embeddings, read_h5ad, read_slide
+from stflow_fast.slides import HestTask, Slide, normalize_counts, read, read_embeddings, read_h5ad
 
 from .builders import (
     ENCODER,
@@ -67,10 +67,10 @@ def test_slides_without_expression_have_centres_where_the_patch_size_is_known(tm
     assert np.abs(corners.coords - (made["centres"] - PATCH / 2)).max() <= 1
     assert "top-left" in corners.notes[0]
     write_embeddings(root / "patches" / "S0.h5", made, key="barcode", patch_size=PATCH)
-    from_patches, found_beside = HestTask(root, ENCODER).slide("S0", expression=False), read_slide(path)
+    from_patches, found_beside = HestTask(root, ENCODER).slide("S0", expression=False), read(path)
     write_embeddings(path, made, patch_size=PATCH)
     (root / "patches" / "S0.h5").unlink()
-    for slide in (from_patches, found_beside, read_slide(path)):
+    for slide in (from_patches, found_beside, read(path)):
         assert np.abs(slide.coords - made["centres"]).max() <= 1
         assert slide.notes == ()
         assert slide.counts is None
@@ -79,7 +79,7 @@ def test_slides_without_expression_have_centres_where_the_patch_size_is_known(tm
 @pytest.mark.parametrize("form", ["csr", "csc", "dense", "int"])
 def test_h5ad_with_features(tmp_path: Path, form: str) -> None:
     made = arrays("S1")
-    slide = read_slide(write_h5ad(tmp_path / "sample.h5ad", made, form, features=True))
+    slide = read_h5ad(write_h5ad(tmp_path / "sample.h5ad", made, form, features=True))
     assert slide.id == "sample"
     assert np.array_equal(slide.features, made["features"])
     assert np.array_equal(slide.coords, made["centres"])
@@ -137,9 +137,9 @@ def test_expression_that_is_not_wanted_is_not_read(tmp_path: Path) -> None:
 def test_patches_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, made = write_task(tmp_path / "task"), arrays("S0")
     write_embeddings(root / "patches" / "S0.h5", made, patch_size=PATCH)
-    expected = read_slide(embeddings_of(root, "S0")).coords
+    expected = read(embeddings_of(root, "S0")).coords
     monkeypatch.chdir(embeddings_of(root, "S0").parent)
-    assert np.array_equal(read_slide("S0.h5").coords, expected)
+    assert np.array_equal(read("S0.h5").coords, expected)
 
 
 def test_h5ad_layers_of_counts_come_before_x(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_slide_on_two_sides_is_refused(tmp_path: Path, side: str, names: tuple
         HestTask(root, ENCODER).fold(0)
 
 
-@pytest.mark.parametrize("content", [{"genes": ["A", "A"]}, {"genes": []}, {"names": ["A"]}, ["A"], {"genes": [1]}])
+@pytest.mark.parametrize("content", [{"genes": ["A", "A"]}, {"genes": []}, {"names": ["A"]}, [], "A", {"genes": [1]}])
 def test_broken_gene_lists_are_refused(tmp_path: Path, content: object) -> None:
     root = write_task(tmp_path / "task")
     write_json(root / "list.json", content)
@@ -279,7 +279,11 @@ def test_real_slides(shared: Callable[[str], Path]) -> None:
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is neither \.h5ad"):
-        read_slide(tmp_path / "slide.svs")
+    (tmp_path / "slide.svs").write_bytes(b"II*\0 an image")
+    with pytest.raises(InputError, match=r"slide\.svs: is an image; give features of its patches"):
+        read(tmp_path / "slide.svs")
+    (tmp_path / "slide.txt").write_text("nothing of the kind")
+    with pytest.raises(InputError, match=r"slide\.txt: is of no format that is known"):
+        read(tmp_path / "slide.txt")
     with pytest.raises(InputError, match="does not exist"):
         read_embeddings(tmp_path / "slide.h5")

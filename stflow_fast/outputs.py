@@ -1,0 +1,383 @@
+"""Predictions as files: what a table holds, and how it is written so that everybody's tools open it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .arrays import as_names
+from .errors import InputError, first_line
+from .files import LEFTOVER, atomic_files, atomic_hdf5
+from .slides import Slide
+from .slides.genes import other_spelling
+from .slides.places import spacing
+from .slides.stores import opened
+
+if TYPE_CHECKING:
+    import anndata  # where it is used, it is imported, as in slides/anndata_file.py
+
+LAYOUT = 2
+"""Number of the layout of what is written, ``uns["stflow_fast"]["layout"]``; the README describes it ("Layouts"). It
+grows when a reader of the last one would misread the next. Files without a number are of the first."""
+
+ABOUT = "stflow_fast"
+"""In ``uns``: what made a prediction."""
+
+SHAPES, TABLE, REGION_KEY, INSTANCE_KEY = "spots", "table", "region", "instance_id"
+"""Of a SpatialData: its circles, its table, and the columns of ``obs`` that tie the one to the other."""
+
+CANVAS = 500
+"""Pixels of the longer side of the white image that spots are drawn on; circles do not get coarser by it."""
+
+SUFFIXES = {"h5ad": ".h5ad", "spatialdata": ".zarr"}
+DTYPES = ("float32", "float16")
+_ABOUT_IN = {".h5ad": f"uns/{ABOUT}", ".zarr": f"tables/{TABLE}/uns/{ABOUT}"}
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """How predictions are written.
+
+    Attributes:
+        to: "h5ad", or "spatialdata" for a zarr folder.
+        dtype: of X, "float32" or "float16", which keeps three digits of a number in half of the space.
+        genes: the genes to write, in this order; all that the model predicts when None. Sampling needs all of them.
+
+    Raises:
+        InputError: a value out of its range, with the field's name, or a spatialdata that cannot be imported.
+    """
+
+    to: str = "h5ad"
+    dtype: str = "float32"
+    genes: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for field, known in (("to", SUFFIXES), ("dtype", DTYPES)):
+            value = getattr(self, field)
+            if value not in known:
+                raise InputError(f"{field}: must be {' or '.join(known)}, not {value!r}")
+        if self.to == "spatialdata":
+            _check_spatialdata()
+        if self.genes is not None:
+            object.__setattr__(self, "genes", _checked_genes(self.genes))
+
+    def select(self, panel: Sequence[str]) -> np.ndarray | slice:
+        """The columns to write of a prediction of the genes ``panel``.
+
+        Raises:
+            InputError: a gene that is not predicted.
+        """
+        if self.genes is None:
+            return slice(None)
+        column = {name: index for index, name in enumerate(panel)}
+        missing = [name for name in self.genes if name not in column]
+        if missing:
+            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise InputError(
+                f"genes: {len(missing)} of {len(self.genes)} are not among the {len(panel)} that the model predicts: "
+                f"{some}{other_spelling(missing, panel, None)}"
+            )
+        return np.array([column[name] for name in self.genes])
+
+    def describe(self, panel: Sequence[str]) -> dict[str, Any]:
+        """What decides what is written of a prediction of the genes ``panel`` (plain JSON types)."""
+        names = np.array(panel)[self.select(panel)].tolist()
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return {"layout": LAYOUT, "to": self.to, "dtype": self.dtype, "genes_sha256": digest}
+
+    def path(self, folder: Path, slide: str) -> Path:
+        """Where the prediction of a slide goes."""
+        return folder / f"{slide}{SUFFIXES[self.to]}"
+
+
+def _checked_genes(genes: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(as_names("genes", genes).tolist())
+    if not names:
+        raise InputError("genes: names no gene; leave it out to write all")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InputError(f"genes: {twice[0]} is named twice; remove one")
+    return names
+
+
+def prediction_table(
+    slide: Slide, expression: np.ndarray, genes: Sequence[str], about: dict[str, Any]
+) -> anndata.AnnData:
+    """A prediction as AnnData, laid out so that squidpy and scanpy draw it as it is.
+
+    Args:
+        slide: what was predicted. Its ``obs`` is carried, with its barcodes as the index; columns of what anndata
+            cannot write become text, and a note of the prediction names them.
+        expression: [N, G], becomes X.
+        genes: its G names.
+        about: what made it, plain types; becomes ``uns["stflow_fast"]`` with the slide, its notes, and where the
+            diameter of its spots is from: "file", "spacing" (the distance between them) or "unknown" (a single spot: 1
+            pixel).
+    """
+    import anndata
+
+    barcodes = _texts(slide.barcodes.tolist())
+    libraries = _libraries(slide)
+    diameter, known_from = _spot_diameter(slide)
+    obs, notes = _carried(slide.obs, barcodes, {"library_id": libraries})
+    told = {**about, "slide": slide.id, "notes": "; ".join((*slide.notes, *notes)), "spot_diameter_from": known_from}
+    if slide.micron_per_pixel is not None:
+        told["micron_per_pixel"] = slide.micron_per_pixel
+    scalefactors = {**slide.origin.scalefactors, "spot_diameter_fullres": diameter}
+    return anndata.AnnData(
+        X=expression,
+        obs=obs,
+        var=pd.DataFrame(index=_texts(genes)),
+        obsm={"spatial": slide.coords},
+        uns={
+            ABOUT: told,
+            "spatial": {
+                library: _canvas(slide.coords[libraries == library], scalefactors) for library in libraries.categories
+            },
+        },
+    )
+
+
+def as_dtype(slide_id: str, expression: np.ndarray, dtype: str) -> np.ndarray:
+    """[N, G] in the dtype that is written.
+
+    Raises:
+        InputError: numbers that are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        converted = expression.astype(dtype, copy=False)
+    beyond = int(np.isinf(converted).sum())
+    if beyond:
+        largest = np.finfo(dtype).max
+        raise InputError(
+            f"slide {slide_id}: {beyond} of {converted.size} predicted numbers are beyond {largest}, the largest of "
+            f"{dtype}; write --dtype float32"
+        )
+    return converted
+
+
+def _libraries(slide: Slide) -> pd.Categorical:
+    """[N] the section of each spot; the slide where it has no sections."""
+    given = np.full(slide.n_spots, slide.id) if slide.library_id is None else slide.library_id
+    names, codes = np.unique(given, return_inverse=True)
+    return pd.Categorical.from_codes(codes.reshape(-1), _texts(_free_names(list(map(_key, names.tolist())))))
+
+
+def _spot_diameter(slide: Slide) -> tuple[float, str]:
+    """In level-0 pixels, and where it is from."""
+    given = slide.origin.scalefactors.get("spot_diameter_fullres")
+    if given is not None and given > 0:
+        return float(given), "file"
+    apart = spacing(slide.coords)
+    return (1.0, "unknown") if apart is None else (apart, "spacing")
+
+
+def _canvas(coords: np.ndarray, scalefactors: dict[str, float]) -> dict[str, Any]:
+    """``uns["spatial"][library]`` of a section. scanpy and squidpy want an image "hires", and squidpy shows what lies
+    on it: it is white, reaches from the origin beyond the last spot, and has a factor of its own."""
+    size = np.maximum(coords.max(axis=0) + scalefactors["spot_diameter_fullres"], 1.0)
+    scale = CANVAS / size.max()
+    width, height = np.ceil(size * scale).astype(int)
+    return {
+        "images": {"hires": np.full((height, width, 3), 255, dtype=np.uint8)},
+        "scalefactors": {**scalefactors, "tissue_hires_scalef": float(scale)},
+        "metadata": {},
+    }
+
+
+def _key(name: str) -> str:
+    """A name that HDF5 and zarr take for one name, not for a path."""
+    return re.sub(r"/|^\.+$", "_", name) or "_"
+
+
+def _texts(values: Iterable[Any]) -> pd.Index:
+    """Text that every version of anndata and pandas writes and reads: objects, and no type of pandas' own."""
+    return pd.Index([_text(value) for value in values], dtype=object)
+
+
+def _categories(values: Sequence[str | None]) -> pd.Categorical:
+    codes, names = pd.factorize(np.array(values, dtype=object), sort=True)
+    return pd.Categorical.from_codes(codes, _texts(names))
+
+
+def _carried(
+    obs: pd.DataFrame | None, index: pd.Index, own: dict[str, pd.Categorical]
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Columns ``own``, then those of ``obs`` as every anndata writes and reads them; and notes about those."""
+    columns, as_text = dict(own), []
+    given = () if obs is None else (obs.iloc[:, place] for place in range(obs.shape[1]))
+    kept = [column for column in given if not _repeats(column, own.get(column.name))]
+    names = [_key(_text(column.name)) if column.name != "_index" else "index" for column in kept]
+    for name, column in zip(_free_names(names, taken=own), kept, strict=True):
+        columns[name], is_of_its_kind = _writable(column.infer_objects())
+        if not is_of_its_kind:
+            as_text.append(name)
+    notes = (f"obs: what is in {', '.join(as_text)} was written as text",) if as_text else ()
+    return pd.DataFrame(columns, index=index), notes
+
+
+def _repeats(column: pd.Series, own: pd.Categorical | None) -> bool:
+    """Whether a column of the input says what the one of ours with its name says."""
+    return own is not None and list(map(_text, column)) == list(own)
+
+
+def _free_names(
+    names: Sequence[str], taken: Iterable[str] = (), same: Callable[[str], str] = lambda name: name
+) -> list[str]:
+    """The names, with a number behind those that others have before them; ``same`` makes what counts as one equal."""
+    used, found = set(map(same, taken)), []
+    for name in names:
+        free, number = name, 1
+        while same(free) in used:
+            free, number = f"{name}_{number}", number + 1
+        used.add(same(free))
+        found.append(free)
+    return found
+
+
+def _writable(column: pd.Series) -> tuple[Any, bool]:
+    """The values of a column as every anndata writes and reads them, and whether they are still of their kind."""
+    kind = column.dtype
+    if isinstance(kind, pd.CategoricalDtype):
+        return _writable_categories(column)
+    if isinstance(column.array, (pd.arrays.IntegerArray, pd.arrays.BooleanArray)):
+        return column.array, True
+    if pd.api.types.is_float_dtype(kind):
+        single = getattr(kind, "itemsize", 8) <= 4
+        return column.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan), True
+    if isinstance(kind, np.dtype) and kind.kind in "biu":
+        return column.to_numpy(), True
+    return _writable_text(column)
+
+
+def _writable_categories(column: pd.Series) -> tuple[Any, bool]:
+    names = column.cat.categories
+    if pd.api.types.infer_dtype(names) == "string" and _texts(names).is_unique:
+        return column.cat.rename_categories(_texts(names)).array, True
+    if isinstance(names.dtype, np.dtype) and names.dtype.kind in "iuf":
+        return column.array, True
+    return _writable_text(column)
+
+
+def _writable_text(column: pd.Series) -> tuple[Any, bool]:
+    """As ``AnnData.write_h5ad`` writes text: as categories where some repeats or is missing."""
+    values = [None if missing else value for value, missing in zip(column.tolist(), column.isna(), strict=True)]
+    texts = [value if value is None else _text(value) for value in values]
+    if not any(text is not None for text in texts):
+        return np.full(len(texts), np.nan), True
+    categories = _categories(texts)
+    is_text = all(value is None or isinstance(value, str) for value in values)
+    return (categories if len(categories.categories) < len(texts) else _texts(texts)), is_text
+
+
+def _text(value: Any) -> str:
+    """Text that can be written: UTF-8 without NUL."""
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return text.encode(errors="replace").decode().replace("\0", " ")
+
+
+def write_h5ad(path: Path, table: anndata.AnnData) -> None:
+    """Write a table as .h5ad, atomically, as every anndata from 0.10 on reads it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import anndata
+
+    with atomic_hdf5(path) as file:
+        anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
+        file.pop("raw", None)  # anndata 0.12 writes that there is none, in a way that 0.11 cannot read
+
+
+def write_spatialdata(path: Path, table: anndata.AnnData) -> None:
+    """Write a prediction as SpatialData: circles "spots" in the coordinate system "global" (level-0 pixels, identity),
+    and a table "table" of :func:`prediction_table` that annotates them by its barcodes.
+
+    Columns of ``obs`` get names that SpatialData takes (letters, digits, ``_-.``; none that differ in capitals alone).
+    A folder that stands at ``path`` is taken away when the new one is whole.
+
+    Raises:
+        InputError: what stands there is no prediction.
+        OutputError: the folder cannot be written.
+    """
+    if path.exists() and read_about(path) is None:
+        raise InputError(f"{path}: is no prediction of stflow-fast; move it away, or choose another --out")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{LEFTOVER}{path.suffix}")
+    with atomic_files(path.parent) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about each other's next versions
+        _as_spatialdata(table).write(temporary / path.name, update_sdata_path=False)
+        if path.exists():
+            os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_spatialdata() -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import spatialdata  # noqa: F401
+    except Exception as error:  # of any of its dependencies
+        reason = first_line(error)
+        raise InputError(
+            f"to: spatialdata cannot be imported ({reason}); pip install 'stflow-fast[spatialdata]'"
+        ) from error
+
+
+def _as_spatialdata(table: anndata.AnnData) -> Any:
+    import anndata
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity
+
+    diameter = next(iter(table.uns["spatial"].values()))["scalefactors"]["spot_diameter_fullres"]
+    circles = ShapesModel.parse(
+        table.obsm["spatial"],
+        geometry=0,
+        radius=diameter / 2,
+        index=table.obs_names,
+        transformations={"global": Identity()},
+    )
+    ties = {REGION_KEY: _categories([SHAPES] * table.n_obs), INSTANCE_KEY: table.obs_names}
+    names = _free_names(list(map(_spatialdata_name, table.obs)), taken=ties, same=str.lower)
+    obs = table.obs.set_axis(names, axis=1).assign(**ties)
+    annotation = anndata.AnnData(X=table.X, obs=obs, var=table.var, obsm=dict(table.obsm), uns=dict(table.uns))
+    annotation = TableModel.parse(annotation, region=SHAPES, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
+    return SpatialData(shapes={SHAPES: circles}, tables={TABLE: annotation})
+
+
+def _spatialdata_name(name: str) -> str:
+    return re.sub(r"^__+", "_", re.sub(r"[^\w.-]", "_", name))
+
+
+WRITERS: dict[str, Callable[[Path, Any], None]] = {"h5ad": write_h5ad, "spatialdata": write_spatialdata}
+"""By :attr:`OutputConfig.to`."""
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What made the prediction at ``path``; None where there is none, or something else."""
+    import anndata
+
+    try:
+        with opened(path) as store:
+            return anndata.io.read_elem(store[_ABOUT_IN[path.suffix]])
+    except InputError:
+        return None
+
+
+def remove_prediction(path: Path) -> None:
+    """Take a prediction away."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

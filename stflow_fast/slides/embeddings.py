@@ -1,0 +1,181 @@
+"""Patch features in HDF5: STFlow's and HEST-bench's embeddings, TRIDENT's and CLAM's features."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, first_line
+from .options import ReadOptions
+from .patches import SOUGHT, PatchSize, patch_size_of, patches_beside, read_patch_size
+from .rows import StoredRows, stored_rows
+from .slide import Origin, Slide
+from .stores import is_array, names_in, opened, read_all
+
+FEATURE_KEYS = ("embeddings", "features")
+BARCODE_KEYS = ("barcodes", "barcode")
+COORDS_KEY = "coords"
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """What a file of patch features holds.
+
+    Attributes:
+        path: the file.
+        features: [N, F].
+        corners: [N, 2] float64, top-left of the patches in level-0 pixels.
+        barcodes: [N]; ``{x}_{y}`` of the corner where the file has none.
+        size: of the patches, from the file itself.
+        encoder: as the file's attributes or its folder call it; empty where they do not.
+        image_size: (width, height) at level 0, None where unknown.
+    """
+
+    path: Path
+    features: StoredRows
+    corners: np.ndarray
+    barcodes: np.ndarray
+    size: PatchSize
+    encoder: str
+    image_size: tuple[int, int] | None
+
+
+def read_embeddings(
+    path: str | Path, patches: str | Path | None = None, options: ReadOptions | None = None, format: str = "embeddings"
+) -> Slide:
+    """Read a slide without expression from a file of patch features; they stay on the disk until they are used.
+
+    Coordinates in the file are the top-left corners of the patches; the centre is taken where the file says how large a
+    patch is, or the file of the slide's patches does. Elsewhere they stay corners, and a note says so.
+
+    Args:
+        path: STFlow's ``embeddings``, ``coords``, ``barcodes``, or TRIDENT's and CLAM's ``features``, ``coords``.
+        patches: HEST's, TRIDENT's or CLAM's file of the patches; looked for in ``patches/`` beside and above when None.
+        options: ``features_key`` is looked at.
+        format: what the slide's origin says.
+
+    Raises:
+        InputError: a missing, unreadable, locked or truncated file, missing keys, or what Slide refuses.
+    """
+    found = open_features(Path(path), options or ReadOptions())
+    beside_it = Path(patches) if patches else (None if found.size.pixels else patches_beside(found.path))
+    beside = read_patch_size(beside_it) if beside_it and beside_it.is_file() else PatchSize()
+    pixels = found.size.pixels or beside.pixels
+    return Slide(
+        found.path.stem,
+        found.features,
+        found.corners + (pixels or 0.0) / 2,
+        found.barcodes,
+        micron_per_pixel=found.size.micron_per_pixel or beside.micron_per_pixel,
+        notes=() if pixels else (_corners_note(beside_it),),
+        origin=Origin(
+            found.path,
+            format,
+            found.encoder,
+            found.image_size,
+            {"spot_diameter_fullres": pixels} if pixels else {},
+        ),
+    )
+
+
+def _corners_note(patches: Path | None) -> str:
+    found = patches and patches.is_file()
+    where = f"nor have those of {patches}" if found else "and no patches/ beside or above has a file of this name"
+    return (
+        f"coordinates stay top-left corners of patches, whose size is unknown: attributes of {COORDS_KEY} have none of "
+        f"{SOUGHT}, {where}"
+    )
+
+
+def open_features(path: Path, options: ReadOptions) -> PatchFeatures:
+    """All of a file but the features' rows."""
+    with opened(path) as store:
+        key = _features_key(path, store, options.features_key)
+        barcode_key = next((name for name in BARCODE_KEYS if name in store), None)
+        present = [name for name in (key, COORDS_KEY, barcode_key) if name is not None]
+        if not all(is_array(store[name]) for name in present):
+            raise InputError(f"{path}: {', '.join(present)} must be tables, not groups")
+        attributes = dict(store[COORDS_KEY].attrs)
+        features = _rows(path, key, store)
+        corners = _corners(path, store[COORDS_KEY])
+        names = _names(corners) if barcode_key is None else _as_text(path, barcode_key, read_all(store[barcode_key]))
+        encoder = _encoder_of(path, store, key)
+    if not len(features) == len(corners) == len(names):
+        shapes = f"{list(features.shape)}, {list(corners.shape)} and {len(names)}"
+        raise InputError(f"{path}: {', '.join(present)} disagree in size ({shapes})")
+    return PatchFeatures(path, features, corners, names, patch_size_of(attributes), encoder, _image_size(attributes))
+
+
+def _features_key(path: Path, store: Any, asked: str | None) -> str:
+    keys = (asked,) if asked else FEATURE_KEYS
+    key = next((name for name in keys if name in store), None)
+    for name, found in ((" or ".join(f"'{each}'" for each in keys), key), (f"'{COORDS_KEY}'", COORDS_KEY in store)):
+        if not found:
+            raise InputError(f"{path}: has no {name}; it has {names_in(store)}")
+    return key
+
+
+def _rows(path: Path, key: str, store: Any) -> StoredRows:
+    table = store[key]
+    if 0 in table.shape or 0 in store[COORDS_KEY].shape:  # TRIDENT leaves [0] of a slide without tissue
+        raise InputError(f"{path}: has no spots")
+    return stored_rows(path, key, table)
+
+
+def _corners(path: Path, table: Any) -> np.ndarray:
+    corners = read_all(table)
+    try:
+        corners = np.asarray(corners, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {COORDS_KEY} are not numbers") from error
+    if corners.ndim == 3 and len(corners) == 1:
+        corners = corners[0]
+    if corners.ndim != 2 or corners.shape[1] != 2:
+        raise InputError(f"{path}: {COORDS_KEY} must have shape [N, 2], not {list(corners.shape)}")
+    return corners
+
+
+def _names(corners: np.ndarray) -> np.ndarray:
+    """``{x}_{y}`` [N] of patches that have no barcode; whole numbers without a dot."""
+    whole = np.rint(corners)
+    if (whole == corners).all():
+        corners = whole.astype(np.int64)
+    x, y = corners.T
+    return np.array([f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], dtype=np.str_)
+
+
+def _as_text(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+    """Barcodes as text [N], from bytes or text, fixed or variable length, [N] or [N, 1]."""
+    flat = np.asarray(values).reshape(-1)
+    try:
+        return np.array([value.decode() if isinstance(value, bytes) else str(value) for value in flat], dtype=np.str_)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {key} are not UTF-8 text ({first_line(error)})") from error
+
+
+def _encoder_of(path: Path, store: Any, key: str) -> str:
+    """As the file says, or its folder: TRIDENT's ``features_{encoder}``, STFlow's ``{encoder}/fp32``."""
+    for attributes in (store[key].attrs, store.attrs):
+        told = attributes.get("encoder", "")
+        told = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
+        if told and told.lower() != "none":
+            return told
+    folder = path.absolute().parent
+    if folder.name in PRECISION_FOLDERS:
+        return folder.parent.name
+    match = re.match(r"features_(.+)$", folder.name)
+    return match[1] if match else ""
+
+
+PRECISION_FOLDERS = ("fp32", "fp16")
+
+
+def _image_size(attributes: dict[str, Any]) -> tuple[int, int] | None:
+    try:
+        return int(attributes["level0_width"]), int(attributes["level0_height"])
+    except (KeyError, ValueError, TypeError):
+        return None

@@ -1,0 +1,264 @@
+"""The one registry of readers: a path to its format, by content, and to slides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+
+from ..errors import InputError, first_line
+from . import anndata_file, embeddings, spatialdata_store, stimage, wsidata_store
+from .match import with_features
+from .options import ReadOptions, section_id
+from .slide import Slide
+from .stores import HDF5_MAGIC, is_array, is_zarr, magic, opened
+
+
+class Glance(NamedTuple):
+    """What a look at a path shows before anything of it is read.
+
+    Attributes:
+        kind: "hdf5", "zarr", "folder" or "file".
+        tables, groups: names at the root of a store, or of files and folders in a folder.
+        attributes: of the root.
+        marks: attributes of the store's ``coords``.
+        start: the first bytes of a file.
+    """
+
+    kind: str
+    tables: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+    attributes: dict[str, Any] = {}  # noqa: RUF012
+    marks: dict[str, Any] = {}  # noqa: RUF012
+    start: bytes = b""
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.tables or name in self.groups for name in names)
+
+
+class Format(NamedTuple):
+    """A kind of file that slides are read from.
+
+    Attributes:
+        title: what people call it.
+        fits: whether a path is of it.
+        read: path and options to the slide, or to the section that the options name.
+        sections: names of what is read as slides of their own; none where the path is one slide.
+        named: whether these names are ids by themselves; else the path's name stands before them.
+    """
+
+    title: str
+    fits: Callable[[Glance], bool]
+    read: Callable[[Path, ReadOptions], Slide]
+    sections: Callable[[Path, ReadOptions], tuple[str, ...]] = lambda path, options: ()
+    named: bool = False
+
+
+def _features_of(name: str) -> Callable[[Path, ReadOptions], Slide]:
+    return lambda path, options: embeddings.read_embeddings(path, options=options, format=name)
+
+
+def _is_spatialdata(glance: Glance) -> bool:
+    return glance.kind == "zarr" and (glance.has("tables") or spatialdata_store.ATTRIBUTES in glance.attributes)
+
+
+def _is_anndata(glance: Glance) -> bool:
+    return glance.attributes.get("encoding-type") == "anndata" or (
+        glance.has("obs") and (glance.has("X") or glance.has("obsm") or glance.has("var"))
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "wsidata": Format(
+        "wsidata or LazySlide",
+        lambda glance: _is_spatialdata(glance) and any(mark in glance.attributes for mark in wsidata_store.MARKS),
+        wsidata_store.read_wsidata,
+    ),
+    "spatialdata": Format(
+        "SpatialData", _is_spatialdata, spatialdata_store.read_spatialdata, spatialdata_store.sections_of
+    ),
+    "stimage": Format(
+        "STImage-1K4M",
+        lambda glance: (glance.kind == "folder" and glance.has("coord")) or glance.start.startswith(stimage.STARTS),
+        stimage.read_stimage,
+        stimage.sections_of,
+        named=True,
+    ),
+    "anndata": Format("AnnData", _is_anndata, anndata_file.read_anndata, anndata_file.sections_of),
+    "embeddings": Format(
+        "STFlow or HEST-bench embeddings", lambda glance: glance.has("embeddings", "coords"), _features_of("embeddings")
+    ),
+    "trident": Format(
+        "TRIDENT features",
+        lambda glance: glance.has("features", "coords") and bool(glance.marks),
+        _features_of("trident"),
+    ),
+    "clam": Format("CLAM features", lambda glance: glance.has("features", "coords"), _features_of("clam")),
+}
+"""Formats by the name that ``--format`` takes; the first that fits is it."""
+
+
+class _Useless(NamedTuple):
+    fits: Callable[[Glance], bool]
+    what: str
+
+
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+
+_USELESS = (
+    _Useless(
+        lambda glance: glance.start.startswith(_PICKLE_STARTS),
+        "holds features without coordinates (.pt of CLAM or TRIDENT), or a checkpoint; give the .h5 of the same slides",
+    ),
+    _Useless(
+        lambda glance: glance.has("img", "coords"),
+        "holds images of patches and no features; make them: stflow-fast embed",
+    ),
+    _Useless(
+        lambda glance: glance.kind == "hdf5" and glance.has("coords"),
+        "holds places of patches and no features; give the features' file of the same slide",
+    ),
+    _Useless(
+        lambda glance: glance.kind == "hdf5" and glance.has("matrix"),
+        "is a count matrix of 10x without places or features; make an .h5ad with obsm['spatial'] and features of it",
+    ),
+    _Useless(
+        lambda glance: glance.kind == "folder" and glance.has("splits"),
+        "is a HEST-bench task folder; give the files in its embeddings/ (train and evaluate take the folder)",
+    ),
+    _Useless(
+        lambda glance: glance.kind == "folder" and (glance.has("Visium") or glance.has("ST")),
+        "is the folder of all of STImage-1K4M; give its ST, Visium or VisiumHD",
+    ),
+    _Useless(
+        lambda glance: glance.start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\xff\xd8\xff", b"\x89PNG")),
+        "is an image; give features of its patches (of TRIDENT, CLAM, or stflow-fast embed)",
+    ),
+)
+"""What people give in place of features, and what to give."""
+
+
+def look(path: Path) -> Glance:
+    """Raises InputError for what is missing, empty, locked or truncated."""
+    if path.is_dir() and not is_zarr(path):
+        entries = list(path.iterdir())
+        folders = frozenset(entry.name for entry in entries if entry.is_dir())
+        return Glance("folder", frozenset(entry.name for entry in entries) - folders, folders)
+    if path.is_dir():
+        with opened(path) as store:
+            return _look_into("zarr", store)
+    start = magic(path)
+    if not start.startswith(HDF5_MAGIC) and not h5py.is_hdf5(path):
+        return Glance("file", start=start)
+    with opened(path) as store:
+        return _look_into("hdf5", store)
+
+
+def _look_into(kind: str, store: Any) -> Glance:
+    tables = frozenset(name for name in store.keys() if is_array(store[name]))  # noqa: SIM118
+    coords = dict(store["coords"].attrs) if "coords" in tables else {}
+    return Glance(kind, tables, frozenset(store.keys()) - tables, dict(store.attrs), coords)
+
+
+def recognise(path: str | Path) -> str:
+    """The format of a path by its content: a name of :data:`FORMATS`.
+
+    Raises:
+        InputError: a path that cannot be read, or of no format, with what to give instead.
+    """
+    path = Path(path)
+    glance = look(path)
+    for name, known in FORMATS.items():
+        if known.fits(glance):
+            return name
+    for useless in _USELESS:
+        if useless.fits(glance):
+            raise InputError(f"{path}: {useless.what}")
+    if glance.kind == "file" and path.suffix.lower() in (".h5", ".h5ad", ".hdf5"):
+        raise InputError(f"{path}: is not readable HDF5, or is truncated: it does not begin as such a file does")
+    found = f"; it has {', '.join(sorted(glance.tables | glance.groups))}" if glance.tables or glance.groups else ""
+    titles = ", ".join(each.title for each in FORMATS.values())
+    raise InputError(f"{path}: is of no format that is known ({titles}){found}")
+
+
+def format_of(path: Path, options: ReadOptions) -> Format:
+    """The format that the options name, or that the content tells.
+
+    Raises:
+        InputError: an unknown name, or as :func:`recognise`.
+    """
+    name = options.format or recognise(path)
+    if name not in FORMATS:
+        raise InputError(f"format: must be one of {', '.join(FORMATS)}, not {name!r}")
+    return FORMATS[name]
+
+
+class SlideSource(NamedTuple):
+    """A slide that can be read, and how.
+
+    Attributes:
+        id: of the slide.
+        path, options: what :func:`read` takes.
+    """
+
+    id: str
+    path: Path
+    options: ReadOptions
+
+    def read(self) -> Slide:
+        """Raises InputError as :func:`read`."""
+        return read(self.path, self.options)
+
+
+def sources(path: str | Path, options: ReadOptions | None = None) -> list[SlideSource]:
+    """The slides of a path: its sections where it has several, else itself. Only names are read.
+
+    Raises:
+        InputError: as :func:`recognise`; a ``library_key`` that is not there.
+    """
+    path, options = Path(path), options or ReadOptions()
+    known = _guarded(path, lambda: format_of(path, options))
+    names = () if options.section else _guarded(path, lambda: known.sections(path, options))
+    if not names:
+        name = options.section or ""
+        return [SlideSource(_id(path, known, name), path, options)]
+    chosen = [(_id(path, known, name), dataclasses.replace(options, section=name)) for name in names]
+    return [SlideSource(name, path, each) for name, each in chosen]
+
+
+def _id(path: Path, known: Format, section: str) -> str:
+    if not section:
+        return path.stem
+    return section if known.named else section_id(path.stem, section)
+
+
+def read(path: str | Path, options: ReadOptions | None = None) -> Slide:
+    """Read a slide, of whatever format.
+
+    Args:
+        path: a file, or the folder of a store.
+        options: how; see :class:`ReadOptions`.
+
+    Raises:
+        InputError: whatever is wrong with it, in one line, with the path.
+    """
+    path, options = Path(path), options or ReadOptions()
+    if options.embeddings is None:
+        return _guarded(path, lambda: format_of(path, options).read(path, options))
+    bare = dataclasses.replace(options, require_features=False)
+    slide = _guarded(path, lambda: format_of(path, options).read(path, bare))
+    return with_features(slide, options.embeddings)
+
+
+def _guarded(path: Path, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns; whatever it raises names the path in one line, so that the next file has its turn."""
+    try:
+        return work()
+    except InputError:
+        raise
+    except Exception as error:  # of a library below, for a file that nobody here has seen
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path}: cannot be read ({reason})") from error

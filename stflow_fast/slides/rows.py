@@ -1,0 +1,137 @@
+"""Features that stay on the disk until their rows are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, first_line
+from .stores import open_store, rows_at_once
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A table [N, F] of numbers in an HDF5 file or a zarr store, read by slices of rows.
+
+    ``table[a:b]`` is a float32 array of those rows, and ``table[index]`` of rows by whole numbers or booleans;
+    ``numpy.asarray(table)`` reads all. A leading axis of one in the file is passed by. The file is opened with the
+    first rows, and closed with the last reference to the table.
+
+    Attributes:
+        path: the file or store.
+        key: of the table in it.
+        start, stop: the rows that are meant.
+        columns: F.
+        stored: dtype in the file.
+        leading: whether the file has an axis of one in front.
+        chunk_rows: rows of a chunk of the file; 0 where it has none.
+
+    Raises:
+        InputError: on reading, rows that cannot be read.
+    """
+
+    path: Path
+    key: str
+    start: int
+    stop: int
+    columns: int
+    stored: np.dtype
+    leading: bool = False
+    chunk_rows: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.columns
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read."""
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @cached_property
+    def _table(self) -> Any:
+        return open_store(self.path)[self.key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_table"}  # open files do not travel
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if not isinstance(rows, slice):
+            return self._picked(np.arange(len(self))[rows])
+        begin, end, step = rows.indices(len(self))
+        if step != 1:
+            return self._picked(np.arange(len(self))[rows])
+        where = slice(self.start + begin, self.start + max(begin, end))
+        try:
+            with np.errstate(over="ignore"):  # what is too large is infinite, and refused as such
+                found = self._table[(0, where) if self.leading else where]
+                return np.ascontiguousarray(found, dtype=np.float32)
+        except InputError:
+            raise
+        except Exception as error:  # of HDF5, of zarr, or of a codec
+            place = f"rows {where.start} to {where.stop} of {self.key}"
+            raise InputError(f"{self.path}: {place} cannot be read ({first_line(error)}); copy it again") from error
+
+    def _picked(self, chosen: np.ndarray) -> np.ndarray:
+        """Rows by number, block by block of the file."""
+        picked = np.empty((*chosen.shape, self.columns), dtype=np.float32)
+        for rows in self.blocks():
+            here = (chosen >= rows.start) & (chosen < rows.stop)
+            if here.any():
+                picked[here] = self[rows][chosen[here] - rows.start]
+        return picked
+
+    def blocks(self, multiple: int = 1) -> Iterator[slice]:
+        """Slices of rows to be read together, all but the last of a ``multiple`` of so many."""
+        size = rows_at_once(self.stored.itemsize * self.columns, self.chunk_rows)
+        size = -(-size // multiple) * multiple
+        for begin in range(0, len(self), size):
+            yield slice(begin, min(begin + size, len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.empty(self.shape, dtype=np.float32)
+        for rows in self.blocks():
+            whole[rows] = self[rows]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def between(self, begin: int, end: int) -> StoredRows:
+        """The rows ``begin`` to ``end`` of these."""
+        return dataclasses.replace(self, start=self.start + begin, stop=self.start + end)
+
+
+def rows_of(features: np.ndarray | StoredRows, index: np.ndarray) -> np.ndarray | StoredRows:
+    """Rows of features by whole numbers or booleans; what is stored stays so where they follow one another, and is read
+    elsewhere."""
+    if isinstance(features, StoredRows):
+        chosen = np.arange(len(features))[index]
+        if len(chosen) and (np.diff(chosen) == 1).all():
+            return features.between(int(chosen[0]), int(chosen[-1]) + 1)
+    return features[index]
+
+
+def stored_rows(path: Path, key: str, table: Any) -> StoredRows:
+    """The table [N, F] or [1, N, F] at ``key`` of a store that is open.
+
+    Raises:
+        InputError: another shape, or no real numbers.
+    """
+    shape = tuple(table.shape)
+    leading = len(shape) == 3 and shape[0] == 1
+    if len(shape) - leading != 2:
+        mend = "; give one slide at a time" if len(shape) == 3 else ""
+        raise InputError(f"{path}: {key} must have shape [N, F], not {list(shape)}{mend}")
+    dtype = np.dtype(table.dtype)
+    if dtype.kind not in "fiub":
+        raise InputError(f"{path}: {key} is not a table of numbers (its type is {dtype})")
+    n, columns = shape[-2:]
+    chunk_rows = table.chunks[-2] if getattr(table, "chunks", None) else 0
+    return StoredRows(Path(path), key, 0, n, columns, dtype, leading, chunk_rows)

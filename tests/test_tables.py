@@ -1,0 +1,158 @@
+"""Predictions added to a table in memory."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+
+from stflow_fast.cohort import SamplingConfig
+from stflow_fast.config import DenoiserConfig
+from stflow_fast.errors import InputError
+from stflow_fast.model import Denoiser
+from stflow_fast.pretrained import Provenance
+from stflow_fast.sampling import sample
+from stflow_fast.slides import Slide
+from stflow_fast.tables import predict_adata
+
+from .builders import FEATURES, arrays
+
+GENES = ("ERBB2", "CD3E", "GATA3", "VWF")
+
+
+@pytest.fixture(scope="module")
+def model() -> Denoiser:
+    torch.manual_seed(0)
+    config = DenoiserConfig(len(GENES), FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    return Denoiser(config, Provenance(GENES, "tiny")).eval()
+
+
+def table(genes: tuple[str, ...] = GENES, n: int = 60, **more: Any) -> anndata.AnnData:
+    made = arrays("S0", n)
+    return anndata.AnnData(
+        X=scipy.sparse.random(n, len(genes), 0.5, "csr", random_state=0, dtype=np.float32) if genes else None,
+        obs=pd.DataFrame(
+            {"section": np.repeat(["left", "right"], [n // 2, n - n // 2])}, index=made["barcodes"].astype(str)
+        ),
+        var=pd.DataFrame(index=np.array(genes, dtype=str)),
+        obsm={"X_uni": made["features"], "spatial": made["centres"]},
+        **more,
+    )
+
+
+def predicted(model: Denoiser, adata: anndata.AnnData, name: str = "adata", rows: Any = slice(None)) -> np.ndarray:
+    part = Slide(name, adata.obsm["X_uni"][rows], adata.obsm["spatial"][rows], adata.obs_names[rows])
+    return sample(model, part).expression.numpy()
+
+
+def test_a_layer_has_each_gene_in_its_column(model: Denoiser) -> None:
+    adata = table(("VWF", "ACTB", "CD3E"))
+    before = adata.X.copy()
+    with pytest.warns(UserWarning, match="^2 of 4 predicted genes are not in adata.var_names, and left out$"):
+        predict_adata(model, adata)
+    layer, expected = adata.layers["stflow"], predicted(model, adata)
+    assert layer.dtype == np.float32
+    assert np.array_equal(layer[:, [0, 2]], expected[:, [3, 1]])
+    assert np.isnan(layer[:, 1]).all()
+    assert (before != adata.X).nnz == 0
+    about = adata.uns["stflow"]
+    assert (about["in"], about["encoder"], about["normalize"], about["seed"]) == ("layers", "tiny", "log1p", 0)
+
+
+@pytest.mark.parametrize("genes", [("ACTB", "MYC"), ()])
+def test_a_table_without_the_genes_gets_a_data_frame(model: Denoiser, genes: tuple[str, ...]) -> None:
+    adata = table(genes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict_adata(model, adata, key_added="made")
+    found = adata.obsm["made"]
+    assert list(found.columns) == list(GENES)
+    assert list(found.index) == list(adata.obs_names)
+    assert np.array_equal(found.to_numpy(), predicted(model, adata))
+    assert adata.uns["made"]["in"] == "obsm"
+    assert not adata.layers
+
+
+@pytest.mark.parametrize("genes", [GENES, ()])
+def test_each_section_is_a_slide_of_its_own(model: Denoiser, genes: tuple[str, ...]) -> None:
+    adata = table(genes)
+    mixed = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    predict_adata(model, mixed, library_key="section")
+    found = mixed.layers["stflow"] if genes else mixed.obsm["stflow"].to_numpy()
+    for name in ("left", "right"):
+        rows = np.flatnonzero(mixed.obs["section"] == name)
+        assert np.array_equal(found[rows], predicted(model, mixed, name, rows))
+    assert sorted(mixed.uns["stflow"]["slides"]) == ["left", "right"]
+
+
+def test_features_of_any_make_and_place(model: Denoiser) -> None:
+    adata, expected = table(()), predicted(model, table(()))
+    frame = pd.DataFrame(adata.obsm["X_uni"], index=adata.obs_names)
+    adata.obsm["frame"], adata.obsm["xy"] = frame, adata.obsm["spatial"]
+    del adata.obsm["spatial"]
+    predict_adata(model, adata, "frame", spatial_key="xy", sampling=SamplingConfig(seed=0))
+    assert np.array_equal(adata.obsm["stflow"], expected)
+    of_x = anndata.AnnData(frame.to_numpy(), obs=adata.obs, obsm={"spatial": adata.obsm["xy"]})
+    predict_adata(model, of_x, "X")
+    assert np.array_equal(of_x.obsm["stflow"], expected)
+
+
+def test_a_prediction_is_replaced_and_written_with_its_table(model: Denoiser, tmp_path: Any) -> None:
+    adata = table()
+    predict_adata(model, adata)
+    first = adata.layers["stflow"]
+    predict_adata(model, adata, sampling=SamplingConfig(seed=1))
+    assert not np.array_equal(adata.layers["stflow"], first)
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    read = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert np.array_equal(read.layers["stflow"], adata.layers["stflow"])
+    assert read.uns["stflow"]["seed"] == 1
+
+
+def spoiled(section: str) -> anndata.AnnData:
+    """Features are NaN in one section."""
+    adata = table()
+    adata.obsm["X_uni"][adata.obs["section"] == section] = np.nan
+    return adata
+
+
+def twice() -> anndata.AnnData:
+    adata = table()
+    adata.var_names = ["VWF", "VWF", "CD3E", "ACTB"]
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("adata", "options", "complaint"),
+    [
+        (table(), {"features": "X_conch"}, r"^adata: has no obsm\['X_conch'\]; obsm has X_uni, spatial"),
+        (table(), {"spatial_key": "xy"}, r"^adata: has no obsm\['xy'\]"),
+        (table(()), {"features": "X"}, r"^adata: has no X"),
+        (table(), {"features": "spatial"}, r"^slide adata: features: must have shape \[N, 16\], not \[60, 2\]"),
+        (table(), {"library_key": "slide"}, r"^library_key: adata.obs has no column 'slide'; its columns: section"),
+        (table(), {"key_added": "X_uni"}, r"^key_added: adata.obsm\['X_uni'\] is no prediction"),
+        (table(layers={"counts": np.ones((60, 4))}), {"key_added": "counts"}, r"^key_added: adata.layers\['counts'\]"),
+        (table(uns={"pca": {}}), {"key_added": "pca"}, r"^key_added: adata.uns\['pca'\] is no prediction"),
+        (spoiled("right"), {"library_key": "section"}, "^slide right: features of 30 of 30 spots are NaN"),
+        (twice(), {}, "^adata: gene VWF stands in several columns"),
+        (table(n=0), {}, "^adata: has no spots"),
+    ],
+)
+def test_what_cannot_be_predicted_leaves_the_table_as_it_was(
+    model: Denoiser, adata: anndata.AnnData, options: dict[str, Any], complaint: str
+) -> None:
+    before = {part: list(getattr(adata, part)) for part in ("obs", "obsm", "layers", "uns")}
+    with pytest.raises(InputError, match=complaint):
+        predict_adata(model, adata, **options)
+    assert before == {part: list(getattr(adata, part)) for part in ("obs", "obsm", "layers", "uns")}
+
+
+def test_what_is_no_table_is_refused(model: Denoiser) -> None:
+    with pytest.raises(InputError, match="^adata: must be an AnnData, not DataFrame"):
+        predict_adata(model, pd.DataFrame())
