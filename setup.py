@@ -15,7 +15,8 @@ EMBED = [
     "transformers>=5.0",
 ]
 
-SPATIALDATA = ["spatialdata>=0.7"]  # 0.6 cannot write with today's geopandas, 0.5 wants zarr 2
+# 0.6 cannot write with today's geopandas, 0.5 wants zarr 2.
+SPATIALDATA = ["spatialdata>=0.7; python_version >= '3.11'"]
 
 setup(
     name="stflow-fast",
@@ -59,7 +60,7 @@ setup(
         "dev": [
             *EMBED,
             *SPATIALDATA,
-            "wsidata>=0.7",  # writes the files of a test
+            "wsidata>=0.7; python_version >= '3.11'",  # writes the files of a test
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

@@ -32,6 +32,9 @@ REQUIRED = (
 )
 OPTIONAL = {
     "triton": "for the kernels on a GPU: pip install triton",
+    "spatialdata": "to read and write SpatialData: pip install 'stflow-fast[spatialdata]'",
+    "transformers": "to embed patches: pip install 'stflow-fast[embed]'",
+    "timm": "to embed patches by UNI, GigaPath, Virchow, H-optimus: pip install timm",
     "scanpy": "to look at predictions: pip install scanpy",
 }
 

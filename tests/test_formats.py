@@ -323,6 +323,19 @@ def test_a_table_of_several_sections_is_several_slides(tmp_path: Path, interleav
         read(path, ReadOptions(library_key="section_of", section="C"))
 
 
+def test_a_column_that_names_no_sections_is_passed_by_where_one_says_so(tmp_path: Path) -> None:
+    made = table()
+    made.obs["sample"] = ["ab"[(row + column) % 2] for row in range(8) for column in range(8)]
+    made.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(SeveralSections, match="split them with --library-key sample, .* or say --library-key '' if it"):
+        read(tmp_path / "a.h5ad")
+    options = ReadOptions(library_key="")
+    [source] = sources(tmp_path / "a.h5ad", options)
+    assert source.id == "a"
+    assert source.read().notes == ()
+    assert source.read().library_id is None
+
+
 def test_features_of_another_file_are_matched_by_barcode(tmp_path: Path) -> None:
     made, order = arrays("S0"), np.random.default_rng(0).permutation(60)
     path = write_h5ad(tmp_path / "S0.h5ad", made)

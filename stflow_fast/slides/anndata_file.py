@@ -187,7 +187,7 @@ def read_anndata(path: Path, options: ReadOptions) -> Slide:
 
 def sections_of(path: Path, options: ReadOptions) -> tuple[str, ...]:
     """The sections by ``library_key``, in the order in which they come; none without it."""
-    if options.library_key is None:
+    if not options.library_key:
         return ()
     with open_table(path) as table:
         return tuple(dict.fromkeys(table.column("obs", options.library_key).tolist()))
@@ -286,7 +286,8 @@ def _chosen(parts: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
 
 def _library(obs: pd.DataFrame, library_key: str | None) -> tuple[str, np.ndarray | None]:
     """The column that names several sections, and the section of each spot [N]; nothing where there is none."""
-    for name in (library_key,) if library_key else SECTION_COLUMNS:
+    columns = SECTION_COLUMNS if library_key is None else (library_key,)
+    for name in columns:
         if name in obs and 1 < obs[name].nunique() < len(obs) and not obs[name].isna().any():
             return name, obs[name].astype(str).to_numpy(dtype=str)
     return "", None

@@ -25,7 +25,7 @@ class ReadOptions:
             the data set (HDF5 features). The usual one of the format when None.
         spatial_key: of ``obsm`` with the spot centres.
         library_key: column of ``obs`` that names the section of each spot; each is a slide then. Where a table of
-            SpatialData annotates several regions, each of these is one when None.
+            SpatialData annotates several regions, each of these is one when None. Empty: no column does.
         section: the one of those sections that is read; of STImage-1K4M, the slide.
         gene_key: column of ``var`` with the names of the genes; the index when None.
         coordinate_system: of a SpatialData store.

@@ -57,7 +57,11 @@ def check_places(
         f"split them with --library-key {library_key or 'COLUMN'}, a column of obs that names the section of each spot"
     )
     _check_depth(where, coords, mend)
-    notes = _check_sections(where, coords, barcodes if library_id is None else library_id, library_id is not None, mend)
+    of_column = f"{mend}, or say --library-key '' if it does not"
+    if library_id is None:
+        notes = _check_sections(where, coords, barcodes, False, mend)
+    else:
+        notes = _check_sections(where, coords, library_id, True, of_column)
     return (*notes, *_check_shared(where, coords, mend))
 
 
