@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -9,8 +10,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
+import torch
 
+from stflow_fast.config import DenoiserConfig
 from stflow_fast.files import write_json
+from stflow_fast.model import Denoiser
+from stflow_fast.pretrained import Provenance
 
 GENE_LIST = "var_50genes.json"
 ENCODER = "tiny"
@@ -96,6 +101,14 @@ def write_task(root: Path) -> Path:
         write_split(root, side, names)
     write_json(root / GENE_LIST, {"genes": gene_names()[3 : 3 + PANEL]})
     return root
+
+
+def write_model(folder: Path, genes: Sequence[str]) -> Path:
+    """A small model of random weights, for the features and the encoder of :func:`write_task`."""
+    torch.manual_seed(0)
+    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    Denoiser(config, Provenance(tuple(genes), ENCODER)).save_pretrained(folder)
+    return folder
 
 
 def write_split(root: Path, side: str, names: tuple[str, ...], fold: int = 0) -> None:

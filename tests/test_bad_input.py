@@ -39,6 +39,7 @@ from .builders import (
     gene_names,
     write_embeddings,
     write_h5ad,
+    write_model,
     write_split,
     write_task,
 )
@@ -75,10 +76,7 @@ def task(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    Denoiser(config, Provenance(tuple(gene_names()[3:11]), ENCODER)).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_model(tmp_path / "model", gene_names()[3:11])
 
 
 def slide_file(folder: Path, name: str = "S0", n: int = 60, **changes: np.ndarray) -> Path:

@@ -14,32 +14,25 @@ import torch
 from typer.testing import CliRunner
 
 from stflow_fast.cli import app
-from stflow_fast.config import DenoiserConfig
 from stflow_fast.inspection import expand, inspect
-from stflow_fast.model import Denoiser
-from stflow_fast.pretrained import Provenance
 from stflow_fast.slides import ReadOptions, StoredRows
 
 from .builders import (
     ENCODER,
     FEATURES,
-    PANEL,
     arrays,
     embeddings_of,
     gene_names,
     write_embeddings,
     write_h5ad,
+    write_model,
     write_task,
 )
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    genes = (*gene_names()[3:10], "ELSEWHERE")
-    Denoiser(config, Provenance(genes, ENCODER)).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_model(tmp_path / "model", (*gene_names()[3:10], "ELSEWHERE"))
 
 
 def say(*arguments: object, code: int = 0) -> str:
@@ -136,7 +129,7 @@ def test_folders_are_looked_through(tmp_path: Path) -> None:
     assert [each.format for each in inspect([root])] == ["anndata"] * 3 + ["embeddings"] * 3 + ["anndata"]
     (tmp_path / "nothing").mkdir()
     [found] = inspect([tmp_path / "nothing"])
-    assert "is of no format that is known" in found.problem
+    assert "is a folder, and of no format itself; give the files in it" in found.problem
 
 
 def test_features_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

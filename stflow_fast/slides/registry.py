@@ -179,6 +179,8 @@ def recognise(path: str | Path) -> str:
             raise InputError(f"{path}: {useless.what}")
     if glance.kind == "file" and path.suffix.lower() in (".h5", ".h5ad", ".hdf5"):
         raise InputError(f"{path}: is not readable HDF5, or is truncated: it does not begin as such a file does")
+    if glance.kind == "folder":
+        raise InputError(f"{path}: is a folder, and of no format itself; give the files in it")
     found = f"; it has {', '.join(sorted(glance.tables | glance.groups))}" if glance.tables or glance.groups else ""
     titles = ", ".join(each.title for each in FORMATS.values())
     raise InputError(f"{path}: is of no format that is known ({titles}){found}")

@@ -70,16 +70,27 @@ class StoredRows:
         begin, end, step = rows.indices(len(self))
         if step != 1:
             return self._picked(np.arange(len(self))[rows])
-        where = slice(self.start + begin, self.start + max(begin, end))
-        try:
+        found = np.empty((max(0, end - begin), self.columns), dtype=np.float32)
+        for first in range(0, len(found), self._at_once):
+            piece = found[first : first + self._at_once]
             with np.errstate(over="ignore"):  # what is too large is infinite, and refused as such
-                found = self._table[(0, where) if self.leading else where]
-                return np.ascontiguousarray(found, dtype=np.float32)
+                piece[:] = self._read(self.start + begin + first, len(piece))
+        return found
+
+    def _read(self, first: int, n: int) -> np.ndarray:
+        """``n`` rows of the file as they are there."""
+        rows = slice(first, first + n)
+        try:
+            return self._table[(0, rows) if self.leading else rows]
         except InputError:
             raise
         except Exception as error:  # of HDF5, of zarr, or of a codec
-            place = f"rows {where.start} to {where.stop} of {self.key}"
+            place = f"rows {first} to {first + n} of {self.key}"
             raise InputError(f"{self.path}: {place} cannot be read ({first_line(error)}); copy it again") from error
+
+    @property
+    def _at_once(self) -> int:
+        return rows_at_once(self.stored.itemsize * self.columns, self.chunk_rows)
 
     def _picked(self, chosen: np.ndarray) -> np.ndarray:
         """Rows by number, block by block of the file."""
@@ -92,15 +103,12 @@ class StoredRows:
 
     def blocks(self, multiple: int = 1) -> Iterator[slice]:
         """Slices of rows to be read together, all but the last of a ``multiple`` of so many."""
-        size = rows_at_once(self.stored.itemsize * self.columns, self.chunk_rows)
-        size = -(-size // multiple) * multiple
+        size = -(-self._at_once // multiple) * multiple
         for begin in range(0, len(self), size):
             yield slice(begin, min(begin + size, len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        whole = np.empty(self.shape, dtype=np.float32)
-        for rows in self.blocks():
-            whole[rows] = self[rows]
+        whole = self[:]
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def between(self, begin: int, end: int) -> StoredRows:
