@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench bench-compare gpu gpu-cache clean
+.PHONY: setup demo test test-others check format bench bench-compare gpu gpu-cache clean
 
 setup: $(VENV)/.done
 
@@ -20,6 +20,26 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -q --durations=10
+
+# Predictions as other versions of anndata read them, and as squidpy and scanpy draw them: each in an environment of its
+# own, made once (minutes, and the network). `make test` skips these tests unless the two variables name interpreters.
+OTHERS ?= $(CURDIR)/$(VENV)/others
+ANNDATAS := $(OTHERS)/anndata-0.10 $(OTHERS)/anndata-0.11
+test-others: setup $(ANNDATAS:=/.done) $(OTHERS)/squidpy/.done
+	STFLOW_ANNDATA_PYTHONS=$(OTHERS)/anndata-0.10/bin/python:$(OTHERS)/anndata-0.11/bin/python \
+		STFLOW_SQUIDPY_PYTHON=$(OTHERS)/squidpy/bin/python \
+		$(BIN)/python -m pytest tests/test_outputs.py -q -k "other_versions or squidpy"
+
+# anndata 0.10 is older than numpy 2.
+$(OTHERS)/anndata-%/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "anndata==$*.*" $(if $(filter 0.10,$*),"numpy<2")
+	touch $@
+
+$(OTHERS)/squidpy/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet squidpy
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .

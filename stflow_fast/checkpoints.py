@@ -117,7 +117,10 @@ def convert(
     for name in ("n_neighbors", "non_negative"):
         if name not in settings:
             raise InputError(f"{name}: {published} does not say it; give it (--{name.replace('_', '-')})")
-    config = shapes_to_config(state, **settings)
+    try:
+        config = shapes_to_config(state, **settings)
+    except InputError as error:
+        raise InputError(f"{published}: {error}") from error
     if f"{_ENCODER_PREFIX}blks.0.attn.mlp_attn.fc1.weight" not in state:
         raise InputError(f"{published}: holds an encoder alone; a whole denoiser is needed to predict")
     if len(genes) != config.n_genes:
@@ -133,19 +136,36 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: is no file; give a .pth of the published code")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except _UNREADABLE as error:
         # Not with torch's own words: they advise to load whatever is in the file.
         raise InputError(
             f"{path}: is truncated, no checkpoint, or holds more than tensors, which is not loaded"
         ) from error
-    if isinstance(content, dict):
-        content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        keys = f"; it has {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
+    state = _state_in(content)
+    if not _is_state(state):
+        keys = f"; it has {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else ""
         raise InputError(
             f"{path}: is not a state_dict (names to tensors), nor has one as {', '.join(_STATE_KEYS)}{keys}"
         )
-    return _without_prefix(path, content)
+    if not state:
+        raise InputError(f"{path}: holds no parameters; save the state_dict of the trained denoiser")
+    return _without_prefix(path, state)
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+
+
+def _state_in(content: Any) -> Any:
+    """What lies in the place of the parameters: one that keeps them so is itself kept so by some loops."""
+    for _ in range(2):
+        if isinstance(content, dict):
+            content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
+    return content
 
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "denoiser")
@@ -156,18 +176,26 @@ _FIRST = "blks.0.gene_updater.output.4.weight"
 
 
 _WRAPPERS = ("module", "_orig_mod")
-"""What DistributedDataParallel and torch.compile put into the names of the parameters that they wrap."""
+"""What DistributedDataParallel, torch.compile and AveragedModel put into the names of the parameters that they wrap."""
+
+_COUNTER = "n_averaged"
+"""What torch.optim.swa_utils.AveragedModel keeps beside the parameters."""
 
 
 def _without_prefix(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of the denoiser, by their published names: Lightning's modules have a word of their own before
-    them, and others, such as a loss's, beside."""
+    them, and others, such as a loss's, beside; a running mean has the count of its steps."""
     plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in state}
     found = [name.removesuffix(_FIRST).removesuffix(_ENCODER_PREFIX) for name in plain if name.endswith(_FIRST)]
     if len(found) > 1:
         raise InputError(f"{path}: holds several denoisers ({', '.join(found)}); save the parameters of one")
+    if len(plain) < len(state):
+        both = "with and without " + " or ".join(_WRAPPERS)
+        raise InputError(f"{path}: holds several denoisers ({both} in their names); save the parameters of one")
     [prefix] = found or [""]
-    return {name.removeprefix(prefix): state[given] for name, given in plain.items() if name.startswith(prefix)}
+    ours = {name.removeprefix(prefix): state[given] for name, given in plain.items() if name.startswith(prefix)}
+    ours.pop(_COUNTER, None)
+    return ours
 
 
 def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **settings: Any) -> nn.Module:

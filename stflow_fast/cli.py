@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -45,8 +46,12 @@ app = typer.Typer(
 # One default for the flags and for Python.
 _TRAINING = TrainingConfig()
 
-Data = Annotated[Path, typer.Argument(help="HEST-bench task folder: splits/, adata/, gene lists, embeddings/.")]
-Embeddings = Annotated[Path | None, typer.Option(help="Folder of the embeddings, if not DATA/embeddings.")]
+# Whether a path may be read is seen where it is read: there it is one line, and the others have their turn.
+PathArgument = functools.partial(typer.Argument, readable=False)
+PathOption = functools.partial(typer.Option, readable=False)
+
+Data = Annotated[Path, PathArgument(help="HEST-bench task folder: splits/, adata/, gene lists, embeddings/.")]
+Embeddings = Annotated[Path | None, PathOption(help="Folder of the embeddings, if not DATA/embeddings.")]
 Fold = Annotated[int, typer.Option(help="Number of the split.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled noise.")]
 Steps = Annotated[
@@ -63,6 +68,12 @@ FeaturesKey = Annotated[
 ]
 SpatialKey = Annotated[str, typer.Option(help="Of obsm with the spot centres.")]
 LibraryKey = Annotated[str | None, typer.Option(help="Column of obs that names sections; each is a slide then.")]
+FeaturesOf = Annotated[
+    Path | None, PathOption(help="File, or folder of ID.h5, with features of slides that hold none.")
+]
+IgnoreEncoder = Annotated[
+    bool, typer.Option("--ignore-encoder", help="Take features that another encoder is said to have made.")
+]
 TableName = Annotated[str | None, typer.Option(help="Of a SpatialData store.")]
 CoordinateSystem = Annotated[str, typer.Option(help="Of a SpatialData store.")]
 FormatName = Annotated[str | None, typer.Option(help=f"Of {', '.join(FORMATS)}; by content if left out.")]
@@ -75,8 +86,19 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"stflow-fast: {error}", markup=False)
-        sys.exit(2)
+        _complain(str(error))
+    except PermissionError as error:  # of a folder on the way to a file, wherever that is looked for
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename}: {error.strerror}; give yourself the right to read it, or name another path")
+
+
+def _complain(said: str) -> NoReturn:
+    """Print each line of what is wrong, and end with code 2."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for line in said.splitlines():
+        console.print(f"stflow-fast: {line}", markup=False)
+    sys.exit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -128,7 +150,7 @@ def _print_notes(slides: Iterable[Slide]) -> None:
 def train(
     data: Data,
     encoder: Annotated[str, typer.Option(help="Patch encoder: the name of its embeddings' folder.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, PathOption(help="Folder of the run.")],
     fold: Fold = 0,
     genes: Annotated[str, typer.Option(help=f"{GENE_LIST}; in DATA, or elsewhere.")] = "var_50genes.json",
     gene_key: GeneKey = None,
@@ -202,8 +224,11 @@ def evaluate_command(
     run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
     data: Data,
     fold: Fold = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
-    maps: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/evaluation when left out.")] = None,
+    gene_key: Annotated[
+        str | None, typer.Option(help="Column of var with the genes' names; as trained if left out.")
+    ] = None,
+    json_file: Annotated[Path | None, PathOption("--json", help="Write the scores here.")] = None,
+    maps: Annotated[Path | None, PathOption(help="Folder of the pictures; RUN/evaluation when left out.")] = None,
     biomarkers: Annotated[str | None, typer.Option(help="Genes to show one by one, with commas between.")] = None,
     embeddings: Embeddings = None,
     n_sample_steps: Steps = None,
@@ -219,7 +244,7 @@ def evaluate_command(
     if names:  # before the slides are sampled
         report.check_genes(names, load_model(run, device).provenance.genes)
     with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
-        found = evaluate(run, data, fold, embeddings=embeddings, sampling=sampling, device=device)
+        found = evaluate(run, data, fold, embeddings=embeddings, gene_key=gene_key, sampling=sampling, device=device)
     _print_notes(found.slides)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(report.results_table(found.result))
@@ -235,24 +260,20 @@ def evaluate_command(
 @app.command(name="predict")
 def predict_command(
     run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
-    slides: Annotated[list[Path], typer.Argument(help="Features of slides, in any format that inspect knows.")],
-    out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
+    slides: Annotated[list[Path], PathArgument(help="Features of slides, in any format that inspect knows.")],
+    out: Annotated[Path, PathOption(help="Folder of the predictions.")],
     features_key: FeaturesKey = None,
     spatial_key: SpatialKey = SPATIAL_KEY,
     library_key: LibraryKey = None,
     table: TableName = None,
     coordinate_system: CoordinateSystem = COORDINATE_SYSTEM,
     format: FormatName = None,
-    embeddings: Annotated[
-        Path | None, typer.Option(help="File, or folder of ID.h5, with features of SLIDES that hold none.")
-    ] = None,
-    ignore_encoder: Annotated[
-        bool, typer.Option("--ignore-encoder", help="Take features that another encoder is said to have made.")
-    ] = False,
+    embeddings: FeaturesOf = None,
+    ignore_encoder: IgnoreEncoder = False,
     to: Annotated[str, typer.Option(help=f"What to write: {' or '.join(SUFFIXES)} (a zarr folder).")] = "h5ad",
     dtype: Annotated[str, typer.Option(help=f"Of the numbers written: {' or '.join(DTYPES)}.")] = "float32",
     genes: Annotated[
-        Path | None, typer.Option(help="List of the genes to write: one a line, or JSON. All if left out.")
+        Path | None, PathOption(help="List of the genes to write: one a line, or JSON. All if left out.")
     ] = None,
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
@@ -292,7 +313,7 @@ def predict_command(
 
 @app.command(name="inspect")
 def inspect_command(
-    paths: Annotated[list[Path], typer.Argument(help="Files of slides, or folders with such.")],
+    paths: Annotated[list[Path], PathArgument(help="Files of slides, or folders with such.")],
     model: Annotated[str | None, typer.Option(help="Folder of a run or of a model, to hold them against.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list of one object a slide.")] = False,
     features_key: FeaturesKey = None,
@@ -302,8 +323,11 @@ def inspect_command(
     table: TableName = None,
     coordinate_system: CoordinateSystem = COORDINATE_SYSTEM,
     format: FormatName = None,
+    embeddings: FeaturesOf = None,
+    ignore_encoder: IgnoreEncoder = False,
 ) -> None:
-    """Say what files are, and whether they can be predicted. Exit code 3 where one cannot be."""
+    """Say what files are, and what is wrong with them. Exit code 3 where one cannot be predicted; files of expression
+    without features, as a task folder has them, count as such only with --model, --features-key or --embeddings."""
     reading = ReadOptions(
         format=format,
         features_key=features_key,
@@ -312,10 +336,11 @@ def inspect_command(
         gene_key=gene_key,
         coordinate_system=coordinate_system,
         table=table,
+        embeddings=embeddings,
     )
     held_against = None if model is None else load_model(model, "cpu")
     with paths_bar() as on_path:
-        found = inspect(paths, reading, held_against, on_path)
+        found = inspect(paths, reading, held_against, on_path, ignore_encoder)
     if as_json:
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
     else:
@@ -329,9 +354,9 @@ def inspect_command(
 
 @app.command()
 def convert(
-    published: Annotated[Path, typer.Argument(help="A state_dict (.pth) of the published code.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    genes: Annotated[Path, typer.Option(help=f"The predicted genes in order. {GENE_LIST}.")],
+    published: Annotated[Path, PathArgument(help="A state_dict (.pth) of the published code.")],
+    out: Annotated[Path, PathOption(help="Folder of the model.")],
+    genes: Annotated[Path, PathOption(help=f"The predicted genes in order. {GENE_LIST}.")],
     encoder: Annotated[str, typer.Option(help="Patch encoder it was trained with.")] = "",
     normalize: Annotated[str, typer.Option(help="What it predicts.")] = "log1p",
     n_neighbors: Annotated[int | None, typer.Option(help="Neighbours K it was trained with; published: 8.")] = None,
@@ -357,7 +382,7 @@ def convert(
 
 @app.command(name="embed")
 def embed_command(
-    patches: Annotated[list[Path], typer.Argument(help="HEST's patches: files, their folder, or task folders.")],
+    patches: Annotated[list[Path], PathArgument(help="HEST's patches: files, their folder, or task folders.")],
     encoder: Annotated[
         str,
         typer.Option(
@@ -365,7 +390,7 @@ def embed_command(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of all encoders' embeddings; embeddings/ beside patches/ when left out.")
+        Path | None, PathOption(help="Folder of all encoders' embeddings; embeddings/ beside patches/ when left out.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the folder in --out; the encoder's when left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Patches encoded at once.")] = 64,
@@ -398,7 +423,7 @@ def embed_command(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("demo"),
+    out: Annotated[Path, PathOption(help="Folder of the demo.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of the synthetic cohort and the training.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -437,7 +462,7 @@ def benchmark(
     minutes: Annotated[float, typer.Option(help="Leave out what would end later.")] = 2.75,
     resume: Annotated[bool, typer.Option("--resume", help="Go on: leave out what --out holds of this commit.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results, which are added to; ./benchmark when left out.")
+        Path | None, PathOption(help="Folder of the results, which are added to; ./benchmark when left out.")
     ] = None,
     pictures: Annotated[bool, typer.Option(help="Draw pictures of --out when all is measured.")] = True,
     profile: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ import numpy as np
 from ._version import __version__
 from .config import parse_bytes
 from .devices import choose_device
-from .errors import InputError, OutputError
+from .errors import InputError, OutputError, batch_error, with_path
 from .evaluation import compare
-from .files import check_output, read_json, write_json
+from .files import check_output, is_same_file, read_json, write_json
 from .flow import time_grid
+from .inspection import encoder_misfit
 from .model import Denoiser
 from .outputs import (
     SUFFIXES,
     WRITERS,
     OutputConfig,
     as_dtype,
+    check_replaceable,
     prediction_table,
     read_about,
     remove_prediction,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     import anndata  # where it is used, it is imported, as in slides/anndata_file.py
 
 MANIFEST = "predictions.json"
+
+DECIDES = ("format", "features_key", "spatial_key", "library_key", "coordinate_system", "table", "embeddings")
+"""Fields of ReadOptions that decide what a slide is predicted from."""
 
 
 @dataclass(frozen=True)
@@ -131,51 +135,76 @@ def predict(
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
         reading: how to read paths.
         ignore_encoder: predict from features of another encoder than the model's, too.
-        overwrite: replace earlier predictions in ``out``; those of other slides go when all of these are written.
-        resume: keep those that this very call would make again, and predict the slides that are missing.
+        overwrite: replace earlier predictions in ``out``; those of other slides, made otherwise, go when all of these
+            are written.
+        resume: keep those that this very call would make again, and predict the slides that are missing. Slides are
+            known by their ids alone: what a file holds is not compared.
         on_slide: called with a slide's id, its notes, and how many slides there are, when its file is there.
 
     Returns:
         The files, in the order of ``slides``.
 
     Raises:
-        InputError: a bad model, genes that it does not predict, an occupied ``out``, predictions of another model, seed
-            or layout on resume, or a full disk. Bad slides do not stop the good ones: they are reported together when
-            the others are written.
+        InputError: a bad model, genes that it does not predict, an occupied ``out``, something else than a prediction
+            where one would go, predictions of another model, seed, layout or way of reading on resume, or a full disk.
+            Bad slides do not stop the good ones: they are reported together, a line each, when the others are written.
     """
     model, origin = model_and_origin(run, device)
     sampling, output = sampling or SamplingConfig(), output or OutputConfig()
-    wanted, failed = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides, reading or ReadOptions())
-    about = {**output.describe(gene_names(model)), **made_by(model, sampling)}
-    told = {"model": origin, **about}  # where the model lay does not decide what it predicts
+    reading = reading or ReadOptions()
+    wanted, failed = _by_name([slides] if isinstance(slides, str | Path | Slide) else slides, reading)
+    about = {**output.describe(gene_names(model)), **made_by(model, sampling), "reading": _described(reading)}
     out = check_output(out, MANIFEST, reuse=overwrite or resume)
-    known = _earlier_predictions(out, about, resume) | set(wanted)
-    write_json(out / MANIFEST, {**told, "slides": sorted(known)})
+    told = {"model": origin, **about}  # where the model lay does not decide what it predicts
+    manifest = _Manifest(out, told, *_earlier_predictions(out, about, output, resume))
+    for name, slide in wanted.items():
+        _check_place(output.path(out, name), slide)
+    manifest.write()
     written = []
     draw = sampling.drawer(model)
     for name, slide in wanted.items():
         path, notes = output.path(out, name), ()
+        of_slide = {**about, "reading": {}} if isinstance(slide, Slide) else about
         try:
-            if not (resume and _is_made_by(path, about)):
+            if not (resume and _is_made_by(path, of_slide)):
                 loaded = slide if isinstance(slide, Slide) else slide.read()
-                if not ignore_encoder:
-                    _check_encoder(model, loaded)
-                WRITERS[output.to](path, _prediction(model, loaded, draw(loaded), output, told))
+                if not ignore_encoder and (misfit := encoder_misfit(loaded, model)):
+                    raise InputError(misfit)
+                made = _prediction(model, loaded, draw(loaded), output, {"model": origin, **of_slide})
+                WRITERS[output.to](path, made)
                 notes = loaded.notes
         except OutputError:
             raise
         except InputError as error:
-            failed.append(str(error))
+            failed.append(with_path(_path_of(slide) or "", error))  # "" is in all that is said
             continue
         written.append(path)
+        manifest.add(name)
         if on_slide:
             on_slide(name, notes, len(wanted))
     if failed:
-        raise InputError("; ".join(failed) + (f" ({len(written)} other slides are in {out})" if written else ""))
-    for path in {out / f"{name}{suffix}" for name in known for suffix in SUFFIXES.values()} - set(written):
-        if read_about(path) is not None and not _is_made_by(path, about):  # of the result that this one replaces
-            remove_prediction(path)
+        raise batch_error(failed, len(written), out)
+    _remove_earlier(manifest, about, output, [path for path in map(_path_of, wanted.values()) if path])
     return written
+
+
+def _described(reading: ReadOptions) -> dict[str, str]:
+    """What was said of how to read, of what decides a prediction; nothing where nothing was."""
+    usual = ReadOptions()
+    given = {field: getattr(reading, field) for field in DECIDES}
+    return {field: str(value) for field, value in given.items() if value != getattr(usual, field)}
+
+
+def _path_of(slide: SlideSource | Slide) -> Path | None:
+    return slide.origin.path if isinstance(slide, Slide) else slide.path
+
+
+def _check_place(path: Path, slide: SlideSource | Slide) -> None:
+    """Raise InputError where the prediction of a slide would take the place of something else."""
+    given = _path_of(slide)
+    if given and is_same_file(given, path):
+        raise InputError(f"{path}: is the slide itself, and its prediction would take its place; choose another --out")
+    check_replaceable(path)
 
 
 def _by_name(
@@ -188,29 +217,13 @@ def _by_name(
         try:
             here = [given] if isinstance(given, Slide) else sources(given, reading)
         except InputError as error:
-            failed.append(str(error))
+            failed.append(with_path(given, error))
             continue
         for slide in here:
             if slide.id in found:
                 raise InputError(f"{slide.id}: is the name of several slides; rename one, each becomes one file")
             found[slide.id] = slide
     return found, failed
-
-
-def _check_encoder(model: Denoiser, slide: Slide) -> None:
-    """Raise InputError where a slide says that its features are of another encoder than the model was trained with."""
-    of_model, of_slide = model.provenance.encoder, slide.origin.encoder
-    if of_model and of_slide and not _same_encoder(of_model, of_slide):
-        raise InputError(
-            f"{slide.origin.path}: features are of {of_slide!r}, but the model was trained with {of_model!r}; give "
-            "those, or --ignore-encoder if it is another name of the same"
-        )
-
-
-def _same_encoder(one: str, other: str) -> bool:
-    """Whether two names mean one encoder: written otherwise, or with the number of its first version."""
-    one, other = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (one, other))
-    return one == other or {one, other} == {one.removesuffix("v1"), f"{one.removesuffix('v1')}v1"}
 
 
 def gene_names(model: Denoiser) -> tuple[str, ...]:
@@ -238,21 +251,69 @@ def drawn_by(model: Denoiser, drawn: Sample) -> dict[str, Any]:
     }
 
 
-def _earlier_predictions(out: Path, about: dict[str, Any], resume: bool) -> set[str]:
-    """The slides that earlier predictions in ``out`` are of; resuming those of other settings is refused."""
-    if not (out / MANIFEST).exists():
-        return set()
-    before = read_json(out / MANIFEST)
+@dataclass
+class _Manifest:
+    """``predictions.json``: which predictions are in a folder, and what they share. It is true after each slide.
+
+    Attributes:
+        folder: of the predictions.
+        told: what made them (plain JSON types).
+        slides: ids of those that were made so.
+        earlier: ids of those that were made otherwise, and are there until the call that replaces them has ended well.
+    """
+
+    folder: Path
+    told: dict[str, Any]
+    slides: set[str]
+    earlier: set[str]
+
+    def write(self) -> None:
+        ids = {"slides": sorted(self.slides), "earlier": sorted(self.earlier)}
+        write_json(self.folder / MANIFEST, {**self.told, **ids})
+
+    def add(self, name: str) -> None:
+        if name not in self.slides:
+            self.slides.add(name)
+            self.earlier.discard(name)
+            self.write()
+
+
+def _earlier_predictions(
+    out: Path, about: dict[str, Any], output: OutputConfig, resume: bool
+) -> tuple[set[str], set[str]]:
+    """The slides that predictions in ``out`` are of: made as ``about`` says, and otherwise; resuming is refused where
+    the last call's were."""
+    path = out / MANIFEST
+    if not path.exists():
+        return set(), set()
+    before = read_json(path)
     if not (isinstance(before, dict) and isinstance(before.get("slides"), list)):
-        raise InputError(f"{out / MANIFEST}: does not describe predictions; choose another --out")
-    for field, value in about.items() if resume else ():
-        if field not in before:
-            raise InputError(
-                f"{out / MANIFEST}: tells no {field}, an earlier version made it; choose another --out, or --overwrite"
-            )
-        if before[field] != value:
-            raise InputError(f"{out / MANIFEST}: {field} differs from this call; choose another --out, or --overwrite")
-    return set(before["slides"])
+        raise InputError(f"{path}: does not describe predictions; choose another --out")
+    other = next((field for field, value in about.items() if field not in before or before[field] != value), None)
+    if other and resume:
+        lacks = f"tells no {other}, an earlier version made it"
+        what = f"{other} differs from this call" if other in before else lacks
+        raise InputError(f"{path}: {what}; choose another --out, or --overwrite")
+    slides, earlier = set(before["slides"]), set(before.get("earlier", ()))
+    if other:
+        return set(), slides | earlier
+    return {name for name in slides if output.path(out, name).exists()}, earlier
+
+
+def _remove_earlier(manifest: _Manifest, about: dict[str, Any], output: OutputConfig, given: list[Path]) -> None:
+    """Take away what this result replaces, predictions of other settings or in the other form, but for files that are
+    given as slides."""
+    out = manifest.folder
+    # A call that was killed may have replaced one without saying so.
+    manifest.slides |= {name for name in manifest.earlier if _is_made_by(output.path(out, name), about)}
+    current = {output.path(out, name) for name in manifest.slides}
+    known = {out / f"{name}{suffix}" for name in manifest.slides | manifest.earlier for suffix in SUFFIXES.values()}
+    for path in known - current:
+        if read_about(path) is not None and not any(is_same_file(path, each) for each in given):
+            remove_prediction(path)
+    if manifest.earlier:
+        manifest.earlier = set()
+        manifest.write()
 
 
 def _is_made_by(path: Path, about: dict[str, Any]) -> bool:
@@ -296,6 +357,7 @@ def evaluate(
     fold: int = 0,
     *,
     embeddings: str | Path | None = None,
+    gene_key: str | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> Evaluation:
@@ -306,6 +368,7 @@ def evaluate(
         data: the task folder.
         fold: number of the split.
         embeddings: where the embeddings are, if not in the task folder.
+        gene_key: column of ``var`` with the names of the genes; as the model was trained when None.
         sampling: how to draw.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
 
@@ -319,7 +382,8 @@ def evaluate(
             f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"
         )
     about = model.provenance.training
-    task = open_task(data, model.provenance.encoder, embeddings, about.get("gene_key"), about.get("organ"))
+    gene_key = about.get("gene_key") if gene_key is None else gene_key
+    task = open_task(data, model.provenance.encoder, embeddings, gene_key, about.get("organ"))
     split = task.fold(fold)
     seen = {*about.get("train", ()), *(about.get("selection", ()) if about.get("selected_on") != TEST else ())}
     leaked = sorted(seen & set(split.test))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 from collections import deque
@@ -17,8 +18,8 @@ import torch
 
 from ._version import __version__
 from .encoders import Encoder, load_encoder, short_name
-from .errors import InputError, OutputError
-from .files import atomic_hdf5
+from .errors import InputError, OutputError, batch_error
+from .files import atomic_hdf5, is_same_file
 from .slides.embeddings import BARCODE_KEYS
 from .slides.patches import patch_size_of, read_patch_size
 from .slides.stores import is_array, names_in, opened
@@ -36,8 +37,11 @@ CPU_BLOCK = 4
 """Patches that a thread of the CPU takes at a time. On one core of an AMD EPYC efficientnet_lite0 embeds 51 in a second
 so, and 17 where it takes 64: what is in between layers stays in its cache."""
 
-DECIDES = ("weights", "preprocessing", "precision", "dtype")
+DECIDES = ("weights", "preprocessing", "precision", "dtype", "patches")
 """Attributes of what is written that must agree for ``resume`` to keep it."""
+
+LOOKED_AT = 16
+"""Images of a slide, evenly chosen, that its patches are known by."""
 
 
 def embed(
@@ -58,7 +62,8 @@ def embed(
 
     A file has ``embeddings`` [N, D] in the order of the patches; ``coords`` [N, 2], top-left corners in level-0 pixels,
     with the attributes that they have beside the patches (and the size of a patch wherever it is known: centres are
-    found by it); ``barcodes`` [N, 1] bytes; and attributes that say what made it. In a task folder it is what
+    found by it); ``barcodes`` [N, 1] bytes; and attributes that say what made it, and of which patches: "patches" is a
+    SHA-256 of their number, side, size, coordinates, barcodes and some of their images. In a task folder it is what
     ``HestTask(task, name)`` reads.
 
     Memory holds a few batches of images and the embeddings of one slide. How patches are batched changes no more than
@@ -74,7 +79,7 @@ def embed(
         precision: one of :data:`PRECISIONS`.
         dtype: of what is written, one of :data:`DTYPES`; the folder is called fp32 all the same.
         device: see :func:`stflow_fast.devices.choose_device`; an encoder that is given stays where it is.
-        resume: keep the files that this very call would write again.
+        resume: keep the files that this very call would write again: same encoder, settings and patches.
         overwrite: replace other files.
         on_patches: called with a slide, how many of its patches are done, and how many it has.
 
@@ -83,29 +88,34 @@ def embed(
 
     Raises:
         InputError: a setting out of its range, an encoder that cannot be loaded, files that exist and may not be
-            replaced, or a full disk. Bad slides do not stop the good ones: they are reported together when the others
-            are written.
+            replaced, or a full disk. Bad slides do not stop the good ones: they are reported together, a line each,
+            when the others are written.
     """
     _check_settings(batch_size, precision, dtype)
     files = patch_files([patches] if isinstance(patches, str | Path) else patches)
     name = name or (encoder.name if isinstance(encoder, Encoder) else short_name(encoder))
     folder = (_beside_patches(files.values()) if out is None else Path(out)) / name / "fp32"
+    targets = {slide: folder / f"{slide}.h5" for slide in files}
+    for slide, path in files.items():
+        if is_same_file(path, targets[slide]):
+            raise InputError(f"{path}: its embeddings would take its own place; choose another --out or --name")
     if not (resume or overwrite):
-        _check_absent([folder / f"{slide}.h5" for slide in files])
+        _check_absent(list(targets.values()))
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(encoder, device)
     embedder = _Embedder(encoder, batch_size, precision, dtype)
     about = embedder.describe(name)
     failed, written = [], []
     for slide, path in files.items():
-        target = folder / f"{slide}.h5"
+        target = targets[slide]
         tell = functools.partial(on_patches or _say_nothing, slide)
         try:
             found = _read_patches(path)
-            if resume and _is_there(target, about, found.n, overwrite):
+            of_slide = {**about, "patches": found.digest}
+            if resume and _is_there(target, of_slide, overwrite):
                 tell(found.n, found.n)
             else:
-                _write(target, embedder.embed(found, tell), found, about)
+                _write(target, embedder.embed(found, tell), found, of_slide)
         except OutputError:
             raise
         except InputError as error:
@@ -113,7 +123,7 @@ def embed(
             continue
         written.append(target)
     if failed:
-        raise InputError("; ".join(failed) + (f" ({len(written)} other slides are in {folder})" if written else ""))
+        raise batch_error(failed, len(written), folder)
     return written
 
 
@@ -182,6 +192,7 @@ class _Patches(NamedTuple):
     coords: np.ndarray  # [N, 2]
     attributes: dict[str, Any]  # of the coordinates
     barcodes: np.ndarray  # [N, 1] bytes
+    digest: str  # of all that decides what is written, and of some images
 
 
 def _read_patches(path: Path) -> _Patches:
@@ -195,14 +206,30 @@ def _read_patches(path: Path) -> _Patches:
                 raise InputError(f"{path}: has no '{needed}'; it has {names_in(store)}")
         coords, barcodes = store["coords"][()], store[key][()].reshape(-1).tolist()
         attributes = dict(store["coords"].attrs)
+        some_images = _some(store["img"])
     if coords.shape != (n, 2) or len(barcodes) != n:
         sizes = f"[{n}, ...], {list(coords.shape)} and [{len(barcodes)}]"
         raise InputError(f"{path}: img, coords and {key} disagree in size ({sizes}); make the patches again")
+    if coords.dtype.kind not in "iuf":
+        raise InputError(f"{path}: coords must be numbers, not {coords.dtype}; make the patches again")
     size = read_patch_size(path).pixels
     if size and patch_size_of(attributes).pixels is None:  # HEST of before says it of the images
         attributes["patch_size_src"] = size
     names = [name if isinstance(name, bytes) else str(name).encode() for name in barcodes]
-    return _Patches(path, n, side, coords, attributes, np.array(names, dtype="S")[:, None])
+    sizes = f"{n} {side} {patch_size_of(attributes).pixels}"
+    digest = _digest(sizes.encode(), coords.astype(np.float64).tobytes(), b"\n".join(names), some_images.tobytes())
+    return _Patches(path, n, side, coords, attributes, np.array(names, dtype="S")[:, None], digest)
+
+
+def _some(images: Any) -> np.ndarray:
+    """At most :data:`LOOKED_AT` of the images, evenly chosen."""
+    n = len(images)
+    return np.stack([images[place] for place in np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int)])
+
+
+def _digest(*parts: bytes) -> str:
+    """SHA-256 of the parts, which are told one from the next."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def _check_images(path: Path, images: Any) -> tuple[int, int]:
@@ -296,7 +323,7 @@ class _Embedder(NamedTuple):
         return found.cpu().numpy()
 
 
-def _is_there(target: Path, about: dict[str, str], n: int, overwrite: bool) -> bool:
+def _is_there(target: Path, about: dict[str, str], overwrite: bool) -> bool:
     """Whether what this call would write stands there already.
 
     Raises:
@@ -304,23 +331,24 @@ def _is_there(target: Path, about: dict[str, str], n: int, overwrite: bool) -> b
     """
     if not target.exists():
         return False
-    difference = _difference(target, about, n)
+    difference = _difference(target, about)
     if difference and not overwrite:
         raise InputError(f"{target}: {difference}; choose another --out or --name, or replace it by --overwrite")
     return difference is None
 
 
-def _difference(target: Path, about: dict[str, str], n: int) -> str | None:
+def _difference(target: Path, about: dict[str, str]) -> str | None:
     """What tells what stands there from what would be written."""
     try:
         with opened(target) as store:
-            attributes, rows = dict(store.attrs), len(store["embeddings"])
+            attributes = dict(store.attrs)
     except InputError:
         return "is not readable"
     for field in DECIDES:
         if attributes.get(field) != about[field]:
-            return f"was made with other {field} than this call's"
-    return None if rows == n else f"has {rows} embeddings, but there are {n} patches"
+            other = f"was made with other {field} than this call's"
+            return other if field in attributes else f"does not say what {field} it was made with"
+    return None
 
 
 def _write(target: Path, embeddings: np.ndarray, patches: _Patches, about: dict[str, str]) -> None:

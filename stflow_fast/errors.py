@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names the file or field and how to mend it.
+    """Bad input: the message is one line that names the file or field and how to mend it; of several slides, a line of
+    each.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -17,3 +22,18 @@ class OutputError(InputError):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its name where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def with_path(path: str | os.PathLike, error: InputError) -> str:
+    """What is wrong with a file, in a line that has its path."""
+    said = str(error)
+    return said if str(path) in said else f"{path}: {said}"
+
+
+def batch_error(failed: Sequence[str], n_written: int, folder: Path) -> InputError:
+    """What is wrong with the slides of a batch, a line each, and how many others are written; one line where only one
+    is bad."""
+    others = f"{n_written} other slides are in {folder}"
+    if n_written and len(failed) == 1:
+        return InputError(f"{failed[0]} ({others})")
+    return InputError("\n".join((*failed, *([others] if n_written else []))))

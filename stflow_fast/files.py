@@ -103,6 +103,14 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether both are there and are one file or folder, by whatever path."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def check_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
     """Make sure that results may be written into ``folder``; nothing is touched or made.
 

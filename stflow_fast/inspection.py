@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .errors import InputError
+from .errors import InputError, with_path
 from .model import Denoiser
 from .slides import FORMATS, ReadOptions, Slide, SlideSource, StoredRows, recognise, sources
+from .slides.genes import known_otherwise, other_spelling, some_of
 from .slides.places import spacing
 from .slides.stores import is_zarr
 
@@ -36,11 +38,12 @@ class Finding:
         spots: their number.
         features, features_dtype, encoder: size of a feature vector, its type in the file, who is said to have made it.
         spacing_px, spacing_um: median distance from a spot to the nearest, in level-0 pixels and in micrometres.
+        image_size: width and height of the image in level-0 pixels.
         library_ids: sections that the spots are of.
-        genes: number of genes with expression; 0 without.
+        genes: number of genes with expression, of the table that train would take; 0 without.
         genes_in_common: of the model's genes, how many are among them.
         notes: what a reader of the results should know.
-        problem: why it cannot be predicted, in one line.
+        problem: what is wrong with it, in one line, with its path.
     """
 
     path: str
@@ -52,38 +55,50 @@ class Finding:
     encoder: str | None = None
     spacing_px: float | None = None
     spacing_um: float | None = None
+    image_size: tuple[int, int] | None = None
     library_ids: tuple[str, ...] = ()
     genes: int | None = None
     genes_in_common: int | None = None
     notes: tuple[str, ...] = ()
     problem: str | None = None
 
+    @property
+    def predictable(self) -> bool:
+        """Whether a model can predict it: expression alone is no problem, but no features either."""
+        return self.problem is None and self.features is not None
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "predictable": self.predictable}
 
 
 def inspect(
-    paths: Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path],
     reading: ReadOptions | None = None,
     model: Denoiser | None = None,
     on_path: Callable[[str, int], None] | None = None,
+    ignore_encoder: bool = False,
 ) -> list[Finding]:
     """Look at files, and at all that lie in folders; features stay on the disk.
 
     Args:
-        paths: of files, of stores, or of folders with such.
-        reading: how to read them; features need not be there.
-        model: to hold them against: size of its features, and its genes.
+        paths: one or several: of files, of stores, or of folders with such.
+        reading: how to read them. Features need not be there, but where it says their key or their file.
+        model: to hold them against: size of its features, its encoder, and its genes.
         on_path: called with each path that is done, and how many there are.
+        ignore_encoder: features of another encoder than the model's are no problem.
 
     Returns:
         One finding for each slide, and for each path that is none, in order.
     """
-    reading = dataclasses.replace(reading or ReadOptions(), require_features=False, gene_names=True, expression=False)
+    reading = reading or ReadOptions()
+    reading = dataclasses.replace(
+        reading, require_features=reading.features_key is not None, gene_names=True, expression=False
+    )
     found: list[Finding] = []
-    every = [each for path in paths for each in expand(Path(path))]
+    given = [paths] if isinstance(paths, str | Path) else paths
+    every = [each for path in given for each in expand(Path(path))]
     for path in every:
-        found += _findings(path, reading, model)
+        found += _findings(path, reading, model, ignore_encoder)
         if on_path:
             on_path(str(path), len(every))
     return found
@@ -91,16 +106,16 @@ def inspect(
 
 def expand(path: Path) -> Iterator[Path]:
     """The path itself, or of a folder that is no slide what lies in it, in the order of names."""
-    if not path.is_dir() or is_zarr(path) or _is_one(path):
+    if not os.path.isdir(path) or _is_one(path):
         yield path
         return
     empty = True
     for folder, names, files in os.walk(path):
         here = Path(folder)
-        stores = sorted(name for name in names if is_zarr(here / name) or _is_one(here / name))
-        names[:] = sorted(set(names) - set(stores) - set(PASSED_BY))
+        ones = sorted(name for name in names if _is_one(here / name))
+        names[:] = sorted(set(names) - set(ones) - set(PASSED_BY))
         chosen = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
-        for name in (*chosen, *stores):
+        for name in (*chosen, *ones):
             empty = False
             yield here / name
     if empty:
@@ -108,28 +123,34 @@ def expand(path: Path) -> Iterator[Path]:
 
 
 def _is_one(folder: Path) -> bool:
-    """Whether a folder is of a format itself."""
+    """Whether a folder is one row: of a format itself, a store, or closed to us, and reading it says why."""
     try:
-        recognise(folder)
+        if not is_zarr(folder):
+            recognise(folder)
     except InputError:
         return False
+    except OSError:
+        return True
     return True
 
 
-def _findings(path: Path, reading: ReadOptions, model: Denoiser | None) -> list[Finding]:
+def _findings(path: Path, reading: ReadOptions, model: Denoiser | None, ignore_encoder: bool) -> list[Finding]:
     try:
-        return [_finding(source, model) for source in sources(path, reading)]
+        return [_finding(source, model, ignore_encoder) for source in sources(path, reading)]
     except InputError as error:
-        return [Finding(str(path), path.stem, problem=str(error))]
+        return [Finding(str(path), path.stem, problem=with_path(path, error))]
 
 
-def _finding(source: SlideSource, model: Denoiser | None) -> Finding:
+def _finding(source: SlideSource, model: Denoiser | None, ignore_encoder: bool) -> Finding:
     try:
         slide = source.read()
     except InputError as error:
-        return Finding(str(source.path), source.id, problem=str(error))
+        return Finding(str(source.path), source.id, problem=with_path(source.path, error))
     pitch = spacing(slide.coords)
     micron = slide.micron_per_pixel
+    genes = model.provenance.genes if model and slide.gene_names else ()
+    known = set(slide.gene_names)
+    missing = [name for name in genes if name not in known]
     return Finding(
         str(source.path),
         slide.id,
@@ -140,26 +161,66 @@ def _finding(source: SlideSource, model: Denoiser | None) -> Finding:
         slide.origin.encoder or None,
         pitch,
         pitch * micron if pitch and micron else None,
+        slide.origin.image_size,
         () if slide.library_id is None else tuple(dict.fromkeys(slide.library_id.tolist())),
         len(slide.gene_names),
-        len(set(model.provenance.genes) & set(slide.gene_names)) if model and slide.gene_names else None,
-        slide.notes,
-        _misfit(slide, model),
+        len(genes) - len(missing) if genes else None,
+        (*slide.notes, *_spelling_note(slide, genes, missing)),
+        _problem(slide, model, ignore_encoder),
     )
 
 
-def _stored_type(slide: Slide) -> str | None:
-    if slide.features is None:
+def _spelling_note(slide: Slide, genes: Sequence[str], missing: Sequence[str]) -> tuple[str, ...]:
+    """That genes of a model are there by other names, or none of them at all. Prediction needs none."""
+    say = other_spelling if len(missing) == len(genes) else known_otherwise
+    spelling = say(missing, slide.gene_names, slide.var) if missing else ""
+    if not spelling:
+        return ()
+    return (
+        f"{len(missing)} of the model's {len(genes)} genes are not in its expression: {some_of(missing)}{spelling}",
+    )
+
+
+def _problem(slide: Slide, model: Denoiser | None, ignore_encoder: bool) -> str | None:
+    if not slide.feature_dim and not slide.gene_names:
+        return f"{_where(slide)}: has neither features nor expression"
+    if model is None:
         return None
-    return str(slide.features.stored if isinstance(slide.features, StoredRows) else slide.features.dtype)
+    return _size_misfit(slide, model) or (None if ignore_encoder else encoder_misfit(slide, model))
 
 
-def _misfit(slide: Slide, model: Denoiser | None) -> str | None:
-    """Why a model cannot predict it."""
-    if model is None or slide.feature_dim == model.config.feature_dim:
+def _size_misfit(slide: Slide, model: Denoiser) -> str | None:
+    if slide.feature_dim == model.config.feature_dim:
         return None
     has = f"has {slide.feature_dim} features" if slide.feature_dim else "has no features"
-    return f"slide {slide.id}: {has}, the model takes {model.config.feature_dim}"
+    return f"{_where(slide)}: {has}, the model takes {model.config.feature_dim}"
+
+
+def encoder_misfit(slide: Slide, model: Denoiser) -> str | None:
+    """What to say where a slide tells that its features are of another encoder than the model was trained with."""
+    of_model, of_slide = model.provenance.encoder, slide.origin.encoder
+    if not of_model or not of_slide or _same_encoder(of_model, of_slide):
+        return None
+    return (
+        f"{_where(slide)}: features are of {of_slide!r}, but the model was trained with {of_model!r}; give those, or "
+        "--ignore-encoder if it is another name of the same"
+    )
+
+
+def _same_encoder(one: str, other: str) -> bool:
+    """Whether two names mean one encoder: written otherwise, or with the number of its first version."""
+    one, other = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (one, other))
+    return one == other or {one, other} == {one.removesuffix("v1"), f"{one.removesuffix('v1')}v1"}
+
+
+def _where(slide: Slide) -> str:
+    return str(slide.origin.path or f"slide {slide.id}")
+
+
+def _stored_type(slide: Slide) -> str | None:
+    if not slide.feature_dim:
+        return None
+    return str(slide.features.stored if isinstance(slide.features, StoredRows) else slide.features.dtype)
 
 
 def table_of(findings: list[Finding]) -> Table:
@@ -177,18 +238,18 @@ def table_of(findings: list[Finding]) -> Table:
 
 
 def remarks_of(findings: list[Finding]) -> list[str]:
-    """A line for each note, with the number of slides that it is about, and one for each problem."""
+    """A line for each note, with the number of slides that it is about, one for slides of expression alone, and one for
+    each problem."""
     about: dict[str, list[str]] = {}
     for each in findings:
         for note in each.notes:
             about.setdefault(note, []).append(each.path)
     notes = [f"{_first(paths)}: {note}" for note, paths in about.items()]
-    problems = [_with_path(each.path, each.problem) for each in findings if each.problem]
+    bare = [each.path for each in findings if not each.predictable and not each.problem]
+    if bare:
+        notes.append(f"{_first(bare)}: expression without features, which predict needs (--embeddings gives them)")
+    problems = [each.problem for each in findings if each.problem]
     return [*(f"note: {note}" for note in notes), *(f"cannot be predicted: {problem}" for problem in problems)]
-
-
-def _with_path(path: str, problem: str) -> str:
-    return problem if problem.startswith(path) else f"{path}: {problem}"
 
 
 def _first(paths: list[str]) -> str:

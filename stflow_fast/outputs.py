@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ import pandas as pd
 from .arrays import as_names
 from .errors import InputError, first_line
 from .files import LEFTOVER, atomic_files, atomic_hdf5
-from .slides import Slide
-from .slides.genes import other_spelling
+from .slides import Origin, Slide
+from .slides.genes import other_spelling, some_of
 from .slides.places import spacing
 from .slides.stores import opened
 
@@ -83,10 +83,9 @@ class OutputConfig:
         column = {name: index for index, name in enumerate(panel)}
         missing = [name for name in self.genes if name not in column]
         if missing:
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise InputError(
                 f"genes: {len(missing)} of {len(self.genes)} are not among the {len(panel)} that the model predicts: "
-                f"{some}{other_spelling(missing, panel, None)}"
+                f"{some_of(missing)}{other_spelling(missing, panel, None)}"
             )
         return np.array([column[name] for name in self.genes])
 
@@ -122,30 +121,23 @@ def prediction_table(
         expression: [N, G], becomes X.
         genes: its G names.
         about: what made it, plain types; becomes ``uns["stflow_fast"]`` with the slide, its notes, and where the
-            diameter of its spots is from: "file", "spacing" (the distance between them) or "unknown" (a single spot: 1
-            pixel).
+            diameter of its spots is from: "file", "spacing" (the distance between those of a library) or "unknown" (a
+            library of a single spot: 1 pixel), each where it is so of all its libraries, else "mixed".
     """
     import anndata
 
     barcodes = _texts(slide.barcodes.tolist())
-    libraries = _libraries(slide)
-    diameter, known_from = _spot_diameter(slide)
+    libraries, drawn, known_from = _libraries(slide)
     obs, notes = _carried(slide.obs, barcodes, {"library_id": libraries})
     told = {**about, "slide": slide.id, "notes": "; ".join((*slide.notes, *notes)), "spot_diameter_from": known_from}
     if slide.micron_per_pixel is not None:
         told["micron_per_pixel"] = slide.micron_per_pixel
-    scalefactors = {**slide.origin.scalefactors, "spot_diameter_fullres": diameter}
     return anndata.AnnData(
         X=expression,
         obs=obs,
         var=pd.DataFrame(index=_texts(genes)),
         obsm={"spatial": slide.coords},
-        uns={
-            ABOUT: told,
-            "spatial": {
-                library: _canvas(slide.coords[libraries == library], scalefactors) for library in libraries.categories
-            },
-        },
+        uns={ABOUT: told, "spatial": drawn},
     )
 
 
@@ -167,19 +159,34 @@ def as_dtype(slide_id: str, expression: np.ndarray, dtype: str) -> np.ndarray:
     return converted
 
 
-def _libraries(slide: Slide) -> pd.Categorical:
-    """[N] the section of each spot; the slide where it has no sections."""
+def _libraries(slide: Slide) -> tuple[pd.Categorical, dict[str, Any], str]:
+    """[N] the library of each spot (its section, or the slide where it has none), what each is drawn by
+    (``uns["spatial"]``), and where the diameters of their spots are from."""
     given = np.full(slide.n_spots, slide.id) if slide.library_id is None else slide.library_id
     names, codes = np.unique(given, return_inverse=True)
-    return pd.Categorical.from_codes(codes.reshape(-1), _texts(_free_names(list(map(_key, names.tolist())))))
+    codes = codes.reshape(-1)
+    keys = _free_names([_key(_text(name)) for name in names.tolist()])
+    drawn, known_from = {}, set()
+    for number, (key, name) in enumerate(zip(keys, names.tolist(), strict=True)):
+        coords, factors = slide.coords[codes == number], _scalefactors(slide.origin, name, len(names))
+        diameter, is_from = _spot_diameter(coords, factors)
+        drawn[key] = _canvas(coords, {**factors, "spot_diameter_fullres": diameter})
+        known_from.add(is_from)
+    return pd.Categorical.from_codes(codes, _texts(keys)), drawn, "mixed" if len(known_from) > 1 else known_from.pop()
 
 
-def _spot_diameter(slide: Slide) -> tuple[float, str]:
+def _scalefactors(origin: Origin, library: str, n_libraries: int) -> Mapping[str, float]:
+    """Those of the library; of the slide as a whole where the file tells them of no library, or it is the only one."""
+    told = origin.library_scalefactors
+    return told.get(library, {}) if told and (library in told or n_libraries > 1) else origin.scalefactors
+
+
+def _spot_diameter(coords: np.ndarray, scalefactors: Mapping[str, float]) -> tuple[float, str]:
     """In level-0 pixels, and where it is from."""
-    given = slide.origin.scalefactors.get("spot_diameter_fullres")
+    given = scalefactors.get("spot_diameter_fullres")
     if given is not None and given > 0:
         return float(given), "file"
-    apart = spacing(slide.coords)
+    apart = spacing(coords)
     return (1.0, "unknown") if apart is None else (apart, "spacing")
 
 
@@ -287,14 +294,26 @@ def _text(value: Any) -> str:
     return text.encode(errors="replace").decode().replace("\0", " ")
 
 
-def write_h5ad(path: Path, table: anndata.AnnData) -> None:
-    """Write a table as .h5ad, atomically, as every anndata from 0.10 on reads it.
+def check_replaceable(path: Path) -> None:
+    """Make sure that a prediction may be written to ``path``: nothing is there, or an earlier one.
 
     Raises:
+        InputError: something else stands there.
+    """
+    if path.exists() and read_about(path) is None:
+        raise InputError(f"{path}: is no prediction of stflow-fast; move it away, or choose another --out")
+
+
+def write_h5ad(path: Path, table: anndata.AnnData) -> None:
+    """Write a prediction as .h5ad, atomically, as every anndata from 0.10 on reads it.
+
+    Raises:
+        InputError: what stands there is no prediction.
         OutputError: the file cannot be written.
     """
     import anndata
 
+    check_replaceable(path)
     with atomic_hdf5(path) as file:
         anndata.io.write_elem(file, "/", table, dataset_kwargs={"compression": "gzip"})
         file.pop("raw", None)  # anndata 0.12 writes that there is none, in a way that 0.11 cannot read
@@ -311,8 +330,7 @@ def write_spatialdata(path: Path, table: anndata.AnnData) -> None:
         InputError: what stands there is no prediction.
         OutputError: the folder cannot be written.
     """
-    if path.exists() and read_about(path) is None:
-        raise InputError(f"{path}: is no prediction of stflow-fast; move it away, or choose another --out")
+    check_replaceable(path)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{LEFTOVER}{path.suffix}")
     with atomic_files(path.parent) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about each other's next versions
@@ -340,11 +358,12 @@ def _as_spatialdata(table: anndata.AnnData) -> Any:
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity
 
-    diameter = next(iter(table.uns["spatial"].values()))["scalefactors"]["spot_diameter_fullres"]
+    libraries, drawn = table.obs["library_id"].array, table.uns["spatial"]
+    diameters = np.array([drawn[key]["scalefactors"]["spot_diameter_fullres"] for key in libraries.categories])
     circles = ShapesModel.parse(
         table.obsm["spatial"],
         geometry=0,
-        radius=diameter / 2,
+        radius=diameters[libraries.codes] / 2,
         index=table.obs_names,
         transformations={"global": Identity()},
     )
@@ -370,9 +389,10 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
     try:
         with opened(path) as store:
-            return anndata.io.read_elem(store[_ABOUT_IN[path.suffix]])
+            about = anndata.io.read_elem(store[_ABOUT_IN[path.suffix]])
     except InputError:
         return None
+    return about if isinstance(about, dict) else None
 
 
 def remove_prediction(path: Path) -> None:

@@ -22,7 +22,7 @@ def _progress(quiet: bool = False) -> Progress:
         BarColumn(bar_width=8),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),  # names of files, in which brackets are brackets
     )
     return Progress(*columns, console=Console(stderr=True), disable=quiet)
 

@@ -14,7 +14,9 @@ from .arrays import as_array, as_names
 from .cohort import SamplingConfig, drawn_by, gene_names, made_by, model_and_origin
 from .errors import InputError
 from .model import Denoiser
-from .slides import Slide
+from .slides import Origin, Slide
+from .slides.anndata_file import library_of
+from .slides.genes import known_otherwise, other_spelling
 
 if TYPE_CHECKING:
     import anndata
@@ -31,6 +33,7 @@ def predict_adata(
     *,
     spatial_key: str = "spatial",
     library_key: str | None = None,
+    gene_key: str | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> None:
@@ -38,48 +41,54 @@ def predict_adata(
 
     Where the table has genes that the model predicts, it becomes ``layers[key_added]``, [N, G_all] float32 in the unit
     of the training, with NaN for genes that are not predicted; predicted genes that the table lacks are left out, and a
-    warning says how many. A layer is dense: 7 GB for 100,000 spots of 18,000 genes. Where the table has none of the
-    genes, or no genes at all, the prediction becomes ``obsm[key_added]``, a DataFrame [N, G] of all of them.
-    ``uns[key_added]`` says what made it, and its "in" where it is: "layers" or "obsm".
+    warning says how many, and how it spells them if otherwise. A layer is dense: 7 GB for 100,000 spots of 18,000
+    genes. Where the table has none of the genes (a warning says so) or no genes at all, the prediction becomes
+    ``obsm[key_added]``, a DataFrame [N, G] of all of them. ``uns[key_added]`` says what made it, its "in" where it is
+    ("layers" or "obsm"), and its "notes" what is strange about the slides.
 
     Args:
         run: a run or model folder, or a model.
         adata: the table; it stays as it is if anything fails.
         features: of ``obsm`` with the patch embeddings [N, F], or "X".
-        key_added: name of what is added. An earlier prediction of that name is replaced, and nothing else is.
+        key_added: name of what is added. An earlier prediction of that name is taken away, wherever it is, and nothing
+            else is.
         spatial_key: of ``obsm`` with the spot centres in level-0 pixels.
         library_key: column of ``obs`` that names the section of each spot. Each is predicted as a slide of its own,
-            whose id is that name; without it all spots are one slide, "adata".
+            whose id is that name; without it all spots are one slide, "adata", which is refused where a column such as
+            ``library_id`` names sections that lie over one another. "" is no column: there are no sections.
+        gene_key: column of ``var`` with the names of the genes; the index when None.
         sampling: how to draw.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
 
     Raises:
         InputError: a bad model, keys that are not there, a gene that stands in several columns, a ``key_added`` that is
             taken, features of another size than the model's, or what Slide refuses.
+        SeveralSections: sections that lie over one another, see :class:`stflow_fast.slides.Slide`.
     """
     model, origin = model_and_origin(run, device)
     sampling, genes = sampling or SamplingConfig(), gene_names(model)
-    _check_table(adata, key_added)
-    column = _columns(adata.var_names, genes)
+    before = _place_of_earlier(adata, key_added)
+    names = _gene_index(adata, gene_key)
+    column = _columns(names, genes)
     target, width, chosen, columns = "obsm", len(genes), slice(None), slice(None)
     if column:
         target, width = "layers", adata.n_vars
         chosen, columns = np.array([gene in column for gene in genes]), list(column.values())
     predicted = np.full((adata.n_obs, width), np.nan, dtype=np.float32)
-    draw, names, notes = sampling.drawer(model), [], []
+    draw, slides, notes = sampling.drawer(model), [], []
     for slide, rows in _slides(adata, features, spatial_key, library_key):
         drawn = draw(slide)
         of_slide = predicted[rows]
         of_slide[:, columns] = drawn.expression.float().numpy()[:, chosen]
         predicted[rows] = of_slide
-        names.append(slide.id)
+        slides.append(slide.id)
         notes.extend(f"{slide.id}: {note}" for note in slide.notes)
-    if 0 < len(column) < len(genes):
-        left_out = len(genes) - len(column)
-        warnings.warn(
-            f"{left_out} of {len(genes)} predicted genes are not in adata.var_names, and left out", stacklevel=2
-        )
+    missing = [gene for gene in genes if gene not in column]
+    if missing and adata.n_vars and features != "X":
+        warnings.warn(_genes_missing(missing, genes, names, adata.var), stacklevel=2)
     added = predicted if target == "layers" else pd.DataFrame(predicted, adata.obs_names, list(genes))
+    if before:
+        del getattr(adata, before)[key_added]
     getattr(adata, target)[key_added] = added
     adata.uns[key_added] = {
         "model": origin,
@@ -87,31 +96,58 @@ def predict_adata(
         **drawn_by(model, drawn),
         "in": target,
         "features": features,
-        "slides": names,
+        "slides": slides,
         "notes": "; ".join(notes),
     }
 
 
-def _check_table(adata: anndata.AnnData, key_added: str) -> None:
+def _place_of_earlier(adata: anndata.AnnData, key_added: str) -> str:
+    """The part of the table that an earlier prediction of that name is in; empty where there is none.
+
+    Raises:
+        InputError: no table, an empty one, or something else of that name in it.
+    """
     if not all(hasattr(adata, part) for part in ("obs", "obsm", "layers", "uns")):
         raise InputError(f"adata: must be an AnnData, not {type(adata).__name__}")
     if not adata.n_obs:
         raise InputError("adata: has no spots")
-    before = adata.uns.get(key_added)
-    if isinstance(before, Mapping) and "weights_sha256" in before:
-        return
+    about = adata.uns.get(key_added)
+    is_ours = isinstance(about, Mapping) and "weights_sha256" in about
+    ours = ("uns", str(about.get("in"))) if is_ours else ()
     taken = [part for part in ("layers", "obsm", "uns") if key_added in getattr(adata, part)]
-    if taken:
-        raise InputError(f"key_added: adata.{taken[0]}[{key_added!r}] is no prediction; choose another name")
+    others = [part for part in taken if part not in ours]
+    if others:
+        raise InputError(f"key_added: adata.{others[0]}[{key_added!r}] is no prediction; choose another name")
+    return next((part for part in taken if part != "uns"), "")
 
 
-def _columns(var_names: pd.Index, genes: Sequence[str]) -> dict[str, int]:
+def _gene_index(adata: anndata.AnnData, gene_key: str | None) -> pd.Index:
+    """Names of the genes of the columns; ``name`` of the index is what to call it."""
+    if gene_key is None:
+        return adata.var_names.rename("adata.var_names")
+    if gene_key not in adata.var:
+        known = ", ".join(map(str, adata.var.columns)) or "none"
+        raise InputError(f"gene_key: adata.var has no column {gene_key!r}; its columns: {known}")
+    return pd.Index(adata.var[gene_key].astype(str), name=f"adata.var[{gene_key!r}]")
+
+
+def _columns(names: pd.Index, genes: Sequence[str]) -> dict[str, int]:
     """The column of each gene that the table has, in the order of the genes."""
-    place = {name: index for index, name in enumerate(var_names)}
-    twice = set(var_names[var_names.duplicated()]).intersection(genes)
+    place = {name: index for index, name in enumerate(names)}
+    twice = set(names[names.duplicated()]).intersection(genes)
     if twice:
-        raise InputError(f"adata: gene {min(twice)} stands in several columns; call adata.var_names_make_unique()")
+        raise InputError(f"adata: gene {min(twice)} stands in several columns; make {names.name} unique")
     return {gene: place[gene] for gene in genes if gene in place}
+
+
+def _genes_missing(missing: Sequence[str], genes: Sequence[str], names: pd.Index, var: pd.DataFrame) -> str:
+    """What to say of predicted genes that a table with genes lacks."""
+    there = names.to_list()
+    if len(missing) == len(genes):
+        some = other_spelling(missing, there, var)
+        return f"none of {len(genes)} predicted genes is in {names.name}, so the prediction is in obsm{some}"
+    otherwise = known_otherwise(missing, there, var)
+    return f"{len(missing)} of {len(genes)} predicted genes are not in {names.name}, and left out{otherwise}"
 
 
 def _slides(
@@ -122,14 +158,16 @@ def _slides(
     images = as_array(f"adata: {_said(features)}", _part(adata, features), shape, np.float32)
     coords = as_array(f"adata: {_said(spatial_key)}", _part(adata, spatial_key), shape, np.float64)
     barcodes = adata.obs_names.to_numpy(dtype=str)
+    if not library_key:
+        column, library = library_of(adata.obs, library_key)
+        origin = Origin(library_key=column)
+        yield Slide(WHOLE, images, coords, barcodes, library_id=library, origin=origin), slice(None)
+        return
     for name, rows in _sections(adata, library_key):
         yield Slide(name, images[rows], coords[rows], barcodes[rows]), rows
 
 
-def _sections(adata: anndata.AnnData, library_key: str | None) -> Iterator[tuple[str, np.ndarray | slice]]:
-    if library_key is None:
-        yield WHOLE, slice(None)
-        return
+def _sections(adata: anndata.AnnData, library_key: str) -> Iterator[tuple[str, np.ndarray]]:
     if library_key not in adata.obs:
         known = ", ".join(map(str, adata.obs.columns)) or "none"
         raise InputError(f"library_key: adata.obs has no column {library_key!r}; its columns: {known}")

@@ -109,6 +109,7 @@ def test_settings_are_read_off_the_parameters(activation: str, n_heads: int) -> 
         ("model_state_dict", ""),
         ("model", "_orig_mod.module."),
         ("state_dict", "net.denoiser."),
+        ("model/state_dict", "module."),
     ],
 )
 def test_a_published_checkpoint_is_converted(tmp_path: Path, key: str, prefix: str) -> None:
@@ -118,7 +119,9 @@ def test_a_published_checkpoint_is_converted(tmp_path: Path, key: str, prefix: s
     if key == "state_dict" and "net" in prefix:
         state["loss.weight"] = torch.ones(3)
     others = {"epoch": 3, "optimizer": {"lr": 1e-3}, "hyper_parameters": {"n_genes": 6}}
-    torch.save({key: state, **others} if key else state, tmp_path / "published.pth")
+    for name in reversed(key.split("/") if key else []):
+        state = {name: state, **others}
+    torch.save(state, tmp_path / "published.pth")
     converted = convert(tmp_path / "published.pth", GENES, "uni", n_neighbors=4, non_negative=False)
     assert converted.provenance.genes == GENES
     for ours, theirs in zip(converted.double().inference(*inputs()), model.double().inference(*inputs()), strict=True):
@@ -126,12 +129,27 @@ def test_a_published_checkpoint_is_converted(tmp_path: Path, key: str, prefix: s
     model.load_state_dict(converted.state_dict(), strict=True)
 
 
+def test_a_running_mean_is_converted(tmp_path: Path) -> None:
+    """Its count of steps stands beside the parameters."""
+    model = published().float()
+    mean = torch.optim.swa_utils.AveragedModel(model)
+    mean.update_parameters(model)
+    for prefix in ("", "model."):
+        torch.save({prefix + name: value for name, value in mean.state_dict().items()}, tmp_path / "swa.pth")
+        converted = convert(tmp_path / "swa.pth", GENES, **TOLD)
+        for name, value in model.state_dict().items():
+            assert torch.equal(converted.state_dict()[name], value)
+
+
 def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
     good, path = published().state_dict(), tmp_path / "x.pth"
     cases = {
-        "is no file": None,
+        "is no file; give": None,
         "not those of a STFlow": {"weight": torch.zeros(3)},
-        "is not a state_dict": [1, 2],
+        "is not a state_dict \\(names to tensors\\), nor": [1, 2],
+        "is not a state_dict .* it has 0": {0: torch.zeros(3)},
+        "holds no parameters": {},
+        "with and without module": {prefix + name: value for prefix in ("", "module.") for name, value in good.items()},
         "nor has one as state_dict, model_state_dict, model, net, denoiser; it has epoch, weights": {
             "epoch": 1,
             "weights": good,
@@ -146,7 +164,7 @@ def test_unfit_checkpoints_are_refused(tmp_path: Path) -> None:
     for complaint, content in cases.items():
         if content is not None:
             torch.save(content, path)
-        with pytest.raises(InputError, match=complaint):
+        with pytest.raises(InputError, match=f"x.pth: .*{complaint}"):
             convert(path, GENES, **TOLD, **({"n_heads": 2} if "n_heads" in complaint else {}))
     torch.save(good, path)
     with pytest.raises(InputError, match="predicts 6 genes, but 2 names"):

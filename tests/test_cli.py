@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import anndata
 import pytest
@@ -21,8 +22,9 @@ from typer.testing import CliRunner
 import stflow_fast
 import stflow_fast.demo as demo
 from benchmarks.baselines.eager_stflow import EagerDenoiser
-from stflow_fast import doctor
+from stflow_fast import cli, doctor
 from stflow_fast.cli import app
+from stflow_fast.errors import InputError
 from stflow_fast.synthetic import make_cohort
 
 from .builders import GENE_LIST, write_task
@@ -66,6 +68,62 @@ def test_convert(tmp_path: Path) -> None:
     model = stflow_fast.Denoiser.from_pretrained(tmp_path / "m")
     assert model.provenance.genes == ("A", "B", "C")
     assert (model.config.n_neighbors, model.config.non_negative) == (6, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train DIR --encoder none --out OUT --embeddings DIR",
+        "evaluate none DIR --json FILE --maps DIR --embeddings DIR",
+        "predict none FILE --out DIR --embeddings DIR --genes FILE",
+        "inspect FILE --model none --embeddings DIR",
+        "convert FILE --out DIR --genes FILE",
+        "embed DIR --encoder none --out DIR",
+    ],
+)
+def test_what_may_not_be_read_is_refused_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    """One slide among others has no right to end the call, in a box, before anything is read."""
+    (tmp_path / "file").write_text("A\nB")
+    monkeypatch.setattr(os, "access", lambda *given, **options: False)
+    known = {"DIR": tmp_path, "FILE": tmp_path / "file", "OUT": tmp_path / "out"}
+    with pytest.raises(InputError):
+        run(*(known.get(word, word) for word in arguments.split()))
+
+
+def test_bad_input_is_a_line_each_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, lines in (
+        (InputError("a.h5: is empty\nb.h5: is empty"), ["a.h5: is empty", "b.h5: is empty"]),
+        (PermissionError(13, "Permission denied", "/closed/a"), ["/closed/a: Permission denied; .*name another path"]),
+    ):
+        monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == len(lines)
+        for line, expected in zip(said, lines, strict=True):
+            assert re.fullmatch(f"stflow-fast: {expected}", line)
+
+
+def test_evaluate_reads_the_names_of_genes_from_where_they_are(tmp_path: Path) -> None:
+    """Test slides may keep them elsewhere than the training slides did."""
+    task, out = write_task(tmp_path / "task"), tmp_path / "run"
+    small = [option for pair in ("hidden_dim=16", "pairwise_hidden_dim=16", "n_layers=1") for option in ("--set", pair)]
+    run("train", task, "--encoder", "tiny", "--out", out, "--epochs", 1, *small)
+    for path in (task / "adata").iterdir():
+        table = anndata.read_h5ad(path)
+        table.var["symbol"] = list(table.var_names)
+        table.var_names = [f"ENSG{i:011d}" for i in range(table.n_vars)]
+        table.write_h5ad(path)
+    with pytest.raises(
+        InputError, match=r"has 8 of them: --gene-key symbol .*'GENE3', which is 'ENSG00000000003' here"
+    ):
+        run("evaluate", out, task)
+    assert "ridge alpha 1e4" in run("evaluate", out, task, "--gene-key", "symbol")
 
 
 def test_doctor_says_what_would_run() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import anndata
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -27,10 +28,22 @@ from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 from stflow_fast.sampling import sample
-from stflow_fast.slides import Slide
+from stflow_fast.slides import Origin, ReadOptions, Slide, read
 from stflow_fast.synthetic import Cohort, make_cohort
 from stflow_fast.training import fit, load_fold
 from stflow_fast.windows import TrainingConfig, TrainingData
+
+from .builders import (
+    ENCODER,
+    FEATURES,
+    PANEL,
+    arrays,
+    gene_names,
+    write_embeddings,
+    write_h5ad,
+    write_model,
+    write_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +108,7 @@ def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["seed"] == 0
     assert manifest["slides"] == sorted(done)
+    assert manifest["earlier"] == []
 
 
 def test_resuming_does_not_mix_predictions(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
@@ -133,6 +147,133 @@ def test_overwriting_that_was_killed_goes_on(cohort: Cohort, model: Denoiser, tm
     predict(model, slides, out, sampling=SamplingConfig(seed=1), resume=True)
     assert first.read_bytes() == done
     assert anndata.read_h5ad(second).uns["stflow_fast"]["seed"] == 1
+
+
+def seed_of(path: Path) -> int:
+    return anndata.read_h5ad(path).uns["stflow_fast"]["seed"]
+
+
+def test_the_manifest_is_true_after_overwriting_in_part(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    """Slides that are still of the earlier call are told apart, and go when this one has ended well."""
+    slides, out = [without_counts(slide) for slide in (*cohort.train, *cohort.test)], tmp_path / "out"
+    names, paths = [slide.id for slide in slides], predict(model, slides, out)
+    bad = dataclasses.replace(slides[0], features=slides[0].features[:, :5])
+
+    def told() -> tuple[int, list[str], list[str]]:
+        manifest = json.loads((out / MANIFEST).read_text())
+        return manifest["seed"], manifest["slides"], manifest["earlier"]
+
+    seed = {"sampling": SamplingConfig(seed=3)}
+    with pytest.raises(InputError, match="must have shape"):
+        predict(model, [bad, slides[1]], out, **seed, overwrite=True)
+    assert told() == (3, [names[1]], sorted([names[0], names[2]]))
+    assert list(map(seed_of, paths)) == [0, 3, 0]
+    with pytest.raises(InputError, match="seed differs"):
+        predict(model, slides, out, resume=True)
+    predict(model, slides[:2], out, **seed, resume=True)
+    assert told() == (3, sorted(names[:2]), [])
+    assert list(map(seed_of, paths[:2])) == [3, 3]
+    assert not paths[2].exists()
+
+
+def test_the_manifest_lists_what_is_there(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+    slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
+    first, _ = predict(model, slides, out)
+    first.unlink()
+    bad = dataclasses.replace(slides[0], features=slides[0].features[:, :5])
+    with pytest.raises(InputError, match="must have shape"):
+        predict(model, [bad], out, resume=True)
+    assert json.loads((out / MANIFEST).read_text())["slides"] == [slides[1].id]
+
+
+def small_model() -> Denoiser:
+    """For the slides of :mod:`.builders`."""
+    torch.manual_seed(0)
+    config = DenoiserConfig(4, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    return Denoiser(config, Provenance(("A", "B", "C", "D"), ENCODER)).eval()
+
+
+FLAGS = [{"overwrite": True}, {"resume": True}, {"overwrite": True, "resume": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_the_users_own_files_are_never_replaced(tmp_path: Path, flags: dict[str, bool]) -> None:
+    """A slide that lies among the predictions: all is refused before anything is predicted."""
+    model, out = small_model(), tmp_path / "preds"
+    first, other = (write_h5ad(tmp_path / f"{name}.h5ad", arrays(name), features=True) for name in ("S0", "S1"))
+    predict(model, first, out)
+    own = write_h5ad(out / "S2.h5ad", arrays("S2"), features=True)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    slide = read(own)
+    for given in (own, slide, dataclasses.replace(slide, origin=Origin())):
+        with pytest.raises(InputError, match=r"S2\.h5ad: is .*; (move it away, or )?choose another --out$"):
+            predict(model, [other, given], out, **flags)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_prediction_that_is_given_as_a_slide_is_not_replaced_by_its_own(
+    tmp_path: Path, flags: dict[str, bool]
+) -> None:
+    """Nor taken away where its sections become slides of other names; by whatever path it is given."""
+    model, out = small_model(), tmp_path / "preds"
+    [made] = predict(model, write_h5ad(tmp_path / "S0.h5ad", arrays("S0"), features=True), out)
+    table = anndata.read_h5ad(made)
+    table.obsm["features"] = arrays("S0")["features"]
+    table.obs["section"] = np.repeat(["left", "right"], 30)
+    table.write_h5ad(made)
+    before = made.read_bytes()
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(InputError, match=r"S0\.h5ad: is the slide itself, and its prediction would take its place"):
+        predict(model, tmp_path / "link" / "S0.h5ad", out, **flags)
+    if "overwrite" in flags:
+        predict(model, made, out, reading=ReadOptions(library_key="section"), overwrite=True)
+        assert {path.name for path in out.iterdir()} == {"S0.h5ad", "S0_left.h5ad", "S0_right.h5ad", MANIFEST}
+    assert made.read_bytes() == before
+
+
+def test_resuming_keeps_no_prediction_that_was_read_otherwise(tmp_path: Path) -> None:
+    model, out, path = small_model(), tmp_path / "out", write_h5ad(tmp_path / "S0.h5ad", arrays("S0"), features=True)
+    table = anndata.read_h5ad(path)
+    table.obsm["other"], table.obsm["sp2"] = arrays("S1")["features"], table.obsm["spatial"] * 2
+    table.write_h5ad(path)
+    features = write_embeddings(tmp_path / "S0.h5", arrays("S0"))
+    [made] = predict(model, path, out)
+    assert anndata.read_h5ad(made).uns["stflow_fast"]["reading"] == {}
+    before = made.read_bytes()
+    for changed in ({"features_key": "other"}, {"spatial_key": "sp2"}, {"library_key": ""}, {"embeddings": features}):
+        with pytest.raises(InputError, match=rf"{MANIFEST}: reading differs from this call"):
+            predict(model, path, out, reading=ReadOptions(**changed), resume=True)
+        assert made.read_bytes() == before
+        elsewhere = tmp_path / next(iter(changed))
+        [other] = predict(model, path, elsewhere, reading=ReadOptions(**changed))
+        told = {key: str(value) for key, value in changed.items()}
+        assert anndata.read_h5ad(other).uns["stflow_fast"]["reading"] == told
+        assert json.loads((elsewhere / MANIFEST).read_text())["reading"] == told
+        kept = other.read_bytes()
+        predict(model, path, elsewhere, reading=ReadOptions(**changed), resume=True)
+        assert other.read_bytes() == kept
+    reading = ReadOptions(gene_key="symbol", expression=False, require_features=False)  # decides nothing of it
+    predict(model, path, out, reading=reading, resume=True)
+    assert made.read_bytes() == before
+
+
+def test_bad_slides_are_a_line_each_with_their_path(tmp_path: Path) -> None:
+    """Also those of which the slide complains, and not the reader."""
+    made, wide = arrays("S0"), {"features": np.zeros((60, 5), np.float32)}
+    good = write_h5ad(tmp_path / "S0.h5ad", made, features=True)
+    bad = [
+        write_h5ad(tmp_path / "wide.h5ad", {**made, **wide}, features=True),
+        tmp_path / "gone.h5ad",
+        write_h5ad(tmp_path / "nan.h5ad", {**made, "centres": np.full((60, 2), np.nan)}, features=True),
+    ]
+    with pytest.raises(InputError) as raised:
+        predict(small_model(), [bad[0], good, *bad[1:]], tmp_path / "out")
+    *lines, others = str(raised.value).splitlines()
+    assert others == f"1 other slides are in {tmp_path / 'out'}"
+    assert sorted(line.split(": ")[0] for line in lines) == sorted(map(str, bad))
+    with pytest.raises(InputError, match=r"^.*wide\.h5ad: slide wide: .* \(1 other slides are in .*\)$"):
+        predict(small_model(), [bad[0], good], tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +342,20 @@ def test_a_model_is_not_scored_on_slides_it_was_trained_on(
             evaluate(told, shared("data/her2st"), 0)
     finally:
         del model.provenance.training["train"]
+
+
+def test_a_model_is_scored_by_the_column_that_names_the_genes(tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task")
+    model = write_model(tmp_path / "model", gene_names()[3 : 3 + PANEL])
+    expected = evaluate(model, task)
+    for path in (task / "adata").iterdir():
+        table = anndata.read_h5ad(path)
+        table.var = pd.DataFrame({"symbol": table.var_names}, index=[f"ENSG{i}" for i in range(table.n_vars)])
+        table.write_h5ad(path)
+    with pytest.raises(InputError, match="--gene-key symbol"):
+        evaluate(model, task)
+    found = evaluate(model, task, gene_key="symbol")
+    assert found.result["pearson_mean"] == expected.result["pearson_mean"]
 
 
 def test_a_short_real_fold_end_to_end(shared: Callable[[str], Path], tmp_path: Path) -> None:

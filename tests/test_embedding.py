@@ -157,8 +157,9 @@ def test_the_first_64_patches_of_a_real_slide(shared: Callable[[str], Path], tmp
 def test_what_is_written_is_trained_on(vit: Path, tmp_path: Path) -> None:
     task, out = write_task(tmp_path / "task"), tmp_path / "run"
     for seed, name in enumerate(SLIDES):
-        barcodes = arrays(name)["barcodes"]
-        write_patches(task / "patches" / f"{name}.h5", images_of(len(barcodes), seed=seed), barcodes)
+        made = arrays(name)
+        barcodes, coords = made["barcodes"], made["centres"].astype(int) - 23
+        write_patches(task / "patches" / f"{name}.h5", images_of(len(barcodes), seed=seed), barcodes, coords=coords)
     small = [option for pair in ("hidden_dim=16", "pairwise_hidden_dim=16", "n_layers=1") for option in ("--set", pair)]
     for command in (
         ["embed", task, "--encoder", vit, "--name", "mine"],
@@ -317,23 +318,77 @@ def test_only_what_this_call_would_write_is_kept(slides: Path, change: dict[str,
     kept, _ = stflow_fast.embed(slides, small_encoder())
     before = embedded(kept)
     wanted = {"encoder": small_encoder(), **change, "resume": True}
-    with pytest.raises(InputError, match=rf"A\.h5: was made with {said} .*--overwrite; .*B\.h5: was made with"):
+    with pytest.raises(InputError, match=rf"A\.h5: was made with {said} .*--overwrite\n.*B\.h5: was made with"):
         stflow_fast.embed(slides, **wanted)
     assert (embedded(kept) == before).all()
     stflow_fast.embed(slides, **wanted, overwrite=True)
     assert (embedded(kept) != before).any()
 
 
-def test_patches_that_have_become_more_are_not_kept(slides: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": images_of(12)},
+        {"images": images_of(9, seed=5)},
+        {"images": images_of(9, side=SIDE + 8)},
+        {"coords": np.arange(18).reshape(9, 2) * 51},
+        {"barcodes": np.array([f"{i}y{i}" for i in range(9)])},
+    ],
+    ids=["more", "images", "size", "coords", "barcodes"],
+)
+def test_embeddings_of_other_patches_are_not_kept(slides: Path, change: dict[str, Any]) -> None:
     made, _ = stflow_fast.embed(slides, small_encoder())
-    write_patches(slides / "patches" / "A.h5", images_of(12))
-    with pytest.raises(InputError, match=r"has 9 embeddings, but there are 12 patches.*\(1 other slides are in"):
+    before = made.read_bytes()
+    write_patches(slides / "patches" / "A.h5", **{"images": images_of(9), **change})
+    with pytest.raises(
+        InputError, match=r"A\.h5: was made with other patches than this call's; choose .*\(1 other slides are in"
+    ):
+        stflow_fast.embed(slides, small_encoder(), resume=True)
+    assert made.read_bytes() == before
+    stflow_fast.embed(slides, small_encoder(), resume=True, overwrite=True)
+    assert made.read_bytes() != before
+    assert len(embedded(made)) == len(change.get("images", images_of(9)))
+
+
+def test_the_size_of_a_patch_is_part_of_it(slides: Path) -> None:
+    stflow_fast.embed(slides, small_encoder())
+    with h5py.File(slides / "patches" / "A.h5", "r+") as file:
+        file["coords"].attrs["patch_size_src"] = 92
+    with pytest.raises(InputError, match="was made with other patches"):
+        stflow_fast.embed(slides, small_encoder(), resume=True)
+
+
+def test_patches_that_are_stored_otherwise_are_the_same(slides: Path) -> None:
+    made = stflow_fast.embed(slides, small_encoder())
+    before = [path.stat().st_ctime_ns for path in made]
+    with h5py.File(slides / "patches" / "A.h5", "r+") as file:
+        images = file["img"][()]
+        del file["img"]
+        file["img"] = images
+    stflow_fast.embed(slides, small_encoder(), resume=True)
+    assert [path.stat().st_ctime_ns for path in made] == before
+
+
+def test_files_that_do_not_say_what_they_were_made_of_are_not_kept(slides: Path) -> None:
+    made, _ = stflow_fast.embed(slides, small_encoder())
+    with h5py.File(made, "r+") as file:
+        del file.attrs["patches"]
+    with pytest.raises(InputError, match=r"A\.h5: does not say what patches it was made with; choose"):
         stflow_fast.embed(slides, small_encoder(), resume=True)
     made.write_bytes(made.read_bytes()[:500])
     with pytest.raises(InputError, match=r"A\.h5: is not readable; choose"):
         stflow_fast.embed(slides, small_encoder(), resume=True)
     stflow_fast.embed(slides, small_encoder(), resume=True, overwrite=True)
-    assert len(embedded(made)) == 12
+    assert len(embedded(made)) == 9
+
+
+def test_patches_are_never_replaced_by_their_embeddings(tmp_path: Path) -> None:
+    path = write_patches(tmp_path / "20x" / "fp32" / "A.h5", images_of(3))
+    before = path.read_bytes()
+    for flags in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(InputError, match=r"A\.h5: its embeddings would take its own place; choose another --out"):
+            stflow_fast.embed(path, small_encoder(), tmp_path, name="20x", **flags)
+    assert path.read_bytes() == before
 
 
 # Bad input
@@ -357,6 +412,7 @@ def test_bad_slides_do_not_stop_the_good_ones(slides: Path) -> None:
     write_patches(patches / "empty.h5", images[:0])
     write_patches(patches / "few_coords.h5", images, coords=np.zeros((6, 2), int))
     write_patches(patches / "no_coords.h5", images, coords=None)
+    write_patches(patches / "text.h5", images, coords=np.full((7, 2), b"1"))
     write_patches(patches / "no_barcodes.h5", images, barcode=None)
     write_patches(patches / "small.h5", images_of(7, side=SIDE - 1))
     broken_chunk(write_patches(patches / "chunk.h5", images))
@@ -364,8 +420,7 @@ def test_bad_slides_do_not_stop_the_good_ones(slides: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:3000])
     with pytest.raises(InputError) as raised:
         stflow_fast.embed([slides, patches / "gone.h5"], small_encoder(), slides / "out")
-    said = str(raised.value)
-    assert "\n" not in said
+    *said, last = str(raised.value).splitlines()
     for name, complaint in {
         "no_images": "holds no images (img), only barcode, coords",
         "floats": "img must be uint8 [N, S, S, 3] (RGB), not float32 [7, 32, 32, 3]",
@@ -374,14 +429,17 @@ def test_bad_slides_do_not_stop_the_good_ones(slides: Path) -> None:
         "empty": "holds no images (img is empty)",
         "few_coords": "img, coords and barcode disagree in size ([7, ...], [6, 2] and [7])",
         "no_coords": "has no 'coords'; it has barcode, img",
+        "text": "coords must be numbers, not |S1",
         "no_barcodes": "has no 'barcode'; it has coords, img",
         "small": "patches of 31 pixels are smaller than the 32 that the encoder takes",
         "chunk": "cannot be read, or is truncated",
         "cut": "is not readable HDF5, or is truncated",
         "gone": "does not exist",
     }.items():
-        assert f"{name}.h5: {complaint}" in said
-    assert said.endswith(f"(2 other slides are in {slides / 'out' / 'small' / 'fp32'})")
+        [line] = [line for line in said if f"{name}.h5: " in line]
+        assert f"{name}.h5: {complaint}" in line
+    assert len(said) == 13
+    assert last == f"2 other slides are in {slides / 'out' / 'small' / 'fp32'}"
     assert sorted(path.name for path in (slides / "out" / "small" / "fp32").iterdir()) == ["A.h5", "B.h5"]
 
 

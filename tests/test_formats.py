@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,7 +196,9 @@ def test_expression_is_what_the_split_names(tmp_path: Path, absolute: bool) -> N
 def test_splits_that_contradict_one_another_are_refused(tmp_path: Path) -> None:
     root = write_task(tmp_path / "task")
     (root / "splits" / "test_1.csv").write_text("sample_id,expr_path\nS0,st/S0.h5ad\n")
-    with pytest.raises(InputError, match=r"expr_path of S0 is adata/S0\.h5ad, but st/S0\.h5ad in test_1\.csv|st/S0"):
+    with pytest.raises(
+        InputError, match=r"train_0\.csv: expr_path of S0 is adata/S0\.h5ad, but st/S0\.h5ad in test_1\.csv"
+    ):
         HestTask(root, ENCODER).slide("S0")
 
 
@@ -275,7 +278,35 @@ def test_counts_come_from_raw_where_x_is_none(tmp_path: Path) -> None:
     slide = read(path, ReadOptions(expression=True))
     assert np.array_equal(slide.counts.toarray(), made["counts"])
     assert slide.gene_names == tuple(gene_names())
-    assert slide.notes == ("counts are those of raw: X is not in whole numbers",)
+    assert slide.notes == ("counts are those of raw['X']: X is not in whole numbers",)
+
+
+@pytest.mark.parametrize("names_only", [False, True])
+def test_counts_come_from_what_is_whole(tmp_path: Path, names_only: bool) -> None:
+    """Log values that are called counts are not taken for them where others are; where none are, it is said."""
+    path, counts = tmp_path / "a.h5ad", arrays("S1")["counts"]
+    made = anndata.read_h5ad(write_h5ad(path, arrays("S1"), features=True))
+    made.layers["counts"] = np.log1p(counts)
+    made.write_h5ad(path)
+    slide = read(path, ReadOptions(expression=True))
+    assert np.array_equal(slide.counts.toarray(), counts)
+    assert slide.notes == ("counts are those of X: layers['counts'] is not in whole numbers",)
+    made.raw = made[:, :7].copy()
+    made.X = np.log1p(counts)
+    made.write_h5ad(path)
+    slide = read(path, ReadOptions(expression=not names_only, gene_names=names_only))
+    assert slide.gene_names == tuple(gene_names()[:7])
+    del made.raw
+    made.write_h5ad(path)
+    slide = read(path, ReadOptions(expression=True))
+    assert "layers['counts'] is not in whole numbers: are these raw counts?" in slide.notes[0]
+
+
+def test_no_gene_is_named_where_x_is_the_features(tmp_path: Path) -> None:
+    made = anndata.AnnData(features(), obs=pd.DataFrame(index=[str(i) for i in range(N)]))
+    made.obsm["spatial"] = lattice()
+    made.write_h5ad(tmp_path / "a.h5ad")
+    assert read(tmp_path / "a.h5ad", ReadOptions(features_key="X", gene_names=True)).gene_names == ()
 
 
 def test_genes_may_have_their_names_in_a_column(tmp_path: Path) -> None:
@@ -316,7 +347,7 @@ def test_a_table_of_several_sections_is_several_slides(tmp_path: Path, interleav
         assert np.array_equal(slide.features, features() + shift)
         assert isinstance(slide.features, np.ndarray) == interleave, "rows that follow one another stay on the disk"
         assert np.array_equal(slide.coords, lattice())
-        assert slide.library_id is None
+        assert set(slide.library_id) == {source.options.section}
     with pytest.raises(InputError, match=r"obs has no column 'sample'; its columns: section_of"):
         sources(path, ReadOptions(library_key="sample"))
     with pytest.raises(InputError, match=r"obs\['section_of'\] has no section 'C'; it has A, B/2"):
@@ -325,15 +356,16 @@ def test_a_table_of_several_sections_is_several_slides(tmp_path: Path, interleav
 
 def test_a_column_that_names_no_sections_is_passed_by_where_one_says_so(tmp_path: Path) -> None:
     made = table()
-    made.obs["sample"] = ["ab"[(row + column) % 2] for row in range(8) for column in range(8)]
+    made.obs["sample"] = ["a", "b"] * (N // 2)
+    made.obsm["spatial"][1::2, 0] -= 400.0
     made.write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(SeveralSections, match="split them with --library-key sample, .* or say --library-key '' if it"):
         read(tmp_path / "a.h5ad")
     options = ReadOptions(library_key="")
     [source] = sources(tmp_path / "a.h5ad", options)
     assert source.id == "a"
-    assert source.read().notes == ()
     assert source.read().library_id is None
+    assert not any("sections (" in note for note in source.read().notes)
 
 
 def test_features_of_another_file_are_matched_by_barcode(tmp_path: Path) -> None:
@@ -342,10 +374,82 @@ def test_features_of_another_file_are_matched_by_barcode(tmp_path: Path) -> None
     embedded = write_embeddings(tmp_path / "emb" / "S0.h5", made, order[:50])
     for given in (embedded, tmp_path / "emb"):
         slide = read(path, ReadOptions(embeddings=given))
-        assert np.array_equal(slide.features, made["features"][order[:50]])
-        assert np.array_equal(slide.coords, made["centres"][order[:50]])
-        assert slide.notes == ("10 of 60 spots with expression have no embedding and are left out",)
+        kept = np.sort(order[:50])
+        assert np.array_equal(slide.features, made["features"][kept])
+        assert np.array_equal(slide.coords, made["centres"][kept])
+        assert slide.notes == (f"10 of 60 spots have no features in {embedded} and are left out",)
     assert read(path, ReadOptions(require_features=False)).features is None
+
+
+def several_libraries(path: Path) -> Path:
+    """Two sections of other pitches, as anndata.concat(uns_merge="unique") leaves them."""
+    parts = {"A": table(), "B": table()}
+    parts["B"].obsm["spatial"] = lattice() / 10 + 90_000
+    made = anndata.concat(parts, label="library_id", index_unique="-")
+    made.uns["spatial"] = {
+        name: {"scalefactors": {"spot_diameter_fullres": size}} for name, size in (("A", 180.0), ("B", 18.0))
+    }
+    made.uns["pixel_size_um_estimated"] = 0.25
+    made.obsm["spatial_um"] = made.obsm["spatial"] / 4
+    made.write_h5ad(path)
+    return path
+
+
+def test_every_library_has_its_own_scale_factors(tmp_path: Path) -> None:
+    path = several_libraries(tmp_path / "a.h5ad")
+    whole = read(path)
+    assert whole.origin.scalefactors == {}
+    assert {name: dict(each) for name, each in whole.origin.library_scalefactors.items()} == {
+        "A": {"spot_diameter_fullres": 180.0},
+        "B": {"spot_diameter_fullres": 18.0},
+    }
+    for source, size in zip(sources(path, ReadOptions(library_key="library_id")), (180.0, 18.0), strict=True):
+        assert source.read().origin.scalefactors == {"spot_diameter_fullres": size}
+    made = anndata.read_h5ad(path)
+    del made.uns["spatial"]["B"]
+    made.write_h5ad(path)
+    _, second = sources(path, ReadOptions(library_key="library_id"))
+    assert second.read().origin.scalefactors == {}, "A's are not B's"
+
+
+def test_pixel_sizes_and_scale_factors_are_of_pixels_alone(tmp_path: Path) -> None:
+    slide = read(several_libraries(tmp_path / "a.h5ad"), ReadOptions(spatial_key="spatial_um"))
+    assert slide.micron_per_pixel is None
+    assert slide.origin.library_scalefactors == {}
+    assert "pixel size and scale factors are those of obsm['spatial'], and are not taken" in slide.notes
+
+
+def test_the_library_of_a_file_is_the_library_of_its_spots(tmp_path: Path) -> None:
+    made = table()
+    made.uns["spatial"] = {"V1": {"scalefactors": {"spot_diameter_fullres": 89.5}}}
+    made.write_h5ad(tmp_path / "a.h5ad")
+    assert set(read(tmp_path / "a.h5ad").library_id) == {"V1"}
+    made.obs["library_id"], made.obs["batch"] = "L", ["a", "b"] * (N // 2)
+    made.write_h5ad(tmp_path / "a.h5ad")
+    slide = read(tmp_path / "a.h5ad")
+    assert set(slide.library_id) == {"L"}, "it says that there is one, whatever other columns say"
+    made.obs["library_id"] = ["L", None] * (N // 2)
+    made.write_h5ad(tmp_path / "a.h5ad")
+    assert set(read(tmp_path / "a.h5ad").library_id) == {"L", "missing"}
+
+
+def test_options_that_a_format_does_not_have_are_said(tmp_path: Path) -> None:
+    assert read(trident(tmp_path / "a.h5"), ReadOptions(library_key="x", table="y")).notes == (
+        "--library-key is nothing that TRIDENT features has, and was not looked at",
+        "--table is nothing that TRIDENT features has, and was not looked at",
+    )
+
+
+def test_chunks_that_are_missing_are_not_zeros(tmp_path: Path) -> None:
+    """A zarr store that was copied in part would be read as zeros."""
+    made, path = table(), tmp_path / "a.zarr"
+    made.write_zarr(path, chunks=(16, F))
+    lost = [part for part in (path / "obsm" / "features").rglob("*") if part.is_file() and "zarr" not in part.name]
+    lost[0].unlink()
+    with pytest.raises(
+        InputError, match=r"a\.zarr: 1 of \d+ chunks of obsm/features are missing; copy the store again"
+    ):
+        read(path)
 
 
 def test_scale_factors_of_the_input_are_kept(tmp_path: Path) -> None:
@@ -409,6 +513,11 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 USELESS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pt": (lambda path: torch.save(torch.zeros(3, 4), path), r"holds features without coordinates .* give the \.h5"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), "features without coordinates"),
+    "npz": (lambda path: np.savez(path.open("wb"), x=features()), "is a zip or a NumPy archive; give what it holds"),
+    "zarr in a zip": (
+        lambda path: zipfile.ZipFile(path, "w").writestr("zarr.json", "{}"),
+        "is a zarr store in a zip; unpack it",
+    ),
     "coords": (lambda path: save_as_trident(path, {"coords": lattice()}, {}), "places of patches and no features"),
     "no tissue": (
         lambda path: save_as_trident(path, {"features": np.empty((0,)), "coords": np.empty((0, 2), int)}, {}),
@@ -469,10 +578,11 @@ def test_files_of_an_old_anndata_are_read_or_called_old(tmp_path: Path) -> None:
     slide = read(path)
     assert np.array_equal(slide.features, features())
     assert list(slide.obs["kind"][:2]) == ["a", "b"]
+    del slide  # it holds the file open
     with h5py.File(path, "r+") as file:
         del file["obs"]
         file["obs"] = np.array([1, 2])
-    with pytest.raises(InputError, match=r"a\.h5ad: is of an old anndata, and this one cannot read it"):
+    with pytest.raises(InputError, match=r"a\.h5ad: is of an old anndata \(before 0\.7"):
         read(path)
 
 

@@ -18,7 +18,8 @@ from stflow_fast.slides import Slide, read_genes
         ("list.json", '["GATA3", "HLA-A", "MT-CO1"]'),
         ("list.json", '\ufeff{"genes": ["GATA3", "HLA-A", "MT-CO1"], "made": "by hand"}'),
         ("list.txt", "GATA3\nHLA-A\nMT-CO1"),
-        ("list", "# of the paper\r\nGATA3  \r\n\r\nHLA-A\r\nMT-CO1\r\n"),
+        ("list", "# of the paper\r\nGATA3  \r\n\r\n  # and more\r\nHLA-A\r\nMT-CO1\r\n"),
+        ("list.json", '["GATA3 ", " HLA-A", "MT-CO1\\t"]'),
     ],
 )
 def test_gene_lists_are_read(tmp_path: Path, name: str, content: str) -> None:
@@ -33,6 +34,7 @@ def test_gene_lists_are_read(tmp_path: Path, name: str, content: str) -> None:
         ("a.txt", "A,B\n", "'A,B' is not the name of a gene; give one a line"),
         ("a.txt", "\n# nothing\n", "names no gene"),
         ("a.txt", '["A"]', "give one a line, or a .json"),
+        ("a.json", '["A", "A "]', "lists A twice; remove one"),
         ("a.json", '{"genes": ["A", ""]}', "must be a JSON list of gene names"),
         ("a.json", "A\nB", "is not valid JSON"),
     ],
@@ -58,12 +60,23 @@ SYMBOLS = ["TP53", "GATA3", "ERBB2"]
 @pytest.mark.parametrize(
     ("names", "var", "asked", "said"),
     [
-        (ENSEMBL, {"gene_name": SYMBOLS}, SYMBOLS, r"; var\['gene_name'\] has 3 of them: --gene-key gene_name"),
+        (
+            ENSEMBL,
+            {"gene_name": SYMBOLS},
+            SYMBOLS,
+            r"; var\['gene_name'\] has 3 of them: --gene-key gene_name .*'TP53', which is 'ENSG00000141510\.17' here",
+        ),
         (
             SYMBOLS,
             {"kind": ["x", "y", "z"], "gene_ids": ENSEMBL},
             ENSEMBL[:2],
-            r"; var\['gene_ids'\] has 2 of them: --gene-key gene_ids",
+            r"; var\['gene_ids'\] has 2 of them: --gene-key gene_ids .*'ENSG00000141510\.17', which is 'TP53' here",
+        ),
+        (
+            ["Trp53", "Gata3", "Erbb2"],
+            {"kind": ["x", "y", "TP53"]},
+            SYMBOLS,
+            r"2 of them are there but for capital letters \(another species\?\), such as 'Gata3' for 'GATA3'",
         ),
         (
             ENSEMBL,
@@ -80,7 +93,7 @@ SYMBOLS = ["TP53", "GATA3", "ERBB2"]
         ([" TP53"], None, ["TP53"], r"but for blanks around them, such as ' TP53' for 'TP53'"),
         (["CD45", "HER2"], None, ["PTPRC"], r"PTPRC; it has names such as CD45, HER2"),
     ],
-    ids=["ensembl", "symbols", "versions", "mouse", "blanks", "alias"],
+    ids=["ensembl", "symbols", "more by capitals", "versions", "mouse", "blanks", "alias"],
 )
 def test_other_spellings_are_shown_and_never_matched(
     names: list[str], var: dict[str, list[str]] | None, asked: list[str], said: str

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from stflow_fast.cli import app
+from stflow_fast.cohort import load_model
 from stflow_fast.inspection import expand, inspect
 from stflow_fast.slides import ReadOptions, StoredRows
 
@@ -55,11 +58,13 @@ def test_a_file_is_described(tmp_path: Path, model: Path) -> None:
         "encoder": None,
         "spacing_px": pytest.approx(100.0, rel=1e-3),
         "spacing_um": pytest.approx(50.0, rel=1e-3),
+        "image_size": None,
         "library_ids": [],
         "genes": 30,
         "genes_in_common": 7,
         "notes": [],
         "problem": None,
+        "predictable": True,
     }
     said = say("inspect", path, "--model", model)
     for word in ("AnnData", "60", "16 float16", "30 genes", "100.0 px, 50.0 um", "genes of the model"):
@@ -87,10 +92,107 @@ def test_bad_files_are_rows_and_the_exit_code_says_so(tmp_path: Path, model: Pat
         "bare": "has no features, the model takes 16",
     }.items():
         assert said in found[name]["problem"]
+    assert all(
+        each["problem"].startswith(str(tmp_path / "in" / name)) for name, each in found.items() if name != "good"
+    )
     say("inspect", good, narrow, bare)  # without a model they are what they are
     told = say("inspect", tmp_path / "in", tmp_path / "none.h5", code=3)
     assert told.count("cannot be predicted: ") == 4
     assert f"{tmp_path / 'none.h5'}: does not exist" in told
+
+
+def test_expression_alone_is_no_fault_and_cannot_be_predicted(tmp_path: Path, model: Path) -> None:
+    bare = write_h5ad(tmp_path / "S2.h5ad", arrays("S2"))
+    write_embeddings(tmp_path / "features" / "S2.h5", arrays("S2"))
+    [found] = json.loads(say("inspect", bare, "--json"))
+    assert (found["genes"], found["features"], found["predictable"], found["problem"]) == (30, None, False, None)
+    assert f"note: {bare}: expression without features, which predict needs" in say("inspect", bare)
+    [found] = json.loads(say("inspect", bare, "--model", model, "--embeddings", tmp_path / "features", "--json"))
+    assert (found["genes"], found["features"], found["predictable"]) == (30, FEATURES, True)
+    assert "S2.h5: does not exist" in say("inspect", bare, "--embeddings", tmp_path, code=3)
+    neither = write_h5ad(tmp_path / "neither.h5ad", arrays("S0"), x=None)
+    assert f"{neither}: has neither features nor expression" in say("inspect", neither, code=3)
+
+
+def test_features_that_are_named_have_to_be_there(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", arrays("S0"), features=True)
+    said = say("inspect", path, "--features-key", "X_uni", code=3)
+    assert f"cannot be predicted: {path}: has no obsm['X_uni'] with patch embeddings" in said
+
+
+def test_the_encoder_is_held_against_the_models(tmp_path: Path, model: Path) -> None:
+    def written(encoder: str) -> Path:
+        return write_embeddings(tmp_path / "embeddings" / encoder / "fp32" / "S0.h5", arrays("S0"), patch_size=40)
+
+    other = written("uni_v2")
+    say("inspect", other)
+    said = say("inspect", other, "--model", model, code=3)
+    assert f"{other}: features are of 'uni_v2', but the model was trained with {ENCODER!r}" in said
+    say("inspect", other, "--model", model, "--ignore-encoder")
+    for name in (ENCODER.upper(), f"{ENCODER}_v1"):
+        say("inspect", written(name), "--model", model)
+
+
+@pytest.mark.parametrize("key", ["csr", "raw", "X"])
+def test_expression_is_that_which_train_takes(tmp_path: Path, key: str) -> None:
+    """Not features that lie in X, nor the few genes of an X that is no counts."""
+    path = write_h5ad(tmp_path / "a.h5ad", arrays("S0"), features=True)
+    table = anndata.read_h5ad(path)
+    if key == "raw":
+        table.raw = table.copy()
+        table.X = np.log1p(table.X)
+        table[:, :5].copy().write_h5ad(path)
+    reading = ReadOptions(features_key="X") if key == "X" else None
+    [found] = inspect(path, reading)
+    assert found.genes == (0 if key == "X" else 30)
+    assert found.predictable
+
+
+def test_expression_of_stimage_is_told(tmp_path: Path, model: Path) -> None:
+    made, folder = arrays("S0"), tmp_path / "Visium"
+    places = pd.DataFrame({"yaxis": made["centres"][:, 1], "xaxis": made["centres"][:, 0]}, made["barcodes"])
+    counts = pd.DataFrame(made["counts"].astype(int), made["barcodes"], gene_names())
+    for name, table in (("coord/S0_coord.csv", places), ("gene_exp/S0_count.csv", counts)):
+        (folder / name).parent.mkdir(parents=True)
+        table.to_csv(folder / name)
+    [found] = inspect(tmp_path, model=load_model(model, "cpu"))
+    assert (found.path, found.format, found.genes, found.genes_in_common) == (str(folder), "stimage", 30, 7)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "symbols", "said"),
+    [
+        (
+            lambda name: name if name == "GENE9" else name.lower(),
+            False,
+            "^7 of the model's 8 genes are not .*GENE3, .* 6 of them .*for capital letters .*'gene3' for 'GENE3'",
+        ),
+        (
+            lambda name: name.replace("GENE", "ENSG"),
+            True,
+            r"^8 of .* var\['symbol'\] has 7 of them: --gene-key symbol .*'GENE3', which is 'ENSG3' here",
+        ),
+        (lambda name: name.replace("GENE", "ENSG"), False, "^8 of .* it has names such as ENSG0, ENSG1"),
+    ],
+    ids=["mouse", "ensembl", "ensembl without symbols"],
+)
+def test_other_spellings_of_the_models_genes_are_told(
+    tmp_path: Path, model: Path, spelled: Callable[[str], str], symbols: bool, said: str
+) -> None:
+    """A gene that is just not there is counted, and no word is lost on it."""
+    path = write_h5ad(tmp_path / "a.h5ad", arrays("S0"), features=True)
+    reading = ReadOptions(), load_model(model, "cpu")
+    assert inspect(path, *reading)[0].notes == ()
+    table = anndata.read_h5ad(path)
+    if symbols:
+        table.var["symbol"] = list(table.var_names)
+    table.var_names = list(map(spelled, table.var_names))
+    table.write_h5ad(path)
+    [note] = inspect(path, *reading)[0].notes
+    assert re.search(said, note)
+    if symbols:
+        [found] = inspect(path, ReadOptions(gene_key="symbol"), reading[1])
+        assert (found.genes_in_common, found.notes) == (7, ())
 
 
 def test_notes_are_told_once_for_all_files_that_they_are_about(tmp_path: Path) -> None:
@@ -130,6 +232,38 @@ def test_folders_are_looked_through(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     [found] = inspect([tmp_path / "nothing"])
     assert "is a folder, and of no format itself; give the files in it" in found.problem
+
+
+@pytest.mark.parametrize("given", [str, Path, lambda path: [str(path)]], ids=["text", "path", "list"])
+def test_one_path_is_a_path(tmp_path: Path, given: Callable[[Path], object]) -> None:
+    path = write_embeddings(tmp_path / "S0.h5", arrays("S0"), patch_size=40)
+    assert [each.path for each in inspect(given(path))] == [str(path)]
+
+
+def test_a_folder_that_may_not_be_read_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = write_embeddings(tmp_path / "a" / "S0.h5", arrays("S0"), patch_size=40)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+
+    def refusing(plain: Callable[..., object]) -> Callable[..., object]:
+        def refuse(path: Path, *arguments: object) -> object:
+            if closed in (path, *path.parents):
+                raise PermissionError(13, "Permission denied", str(path))
+            return plain(path, *arguments)
+
+        return refuse
+
+    for name in ("is_file", "iterdir"):  # as for whoever has no right: the superuser has all of them
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    for given in ([tmp_path], [tmp_path / "a", closed]):
+        first, second = sorted(inspect(given), key=lambda found: found.path)
+        assert (first.path, first.predictable) == (str(good), True)
+        assert re.match(f"{closed}: cannot be read .*Permission denied", second.problem)
+
+
+def test_brackets_in_a_name_are_brackets(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "a[" / "b].h5", arrays("S0"), patch_size=40)
+    assert say("inspect", path, "--json").count(json.dumps(str(path))) == 1
 
 
 def test_features_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

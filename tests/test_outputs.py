@@ -172,6 +172,51 @@ def test_spots_have_a_diameter_and_where_it_is_from(
     assert list(found.obs["library_id"].cat.categories) == ["S0"]
 
 
+HUNDREDS = {"A": {"spot_diameter_fullres": 180.0, "fiducial_diameter_fullres": 900.0}}
+TENS = {"B": {"spot_diameter_fullres": 18.0}}
+
+
+@pytest.mark.parametrize(
+    ("origin", "diameters", "known_from"),
+    [
+        (Origin(library_scalefactors={**HUNDREDS, **TENS}), (180.0, 18.0), "file"),
+        (Origin(library_scalefactors=HUNDREDS), (180.0, 50.0), "mixed"),
+        (Origin(scalefactors=HUNDREDS["A"], library_scalefactors=HUNDREDS), (180.0, 50.0), "mixed"),
+        (Origin(scalefactors=HUNDREDS["A"], library_scalefactors={"C": HUNDREDS["A"]}), (100.0, 50.0), "spacing"),
+        (Origin(scalefactors=HUNDREDS["A"]), (180.0, 180.0), "file"),
+        (Origin(), (100.0, 50.0), "spacing"),
+    ],
+)
+def test_each_library_is_drawn_by_scale_factors_of_its_own(
+    tmp_path: Path, origin: Origin, diameters: tuple[float, float], known_from: str
+) -> None:
+    """Spots of the second lie half as far apart, and none of the first's factors are said of them."""
+    coarse = arrays("S0")["centres"]
+    coords = np.concatenate([coarse, coarse / 2 + 5000])
+    library = np.repeat(["A", "B"], len(coarse))
+    names = [f"b{i}" for i in range(len(coords))]
+    one = Slide("S0", np.zeros((len(coords), 2), np.float32), coords, names, library_id=library, origin=origin)
+    found = reread(table_of(one), tmp_path / "x.h5ad").uns
+    factors = [found["spatial"][name]["scalefactors"] for name in "AB"]
+    assert [each["spot_diameter_fullres"] for each in factors] == pytest.approx(diameters, rel=1e-3)
+    assert ("fiducial_diameter_fullres" in factors[0]) == (diameters[0] == 180.0)
+    assert found["stflow_fast"]["spot_diameter_from"] == known_from
+
+
+@pytest.mark.parametrize("column", [["zz"] * 60, pd.Categorical(["zz"] * 60)])
+def test_the_only_library_of_a_file_keeps_its_name(model: Denoiser, tmp_path: Path, column: Any) -> None:
+    given = anndata.read_h5ad(write_input(tmp_path / "obs.h5ad", arrays("S0"), features=True))
+    given.obs["library_id"] = column
+    given.uns["spatial"] = {"zz": {"scalefactors": {"spot_diameter_fullres": 55.0, "tissue_hires_scalef": 0.1}}}
+    given.write_h5ad(tmp_path / "obs.h5ad")
+    [path] = predict(model, tmp_path / "obs.h5ad", tmp_path / "out")
+    found = anndata.read_h5ad(path)
+    assert list(found.obs) == ["library_id"]
+    assert set(found.obs["library_id"]) == set(found.uns["spatial"]) == {"zz"}
+    assert found.uns["spatial"]["zz"]["scalefactors"]["spot_diameter_fullres"] == 55.0
+    assert found.uns["stflow_fast"]["spot_diameter_from"] == "file"
+
+
 def test_all_spots_lie_on_the_image_that_they_are_drawn_on() -> None:
     table = table_of(slide())
     drawn_by = table.uns["spatial"]["S0"]
@@ -414,6 +459,14 @@ def test_spatialdata_reads_what_is_written_for_it(spatialdata: Any, model: Denoi
     assert np.array_equal(table.obsm["spatial"], one.coords)
 
 
+def test_circles_are_as_large_as_the_spots_of_their_library(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
+    library = np.repeat(["A", "B"], 30)
+    one = slide(library_id=library, origin=Origin(library_scalefactors={**HUNDREDS, **TENS}))
+    [path] = predict(model, [one], tmp_path / "out", output=OutputConfig("spatialdata"))
+    radii = spatialdata.read_zarr(path).shapes["spots"]["radius"]
+    assert radii.tolist() == [90.0] * 30 + [9.0] * 30
+
+
 def test_the_table_annotates_the_circles(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
     [path] = predict(model, [slide()], tmp_path / "out", output=OutputConfig("spatialdata"))
     found = spatialdata.read_zarr(path)
@@ -441,14 +494,22 @@ def test_spatialdata_is_resumed_and_overwritten(spatialdata: Any, model: Denoise
     assert sorted(path.name for path in out.iterdir()) == ["S0.h5ad", MANIFEST]
 
 
-def test_somebody_elses_folder_is_not_replaced(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [{"overwrite": True}, {"resume": True}])
+def test_somebody_elses_folder_is_not_replaced(
+    spatialdata: Any, model: Denoiser, tmp_path: Path, flags: dict[str, bool]
+) -> None:
     out, zarr = tmp_path / "out", OutputConfig("spatialdata")
-    predict(model, [slide("S1")], out, output=zarr)
+    [made] = predict(model, [slide("S1")], out, output=zarr)
     (out / "S0.zarr").mkdir()
     (out / "S0.zarr" / "thesis.txt").write_text("years of work")
+    before, manifest = made.stat().st_ctime_ns, (out / MANIFEST).read_text()
     with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
-        predict(model, [slide(), slide("S1")], out, output=zarr, overwrite=True)
+        predict(model, [slide("S1"), slide("S2"), slide()], out, output=zarr, **flags)
+    with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
+        outputs.write_spatialdata(out / "S0.zarr", table_of(slide()))
     assert (out / "S0.zarr" / "thesis.txt").read_text() == "years of work"
+    assert (made.stat().st_ctime_ns, (out / MANIFEST).read_text()) == (before, manifest)
+    assert not (out / "S2.zarr").exists()
 
 
 def test_spatialdata_that_cannot_be_written_leaves_the_last_one(

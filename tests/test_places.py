@@ -35,7 +35,7 @@ def test_sections_over_one_another_are_refused(shift: float) -> None:
     labels = np.repeat(["A", "B"], 100)
     told = {"library_id": labels, "origin": Origin(library_key="batch")}
     with pytest.raises(
-        SeveralSections, match=r"slide s: spots of 2 sections \(A, B\) lie over .* --library-key batch,"
+        SeveralSections, match=r"s: obs\['batch'\] names 2 sections \(A, B\), which lie over .* --library-key batch,"
     ):
         slide(coords, **told)
 
@@ -61,22 +61,79 @@ def test_sections_over_one_another_are_refused_wherever_they_fall(
 def test_sections_side_by_side_are_one_slide_with_a_note(side: int) -> None:
     coords = np.concatenate([lattice(side), lattice(side) + np.array([250.0 * side, 0.0])])
     made = slide(coords, library_id=np.repeat(["A", "B"], side * side))
-    assert made.notes[0].startswith("spots of 2 sections (A, B) lie side by side and are taken for one slide")
+    assert made.notes == (
+        "library_id names 2 sections (A, B), which are predicted as one slide, since they do not lie over one another",
+    )
+
+
+@pytest.mark.parametrize("n", [5, 30, 100, 170])
+@pytest.mark.parametrize("kind", ["lattice", "cells"])
+def test_a_small_section_within_a_large_one_is_refused(n: int, kind: str) -> None:
+    """However few of all spots it has."""
+    large = lattice(40) if kind == "lattice" else np.random.default_rng(0).uniform(0, 10_000, (1600, 2))
+    small = (lattice(14) - lattice(14).mean(axis=0))[:n] + large.mean(axis=0) + np.array([110.0, 70.0])
+    with pytest.raises(SeveralSections, match="lie over one another"):
+        slide(np.concatenate([large, small]), library_id=np.repeat(["A", "B"], [len(large), n]))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5])
+def test_labels_that_are_strewn_over_one_lattice_are_no_sections(share: float) -> None:
+    labels = np.where(np.random.default_rng(0).uniform(size=1600) < share, "a", "b")
+    assert "do not lie over one another" in slide(lattice(40), library_id=labels).notes[0]
+
+
+def disturbed(kind: str, side: int) -> np.ndarray:
+    """Spots of one section, of every kind that people have."""
+    rng, row = np.random.default_rng(0), np.arange(side * side) // side
+    points = (lattice(side, 1.0) - 1000.0) * 100.0
+    hexagonal = points * np.array([1.0, 0.866]) + np.column_stack([50.0 * (row % 2), np.zeros(side * side)])
+    kinds = {
+        "square": points,
+        "hexagonal": hexagonal,
+        "whole pixels": np.rint(hexagonal),
+        "bins of 7 pixels": np.rint(points * 0.073),
+        "jitter": points + rng.normal(0, 10, points.shape),
+        "cells": rng.uniform(0, 100 * side, points.shape),
+        "holes": hexagonal[rng.uniform(size=side * side) < 0.7],
+        "contours": np.concatenate([points, points + np.array([100.0 * side + 130.0, 40.0])]),
+        "a line": np.column_stack([points[:, 0] + points[:, 1] * side, np.zeros(side * side)]),
+    }
+    return kinds[kind]
+
+
+KINDS = ("square", "hexagonal", "whole pixels", "bins of 7 pixels", "jitter", "cells", "holes", "contours", "a line")
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 12, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_said_of_a_section_by_itself(kind: str, side: int) -> None:
+    assert slide(disturbed(kind, side)).notes == ()
+
+
+@pytest.mark.parametrize("shift", [(33.0, 21.0), (50.0, 10.0), (0.0, 30.0)])
+@pytest.mark.parametrize("kind", ["square", "hexagonal", "whole pixels", "holes"])
+def test_sections_over_one_another_are_noted_where_nobody_names_them(kind: str, shift: tuple[float, float]) -> None:
+    points = disturbed(kind, 20)
+    [note] = slide(np.concatenate([points, points + np.array(shift)])).notes
+    assert "% of the spots lie closer to another one than the pitch of their lattice, " in note
+    assert "if these are several sections over one another, split them with --library-key COLUMN" in note
 
 
 def test_one_section_with_a_label_is_nothing_to_speak_of() -> None:
     assert slide(lattice(), library_id=np.repeat("A", 100)).notes == ()
 
 
-@pytest.mark.parametrize("behind", ["-{}", "_{}", "-section{}"])
-def test_sequenced_barcodes_that_repeat_tell_sections(behind: str) -> None:
+@pytest.mark.parametrize("form", ["{0}-{1}", "{0}_{1}", "{0}-section{1}", "A{1}_{0}", "{2}-{1}", "s{1}-{2}"])
+@pytest.mark.parametrize("strange", [0, 3])
+def test_sequenced_barcodes_that_repeat_tell_sections(form: str, strange: int) -> None:
     """anndata.concat leaves them where nobody keeps a column: over one another, and side by side."""
-    names = [barcode(number) + behind.format(part) for part in "01" for number in range(100)]
+    names = [form.format(barcode(number), part, f"{number}x3") for part in "01" for number in range(100)]
+    names[:strange] = [f"control{i}" for i in range(strange)]
     coords = np.concatenate([lattice(), lattice() + 60.0])
-    with pytest.raises(SeveralSections, match="whose barcodes differ in what ends them .* lie over one another"):
+    with pytest.raises(SeveralSections, match="barcodes tell of [23] sections .*, which lie over one another"):
         slide(coords, barcodes=names)
     apart = slide(np.concatenate([lattice(), lattice() + 9000.0]), barcodes=names)
-    assert "side by side" in apart.notes[0]
+    assert "do not lie over one another" in apart.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Tests of the first two run where those packages are; see :func:`spatial` for how
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import shutil
@@ -143,6 +144,29 @@ def test_circles_are_where_their_transformation_puts_them(tmp_path: Path, spatia
     assert in_um.origin.scalefactors == pytest.approx({"spot_diameter_fullres": 30.0})
     assert in_um.counts is None
     assert "it has global, um" in refused(path, coordinate_system="hires")
+    [note] = read(path, ReadOptions(spatial_key="spatial_um")).notes
+    assert note == "obsm['spatial_um'] is not looked at: spots say where spots lie"
+
+
+def test_the_size_of_a_pixel_is_that_of_the_pixels_of_the_image(tmp_path: Path, spatial: Spatial) -> None:
+    """Of ``global``, as its readers of Visium have it; other coordinate systems have a unit of their own."""
+    table = table_of(np.arange(N), ["spots"] * N)
+    table.uns["micron_per_pixel"] = 0.5
+    spots = spatial.circles(lattice(), **{"global": spatial.affine(), "um": spatial.affine(np.diag([5, 5, 1]))})
+    path = spatial.write(tmp_path / "a.zarr", shapes={"spots": spots}, tables={"table": spatial.annotating(table)})
+    assert read(path).micron_per_pixel == 0.5
+    assert read(path, ReadOptions(coordinate_system="um")).micron_per_pixel is None
+
+
+def test_shapes_are_read_without_what_is_private(
+    tmp_path: Path, spatial: Spatial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = spatial.annotating(table_of(np.arange(N), ["spots"] * N))
+    path = spatial.write(tmp_path / "a.zarr", shapes={"spots": spatial.circles(lattice())}, tables={"table": table})
+    want = read(path)
+    monkeypatch.delattr("spatialdata._io.io_shapes._read_shapes")
+    assert np.array_equal(read(path).coords, want.coords)
+    assert read(path).origin.scalefactors == want.origin.scalefactors
 
 
 def test_bins_of_two_sizes_are_two_tables(tmp_path: Path, spatial: Spatial) -> None:
@@ -200,11 +224,25 @@ def test_regions_of_a_table_are_slides(tmp_path: Path, spatial: Spatial) -> None
     assert "has no section 'middle'; it has left, right" in refused(path, section="middle")
     with pytest.raises(SeveralSections, match="--library-key region"):
         read(path)
+    [whole] = sources(path, ReadOptions(library_key=""))
+    assert whole.id == "two"
     halves = [each.id for each in sources(path, ReadOptions(library_key="half"))]
     assert halves == ["two_first", "two_second"]
     first = read(path, ReadOptions(library_key="half", section="first", require_features=False))
     want = np.where((regions[:N] == "left")[:, None], there["left"][instances[:N]], there["right"][instances[:N]])
     np.testing.assert_allclose(first.coords, moved(want), rtol=1e-12)
+
+
+def test_regions_are_one_slide_where_one_says_so(tmp_path: Path, spatial: Spatial) -> None:
+    """As the tissue of one image that was annotated in two pieces."""
+    xy, regions = lattice(2 * N), np.repeat(["left", "right"], N)
+    table = spatial.annotating(table_of(np.tile(np.arange(N), 2), regions))
+    shapes = {"left": spatial.circles(xy[:N]), "right": spatial.circles(xy[N:])}
+    path = spatial.write(tmp_path / "two.zarr", shapes=shapes, tables={"table": table})
+    options = ReadOptions(library_key="")
+    [source] = sources(path, options)
+    np.testing.assert_allclose(source.read().coords, moved(xy), rtol=1e-12)
+    assert (source.id, source.read().n_spots) == ("two", 2 * N)
 
 
 def test_instances_that_are_not_there_are_left_out_and_counted(tmp_path: Path, spatial: Spatial) -> None:
@@ -358,12 +396,12 @@ def write_stimage(
 
 
 def write_features(path: Path, barcodes: Sequence[str], seed: int = 0) -> np.ndarray:
-    """STFlow's embeddings of spots, in another order than they are given."""
+    """STFlow's embeddings of the spots of :func:`write_stimage`, in another order than they are given."""
     order = np.random.default_rng(seed).permutation(len(barcodes))
     features = np.random.default_rng(seed).normal(size=(len(barcodes), F)).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        file["embeddings"], file["coords"] = features[order], np.zeros((len(barcodes), 2))
+        file["embeddings"], file["coords"] = features[order], (lattice(len(barcodes)) * 7 - 28)[order]
         file["barcodes"] = np.array(barcodes, dtype="S")[order]
     return features
 
@@ -448,6 +486,45 @@ def test_broken_tables_of_stimage_are_one_line(tmp_path: Path, file: str, conten
     assert said in str(error.value)
     assert "S1" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "barcodes",
+    [["001", "002", "010", "1"], ["1.10", "1.1", "2.0", "1e5"], ["NA", "nan", "", "null"], ["a,b", 'c"d', "e", "'f'"]],
+)
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])
+def test_barcodes_are_text_whatever_they_look_like(tmp_path: Path, barcodes: list[str], quoting: int) -> None:
+    write_stimage(tmp_path, "S1", 4)
+    places = pd.DataFrame({"yaxis": np.arange(4) * 9.5, "xaxis": 100 / 3, "r": 50.0}, index=barcodes)
+    counts = pd.DataFrame(np.arange(8).reshape(4, 2), index=barcodes[::-1], columns=["A", "B"])
+    places.to_csv(tmp_path / "coord" / "S1_coord.csv", quoting=quoting)
+    counts.to_csv(tmp_path / "gene_exp" / "S1_count.csv", quoting=quoting)
+    assert recognise(tmp_path / "coord" / "S1_coord.csv") == "stimage"
+    slide = read(tmp_path, ReadOptions(section="S1", expression=True, require_features=False))
+    assert slide.barcodes.tolist() == barcodes
+    assert np.array_equal(slide.coords, places[["xaxis", "yaxis"]])
+    assert np.array_equal(slide.counts.toarray(), counts.to_numpy()[::-1])
+    assert slide.gene_names == ("A", "B")
+
+
+def test_a_place_that_is_no_number_is_one_line(tmp_path: Path) -> None:
+    places, _ = write_stimage(tmp_path, "S1")
+    for value, said in (("far", "S1_coord.csv: xaxis is not a column of numbers"), ("NA", "coords of 1 of 40 spots")):
+        places["xaxis"] = [value, *range(N - 1)]
+        places.to_csv(tmp_path / "coord" / "S1_coord.csv")
+        with pytest.raises(InputError, match=said):
+            read(tmp_path, ReadOptions(section="S1", require_features=False))
+    places["xaxis"], places["r"] = np.arange(N), ["wide", *["inf"] * (N - 1)]
+    places.to_csv(tmp_path / "coord" / "S1_coord.csv")
+    assert read(tmp_path, ReadOptions(section="S1", require_features=False)).origin.scalefactors == {}
+
+
+def test_names_of_genes_are_read_without_their_counts(tmp_path: Path) -> None:
+    write_stimage(tmp_path, "S1")
+    with (tmp_path / "gene_exp" / "S1_count.csv").open("a") as file:
+        file.write("no line of counts\n")
+    slide = read(tmp_path, ReadOptions(section="S1", gene_names=True, require_features=False))
+    assert (slide.gene_names, slide.counts) == (("A", "B", "C"), None)
 
 
 def test_the_folder_above_says_which_to_give(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import Provenance
 from stflow_fast.sampling import sample
-from stflow_fast.slides import Slide
+from stflow_fast.slides import SeveralSections, Slide
 from stflow_fast.tables import predict_adata
 
 from .builders import FEATURES, arrays
@@ -67,16 +67,75 @@ def test_a_layer_has_each_gene_in_its_column(model: Denoiser) -> None:
 
 @pytest.mark.parametrize("genes", [("ACTB", "MYC"), ()])
 def test_a_table_without_the_genes_gets_a_data_frame(model: Denoiser, genes: tuple[str, ...]) -> None:
+    """A table that has genes, none of them predicted, is warned of."""
     adata = table(genes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         predict_adata(model, adata, key_added="made")
+    said = (
+        "none of 4 predicted genes is in adata.var_names, so the prediction is in obsm; it has names such as ACTB, MYC"
+    )
+    assert [str(each.message) for each in warned] == ([said] if genes else [])
     found = adata.obsm["made"]
     assert list(found.columns) == list(GENES)
     assert list(found.index) == list(adata.obs_names)
     assert np.array_equal(found.to_numpy(), predicted(model, adata))
     assert adata.uns["made"]["in"] == "obsm"
     assert not adata.layers
+
+
+@pytest.mark.parametrize(
+    ("genes", "said"),
+    [
+        (("erbb2", "cd3e", "gata3", "vwf"), "none of 4 .*capital letters.*'erbb2' for 'ERBB2'"),
+        (("ENSG1", "ENSG2", "ENSG3", "ENSG4"), r"none of 4 .*var\['symbol'\] has 4 of them.*'ERBB2', which is 'ENSG1'"),
+        (("ERBB2", "CD3E", "Gata3", "VWF"), "1 of 4 .*left out; .*'Gata3' for 'GATA3'"),
+    ],
+)
+def test_genes_that_are_spelled_otherwise_are_warned_of(model: Denoiser, genes: tuple[str, ...], said: str) -> None:
+    adata = table(genes)
+    if genes[0].startswith("ENSG"):
+        adata.var["symbol"] = GENES
+    with pytest.warns(UserWarning, match=said):
+        predict_adata(model, adata)
+
+
+def test_genes_are_named_by_a_column(model: Denoiser) -> None:
+    adata = table(("ENSG1", "ENSG2", "ENSG3"))
+    adata.var["symbol"] = ["VWF", "ACTB", "CD3E"]
+    with pytest.warns(UserWarning, match=r"^2 of 4 predicted genes are not in adata.var\['symbol'\], and left out$"):
+        predict_adata(model, adata, gene_key="symbol")
+    assert np.array_equal(adata.layers["stflow"][:, [0, 2]], predicted(model, adata)[:, [3, 1]])
+
+
+def overlaid() -> anndata.AnnData:
+    """Two sections in one table, the second a third of a pitch aside."""
+    adata = anndata.concat([table(), table()], index_unique="-")
+    adata.obs["library_id"] = np.repeat(["A", "B"], 60)
+    adata.obsm["spatial"][60:] += [33, 21]
+    return adata
+
+
+def test_sections_over_one_another_are_not_mixed(model: Denoiser) -> None:
+    adata = overlaid()
+    with pytest.raises(SeveralSections, match=r"^slide adata: .*--library-key library_id"):
+        predict_adata(model, adata)
+    assert not adata.layers
+    predict_adata(model, adata, library_key="library_id")
+    assert adata.uns["stflow"]["slides"] == ["A", "B"]
+
+
+def test_what_is_strange_about_the_slides_is_kept(model: Denoiser) -> None:
+    """Sections side by side are predicted as one slide, unless told that they are none."""
+    adata = table()
+    adata.obs["library_id"] = np.repeat(["A", "B"], 30)
+    predict_adata(model, adata)
+    assert adata.uns["stflow"]["notes"].startswith(
+        "adata: obs['library_id'] names 2 sections (A, B), which are predict"
+    )
+    predict_adata(model, adata, library_key="")
+    assert adata.uns["stflow"]["notes"] == ""
+    assert np.array_equal(adata.layers["stflow"], predicted(model, adata))
 
 
 @pytest.mark.parametrize("genes", [GENES, ()])
@@ -115,6 +174,33 @@ def test_a_prediction_is_replaced_and_written_with_its_table(model: Denoiser, tm
     assert read.uns["stflow"]["seed"] == 1
 
 
+def test_an_earlier_prediction_goes_wherever_it_is(model: Denoiser) -> None:
+    """It was a layer, the next is in obsm, and the other way round."""
+    adata = table()
+    predict_adata(model, adata)
+    symbols, adata.var_names = adata.var_names, ["g1", "g2", "g3", "g4"]
+    with pytest.warns(UserWarning, match="none of 4"):
+        predict_adata(model, adata)
+    assert (list(adata.layers), "stflow" in adata.obsm, adata.uns["stflow"]["in"]) == ([], True, "obsm")
+    adata.var_names = symbols
+    predict_adata(model, adata)
+    assert (list(adata.layers), "stflow" in adata.obsm, adata.uns["stflow"]["in"]) == (["stflow"], False, "layers")
+
+
+@pytest.mark.parametrize("part", ["layers", "obsm"])
+def test_what_stands_beside_an_earlier_prediction_is_not_its_own(model: Denoiser, part: str) -> None:
+    """The earlier one is in the other part; what has its name here is the user's."""
+    adata = table(() if part == "layers" else GENES)
+    predict_adata(model, adata)
+    earlier = {"layers": "obsm", "obsm": "layers"}[part]
+    own = np.zeros((60, adata.n_vars if part == "layers" else 2))
+    getattr(adata, part)["stflow"] = own
+    with pytest.raises(InputError, match=rf"^key_added: adata\.{part}\['stflow'\] is no prediction; choose another"):
+        predict_adata(model, adata)
+    assert (getattr(adata, part)["stflow"] == own).all()
+    assert "stflow" in getattr(adata, earlier)
+
+
 def spoiled(section: str) -> anndata.AnnData:
     """Features are NaN in one section."""
     adata = table()
@@ -136,6 +222,7 @@ def twice() -> anndata.AnnData:
         (table(()), {"features": "X"}, r"^adata: has no X"),
         (table(), {"features": "spatial"}, r"^slide adata: features: must have shape \[N, 16\], not \[60, 2\]"),
         (table(), {"library_key": "slide"}, r"^library_key: adata.obs has no column 'slide'; its columns: section"),
+        (table(), {"gene_key": "symbol"}, r"^gene_key: adata.var has no column 'symbol'; its columns: none"),
         (table(), {"key_added": "X_uni"}, r"^key_added: adata.obsm\['X_uni'\] is no prediction"),
         (table(layers={"counts": np.ones((60, 4))}), {"key_added": "counts"}, r"^key_added: adata.layers\['counts'\]"),
         (table(uns={"pca": {}}), {"key_added": "pca"}, r"^key_added: adata.uns\['pca'\] is no prediction"),

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import h5py
 import numpy as np
 import scipy.sparse
 
 from ..errors import InputError, first_line
-from .options import FEATURES_KEY, ReadOptions, section_id
+from .options import FEATURES_KEY, SPATIAL_KEY, ReadOptions, section_id
 from .rows import StoredRows, rows_of, stored_rows
 from .slide import Origin, Slide
-from .stores import is_array, names_in, opened
+from .stores import check_whole, is_array, names_in, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +29,27 @@ if TYPE_CHECKING:
 PIXEL_SIZE_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded", "micron_per_pixel")
 """Where HEST and its relatives keep the size of a level-0 pixel in ``uns``."""
 
-SECTION_COLUMNS = ("library_id", "sample_id", "sample", "section", "slide_id", "batch")
-"""Columns of ``obs`` that name the section of a spot, the field's first."""
+LIBRARY_ID = "library_id"
+"""The field's column of ``obs`` for the section of a spot. Where it is there, it is the one that counts."""
+
+SECTION_COLUMNS = (
+    "sample_id",
+    "sample",
+    "sample_name",
+    "section",
+    "section_id",
+    "slide",
+    "slide_id",
+    "slice",
+    "slice_id",
+    "library",
+    "batch",
+    "orig.ident",
+)
+"""Other columns that name sections, where they name several."""
+
+MISSING = "missing"
+"""The section of spots whose column says none."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +60,11 @@ class Table:
         path: of the file, for messages.
         group: ``h5py.Group`` or ``zarr.Group`` of the table.
         key: of the group in the file; empty at its root.
-        on_disk: whether ``group`` is the file itself, so that rows may stay in it.
     """
 
     path: Path
     group: Any
     key: str = ""
-    on_disk: bool = True
 
     def element(self, key: str) -> Any:
         """One element, as anndata reads it.
@@ -58,12 +74,22 @@ class Table:
         """
         import anndata
 
+        part = self.group[key]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of encodings that are read all the same
-                return anndata.io.read_elem(self.group[key])
+                values = anndata.io.read_elem(part)
+                return self._categorical(values, part) if "categories" in part.attrs else values
         except Exception as error:  # whatever anndata raises for what it does not know
             raise InputError(f"{self.path}: {key} cannot be read ({first_line(error)})") from error
+
+    def _categorical(self, codes: np.ndarray, part: Any) -> Any:
+        """A column as anndata before 0.8 wrote it: codes, and a reference to their categories."""
+        import anndata
+        import pandas as pd
+
+        names = anndata.io.read_elem(self.group.file[part.attrs["categories"]])
+        return pd.Categorical.from_codes(codes, list(map(_text, names)))
 
     def names(self, axis: str) -> np.ndarray:
         """The index of ``obs``, ``var`` or ``raw/var`` as text.
@@ -74,7 +100,7 @@ class Table:
         if axis not in self.group:
             raise InputError(f"{self.path}: has no {axis}, so it is not AnnData; it has {names_in(self.group)}")
         index = str(self.group[axis].attrs.get("_index", "_index"))
-        return np.array(list(self.element(f"{axis}/{index}")), dtype=np.str_)
+        return np.array(list(map(_text, self.element(f"{axis}/{index}"))), dtype=np.str_)
 
     def columns(self, axis: str) -> list[str]:
         """Names of the columns of ``obs`` or ``var``."""
@@ -133,28 +159,16 @@ def open_table(path: Path) -> Iterator[Table]:
     with opened(path) as store:
         if "obs" not in store:
             raise InputError(f"{path}: has no obs, so it is not AnnData; it has {names_in(store)}")
-        if store.attrs.get("encoding-type") == "anndata":
-            yield Table(path, store)
-            return
-    yield _of_old(path)
+        if is_array(store["obs"]):
+            raise InputError(
+                f"{path}: is of an old anndata (before 0.7: its obs is one table of records); open it with the anndata "
+                "that wrote it, and write it with a newer one"
+            )
+        yield Table(path, store)
 
 
-def _of_old(path: Path) -> Table:
-    """A file of anndata before 0.8, brought into today's form in memory."""
-    import anndata
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            table = anndata.read_h5ad(path)
-            file = h5py.File(path.name, "w", driver="core", backing_store=False)
-            anndata.io.write_elem(file, "/", table)
-    except Exception as error:  # of another time: it may raise anything
-        raise InputError(
-            f"{path}: is of an old anndata, and this one cannot read it ({type(error).__name__}: {first_line(error)}); "
-            "open it with the anndata that wrote it, and write it with a newer one"
-        ) from error
-    return Table(path, file, on_disk=False)
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def read_h5ad(
@@ -201,12 +215,14 @@ class Placed(NamedTuple):
         rows: those that are meant; all when None. The coordinates of others may be anything.
         origin: of the slide, but for its library_key.
         notes: for people.
+        in_pixels: whether the coordinates are in level-0 pixels, as pixel sizes and scale factors are.
     """
 
     coords: np.ndarray
     rows: np.ndarray | None
     origin: Origin
     notes: tuple[str, ...] = ()
+    in_pixels: bool = True
 
 
 def placed_by_obsm(table: Table, options: ReadOptions, format: str) -> Placed:
@@ -215,23 +231,30 @@ def placed_by_obsm(table: Table, options: ReadOptions, format: str) -> Placed:
     Raises:
         InputError: there is no such key, or no section of the name that is asked for.
     """
-    origin = Origin(table.path, format, scalefactors=_scalefactors(table, options.section))
-    return Placed(_coords(table, options), rows_of_section(table, options), origin)
+    coords, rows = _coords(table, options), rows_of_section(table, options)
+    libraries = _libraries(table)
+    if options.spatial_key != SPATIAL_KEY:  # in a unit of its own
+        said = f"pixel size and scale factors are those of obsm['{SPATIAL_KEY}'], and are not taken"
+        known = bool(libraries) or _pixel_size(table) is not None
+        return Placed(coords, rows, Origin(table.path, format), (said,) if known else (), in_pixels=False)
+    own = libraries.get(options.section, {}) if options.section else _only(libraries)
+    return Placed(coords, rows, Origin(table.path, format, scalefactors=own, library_scalefactors=libraries))
 
 
 def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> Slide:
     """The slide, or the section of it, of a table that is open."""
     barcodes = table.names("obs")
     obs, unread = table.frame("obs")
-    features = _features(table, options, len(barcodes))
+    features = _features(table, options)
     counts, genes, var, notes = None, (), None, ()
     if options.expression:
         counts, genes, var, notes = read_counts(table, options)
-    elif options.gene_names and any(table.part(key) is not None for key in (*COUNT_KEYS, "raw/X")):
-        genes = _gene_names(table, "var", options)
+    elif options.gene_names:
+        source = _count_source(table, options, lambda key: _looks_whole(table.part(key)))
+        genes, var = ((), None) if source is None else _genes(table, _axis_of(source), options)
     if unread:
         notes = (*notes, f"columns of obs that cannot be read are left out: {', '.join(unread)}")
-    library_key, library = _library(obs, options.library_key) if options.section is None else ("", None)
+    library_key, library = _library(obs, len(barcodes), placed.origin, options)
     slide = {
         "features": features,
         "coords": placed.coords,
@@ -243,7 +266,7 @@ def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> S
     return Slide(
         id=name if options.section is None else section_id(name, options.section),
         gene_names=genes,
-        micron_per_pixel=_pixel_size(table),
+        micron_per_pixel=_pixel_size(table) if placed.in_pixels else None,
         notes=(*placed.notes, *notes),
         var=var,
         origin=dataclasses.replace(placed.origin, library_key=library_key),
@@ -284,33 +307,59 @@ def _chosen(parts: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
     return chosen
 
 
-def _library(obs: pd.DataFrame, library_key: str | None) -> tuple[str, np.ndarray | None]:
-    """The column that names several sections, and the section of each spot [N]; nothing where there is none."""
-    columns = SECTION_COLUMNS if library_key is None else (library_key,)
+def _library(obs: pd.DataFrame, n: int, origin: Origin, options: ReadOptions) -> tuple[str, np.ndarray | None]:
+    """:func:`library_of`, or the section that is read, or the only library that the file has scale factors of."""
+    if options.section is not None:
+        return "", np.full(n, options.section)
+    name, labels = library_of(obs, options.library_key)
+    if labels is None and len(origin.library_scalefactors) == 1:
+        labels = np.full(n, next(iter(origin.library_scalefactors)))
+    return name, labels
+
+
+def library_of(obs: pd.DataFrame, library_key: str | None) -> tuple[str, np.ndarray | None]:
+    """The column that names the sections of spots, and the section of each [N]; "" and None where there is none.
+
+    Args:
+        obs: [N] columns.
+        library_key: of the column; None for ``library_id``, or else another column by whose name it could be one and
+            that has several; "" for none.
+    """
+    columns = (LIBRARY_ID, *SECTION_COLUMNS) if library_key is None else (library_key,)
     for name in columns:
-        if name in obs and 1 < obs[name].nunique() < len(obs) and not obs[name].isna().any():
-            return name, obs[name].astype(str).to_numpy(dtype=str)
+        n = obs[name].nunique() if name in obs else 0
+        told = library_key is not None or name == LIBRARY_ID
+        if (1 < n < len(obs)) or (told and n == 1):
+            labels = obs[name].astype(object).where(obs[name].notna(), MISSING)
+            return name, labels.astype(str).to_numpy(dtype=str)
     return "", None
 
 
-def _features(table: Table, options: ReadOptions, n: int) -> np.ndarray | StoredRows | None:
+def features_part(options: ReadOptions) -> str:
+    """The key in a table of the features that are asked for."""
     asked = options.features_key or FEATURES_KEY
-    key = "X" if asked == "X" else f"obsm/{asked}"
+    return "X" if asked == "X" else f"obsm/{asked}"
+
+
+def _features(table: Table, options: ReadOptions) -> np.ndarray | StoredRows | None:
+    key = features_part(options)
     part = table.part(key)
     if part is None:
         if options.require_features:
             raise InputError(
-                f"{table.path}: has no {_said(asked)} with patch embeddings; obsm has "
+                f"{table.path}: has no {_said(key)} with patch embeddings; obsm has "
                 f"{_keys(table, 'obsm')} (--features-key KEY, or X)"
             )
         return None
-    if is_array(part) and len(part.shape) > 1 and table.on_disk and np.dtype(part.dtype).kind in "biuf":
+    if is_array(part) and len(part.shape) > 1 and np.dtype(part.dtype).kind in "biuf":
         return stored_rows(table.path, f"{table.key}/{key}".lstrip("/"), part)
-    return _dense(table, key, _said(asked), np.float32)
+    return _dense(table, key, np.float32)
 
 
-def _said(features_key: str) -> str:
-    return "X" if features_key == "X" else f"obsm['{features_key}']"
+def _said(key: str) -> str:
+    """A key in a table as people write it."""
+    group, _, name = key.partition("/")
+    return f"{group}[{name!r}]" if name else group
 
 
 def _keys(table: Table, key: str) -> str:
@@ -319,29 +368,33 @@ def _keys(table: Table, key: str) -> str:
 
 
 def _coords(table: Table, options: ReadOptions) -> np.ndarray:
-    key = options.spatial_key
-    if table.part(f"obsm/{key}") is None:
+    key = f"obsm/{options.spatial_key}"
+    if table.part(key) is None:
         raise InputError(
-            f"{table.path}: has no obsm['{key}'] (spot centres x, y in pixels); it has {_keys(table, 'obsm')} "
+            f"{table.path}: has no {_said(key)} (spot centres x, y in pixels); it has {_keys(table, 'obsm')} "
             "(--spatial-key KEY)"
         )
-    coords = _dense(table, f"obsm/{key}", f"obsm['{key}']", np.float64)
+    coords = _dense(table, key, np.float64)
     if coords.ndim != 2 or coords.shape[1] < 2:
-        raise InputError(f"{table.path}: obsm['{key}'] must have shape [N, 2], not {list(coords.shape)}")
+        raise InputError(f"{table.path}: {_said(key)} must have shape [N, 2], not {list(coords.shape)}")
     return coords
 
 
-def _dense(table: Table, key: str, said: str, dtype: type) -> np.ndarray:
+def _dense(table: Table, key: str, dtype: type) -> np.ndarray:
     """An element as a contiguous array, from an array, a sparse matrix or a data frame."""
+    check_whole(table.path, key, table.part(key))
     values = table.element(key)
     try:
         return np.ascontiguousarray(values.toarray() if scipy.sparse.issparse(values) else values, dtype=dtype)
     except (ValueError, TypeError) as error:
-        raise InputError(f"{table.path}: {said} is not a table of numbers ({first_line(error)})") from error
+        raise InputError(f"{table.path}: {_said(key)} is not a table of numbers ({first_line(error)})") from error
 
 
-COUNT_KEYS = ("layers/counts", "X")
-"""Where counts are, the first before the second."""
+COUNT_KEYS = ("layers/counts", "X", "raw/X")
+"""Where counts may be, the first before the others."""
+
+LOOKED_AT = 100_000
+"""Numbers of a matrix that tell whether it is one of counts, where only names of genes are asked for."""
 
 Counts = tuple[scipy.sparse.csr_matrix | None, tuple[str, ...], "pd.DataFrame | None", tuple[str, ...]]
 
@@ -349,28 +402,43 @@ Counts = tuple[scipy.sparse.csr_matrix | None, tuple[str, ...], "pd.DataFrame | 
 def read_counts(table: Table, options: ReadOptions) -> Counts:
     """Raw counts [N, G] float32, names of their genes, what else is said of the genes, and notes.
 
-    Of ``layers["counts"]`` where there is one, else X; of ``raw`` where X is not in whole numbers and that is.
+    Of the first of ``layers["counts"]``, X and ``raw`` that is in whole numbers; where none is, of the first.
     """
-    used_for_features = options.features_key == "X"
-    key = next((key for key in COUNT_KEYS if table.part(key) is not None), None)
-    counts = None if key is None or (key == "X" and used_for_features) else _matrix(table, key)
-    axis, notes = "var", ()
-    if (counts is None or not _whole(counts)) and table.part("raw/X") is not None:
-        raw = _matrix(table, "raw/X")
-        if raw is not None and _whole(raw):
-            reason = "there are no others" if counts is None else f"{key} is not in whole numbers"
-            counts, axis, notes = raw, "raw/var", (f"counts are those of raw: {reason}",)
+    read: dict[str, scipy.sparse.csr_matrix | None] = {}
+
+    def is_whole(key: str) -> bool:
+        read[key] = _matrix(table, key)
+        return read[key] is not None and _whole(read[key].data)
+
+    source = _count_source(table, options, is_whole)
+    counts = None if source is None else read[source]
     if counts is None:
         return None, (), None, ()
-    if not _whole(counts):
-        notes = ("expression is not in whole numbers: are these raw counts? They are taken for raw counts",)
-    var, _ = table.frame(axis, text_only=True)
-    return counts, _gene_names(table, axis, options), var if len(var.columns) else None, notes
+    axis, notes = _axis_of(source), ()
+    if not _whole(counts.data):
+        notes = (f"{_said(source)} is not in whole numbers: are these raw counts? They are taken for raw counts",)
+    elif others := [_said(key) for key in read if key != source]:
+        notes = (f"counts are those of {_said(source)}: {' and '.join(others)} is not in whole numbers",)
+    elif source == "raw/X":
+        notes = (f"counts are those of {_said(source)}: there are no others",)
+    return counts, *_genes(table, axis, options), notes
 
 
-def _gene_names(table: Table, axis: str, options: ReadOptions) -> tuple[str, ...]:
+def _count_source(table: Table, options: ReadOptions, is_whole: Callable[[str], bool]) -> str | None:
+    """The key of :data:`COUNT_KEYS` that counts are read from."""
+    keys = [key for key in COUNT_KEYS if table.part(key) is not None and not (key == options.features_key == "X")]
+    return next((key for key in keys if is_whole(key)), keys[0] if keys else None)
+
+
+def _axis_of(source: str) -> str:
+    return "raw/var" if source == "raw/X" else "var"
+
+
+def _genes(table: Table, axis: str, options: ReadOptions) -> tuple[tuple[str, ...], pd.DataFrame | None]:
+    """Names of the genes, and what else is said of them; None where nothing is."""
     names = table.names(axis) if options.gene_key is None else table.column(axis, options.gene_key)
-    return tuple(names.tolist())
+    var, _ = table.frame(axis, text_only=True)
+    return tuple(names.tolist()), var if len(var.columns) else None
 
 
 def _matrix(table: Table, key: str) -> scipy.sparse.csr_matrix | None:
@@ -383,8 +451,15 @@ def _matrix(table: Table, key: str) -> scipy.sparse.csr_matrix | None:
         raise InputError(f"{table.path}: {key} is not a table of numbers; give raw counts") from error
 
 
-def _whole(counts: scipy.sparse.csr_matrix) -> bool:
-    return bool((counts.data == np.rint(counts.data)).all())
+def _whole(numbers: np.ndarray) -> bool:
+    return bool((numbers == np.rint(numbers)).all())
+
+
+def _looks_whole(matrix: Any) -> bool:
+    """Whether the first numbers of a matrix, dense or sparse, are whole."""
+    if not is_array(matrix):
+        return "data" in matrix and _whole(np.asarray(matrix["data"][:LOOKED_AT]))
+    return _whole(np.asarray(matrix[: max(1, LOOKED_AT // max(1, matrix.shape[-1]))]))
 
 
 def _pixel_size(table: Table) -> float | None:
@@ -401,15 +476,21 @@ def _scalar(table: Table, key: str) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _scalefactors(table: Table, section: str | None) -> dict[str, float]:
-    """Numbers of ``uns["spatial"][library]["scalefactors"]``, of the section's library or the only one."""
+def _libraries(table: Table) -> dict[str, dict[str, float]]:
+    """Numbers of ``uns["spatial"][library]["scalefactors"]`` by library."""
     libraries = table.part("uns/spatial")
     if libraries is None or is_array(libraries):
         return {}
-    names: Sequence[str] = sorted(libraries.keys())
-    library = section if section in names else (names[0] if len(names) == 1 else None)
-    factors = None if library is None else table.part(f"uns/spatial/{library}/scalefactors")
-    if factors is None or is_array(factors):
-        return {}
-    values = {name: _scalar(table, f"uns/spatial/{library}/scalefactors/{name}") for name in factors.keys()}  # noqa: SIM118
+    return {name: _scalefactors(table, f"uns/spatial/{name}/scalefactors") for name in sorted(libraries.keys())}
+
+
+def _scalefactors(table: Table, key: str) -> dict[str, float]:
+    factors = table.part(key)
+    names = [] if factors is None or is_array(factors) else list(factors.keys())
+    values = {name: _scalar(table, f"{key}/{name}") for name in names}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _only(libraries: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Those of the only library; nothing where there are several."""
+    return next(iter(libraries.values())) if len(libraries) == 1 else {}

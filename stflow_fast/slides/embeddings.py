@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ import numpy as np
 
 from ..errors import InputError, first_line
 from .options import ReadOptions
-from .patches import SOUGHT, PatchSize, patch_size_of, patches_beside, read_patch_size
+from .patches import (
+    COORDS_KEY,
+    SOUGHT,
+    PatchSize,
+    above_zero,
+    are_of,
+    patch_size_of,
+    patches_beside,
+    read_corners,
+    read_patch_size,
+)
 from .rows import StoredRows, stored_rows
 from .slide import Origin, Slide
 from .stores import is_array, names_in, opened, read_all
 
 FEATURE_KEYS = ("embeddings", "features")
 BARCODE_KEYS = ("barcodes", "barcode")
-COORDS_KEY = "coords"
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class PatchFeatures:
         path: the file.
         features: [N, F].
         corners: [N, 2] float64, top-left of the patches in level-0 pixels.
-        barcodes: [N]; ``{x}_{y}`` of the corner where the file has none.
+        barcodes: [N]; ``{x}_{y}`` of the corner where the file has none, ``{x}_{y}_1`` of the next one there.
         size: of the patches, from the file itself.
         encoder: as the file's attributes or its folder call it; empty where they do not.
         image_size: (width, height) at level 0, None where unknown.
@@ -50,11 +60,12 @@ def read_embeddings(
     """Read a slide without expression from a file of patch features; they stay on the disk until they are used.
 
     Coordinates in the file are the top-left corners of the patches; the centre is taken where the file says how large a
-    patch is, or the file of the slide's patches does. Elsewhere they stay corners, and a note says so.
+    patch is, or the file of the same patches does. Elsewhere they stay corners, and a note says so.
 
     Args:
         path: STFlow's ``embeddings``, ``coords``, ``barcodes``, or TRIDENT's and CLAM's ``features``, ``coords``.
         patches: HEST's, TRIDENT's or CLAM's file of the patches; looked for in ``patches/`` beside and above when None.
+            One that cannot be read, or has not these corners, is passed by.
         options: ``features_key`` is looked at.
         format: what the slide's origin says.
 
@@ -62,8 +73,8 @@ def read_embeddings(
         InputError: a missing, unreadable, locked or truncated file, missing keys, or what Slide refuses.
     """
     found = open_features(Path(path), options or ReadOptions())
-    beside_it = Path(patches) if patches else (None if found.size.pixels else patches_beside(found.path))
-    beside = read_patch_size(beside_it) if beside_it and beside_it.is_file() else PatchSize()
+    sought = [Path(patches)] if patches else ([] if found.size.pixels else patches_beside(found.path))
+    beside, failures = _size_beside(found.corners, [each for each in sought if each.is_file()])
     pixels = found.size.pixels or beside.pixels
     return Slide(
         found.path.stem,
@@ -71,7 +82,7 @@ def read_embeddings(
         found.corners + (pixels or 0.0) / 2,
         found.barcodes,
         micron_per_pixel=found.size.micron_per_pixel or beside.micron_per_pixel,
-        notes=() if pixels else (_corners_note(beside_it),),
+        notes=() if pixels else (_corners_note(failures),),
         origin=Origin(
             found.path,
             format,
@@ -82,9 +93,24 @@ def read_embeddings(
     )
 
 
-def _corners_note(patches: Path | None) -> str:
-    found = patches and patches.is_file()
-    where = f"nor have those of {patches}" if found else "and no patches/ beside or above has a file of this name"
+def _size_beside(corners: np.ndarray, patches: list[Path]) -> tuple[PatchSize, list[str]]:
+    """The size that the first of the files tells that are of these patches, and why others do not."""
+    known, failures = PatchSize(), []
+    for path in patches:
+        try:
+            size, fits = read_patch_size(path), are_of(path, corners)
+        except InputError as error:
+            failures.append(f"and {error}")
+            continue
+        if fits and size.pixels:
+            return size, []
+        known = size if fits else known
+        failures.append(f"nor have those of {path}" if fits else f"and {path} is of other patches: its corners differ")
+    return known, failures
+
+
+def _corners_note(failures: list[str]) -> str:
+    where = ", ".join(failures) or "and no patches/ beside or above has a file of this name"
     return (
         f"coordinates stay top-left corners of patches, whose size is unknown: attributes of {COORDS_KEY} have none of "
         f"{SOUGHT}, {where}"
@@ -101,7 +127,7 @@ def open_features(path: Path, options: ReadOptions) -> PatchFeatures:
             raise InputError(f"{path}: {', '.join(present)} must be tables, not groups")
         attributes = dict(store[COORDS_KEY].attrs)
         features = _rows(path, key, store)
-        corners = _corners(path, store[COORDS_KEY])
+        corners = read_corners(path, store[COORDS_KEY])
         names = _names(corners) if barcode_key is None else _as_text(path, barcode_key, read_all(store[barcode_key]))
         encoder = _encoder_of(path, store, key)
     if not len(features) == len(corners) == len(names):
@@ -126,26 +152,18 @@ def _rows(path: Path, key: str, store: Any) -> StoredRows:
     return stored_rows(path, key, table)
 
 
-def _corners(path: Path, table: Any) -> np.ndarray:
-    corners = read_all(table)
-    try:
-        corners = np.asarray(corners, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {COORDS_KEY} are not numbers") from error
-    if corners.ndim == 3 and len(corners) == 1:
-        corners = corners[0]
-    if corners.ndim != 2 or corners.shape[1] != 2:
-        raise InputError(f"{path}: {COORDS_KEY} must have shape [N, 2], not {list(corners.shape)}")
-    return corners
-
-
 def _names(corners: np.ndarray) -> np.ndarray:
-    """``{x}_{y}`` [N] of patches that have no barcode; whole numbers without a dot."""
+    """``{x}_{y}`` [N] of patches that have no barcode, whole numbers without a dot; the second of a name ends in _1."""
     whole = np.rint(corners)
     if (whole == corners).all():
         corners = whole.astype(np.int64)
     x, y = corners.T
-    return np.array([f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], dtype=np.str_)
+    names, times = [f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], Counter()
+    if len(set(names)) < len(names):
+        for i, name in enumerate(names):
+            names[i] = f"{name}_{times[name]}" if times[name] else name
+            times[name] += 1
+    return np.array(names, dtype=np.str_)
 
 
 def _as_text(path: Path, key: str, values: np.ndarray) -> np.ndarray:
@@ -175,7 +193,5 @@ PRECISION_FOLDERS = ("fp32", "fp16")
 
 
 def _image_size(attributes: dict[str, Any]) -> tuple[int, int] | None:
-    try:
-        return int(attributes["level0_width"]), int(attributes["level0_height"])
-    except (KeyError, ValueError, TypeError):
-        return None
+    width, height = above_zero(attributes, "level0_width"), above_zero(attributes, "level0_height")
+    return (int(width), int(height)) if width and height else None

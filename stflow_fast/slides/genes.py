@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ _SPELLINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 
 def read_genes(path: str | Path) -> tuple[str, ...]:
-    """A list of genes: JSON (``["A", "B"]`` or ``{"genes": ["A", "B"]}``), or text with one name a line.
+    """A list of genes: JSON (``["A", "B"]`` or ``{"genes": ["A", "B"]}``), or text with one name a line. Blanks around
+    names are no part of them.
 
     Raises:
         InputError: no such file, another content, or a gene listed twice.
@@ -61,7 +62,7 @@ def _json_genes(path: Path) -> tuple[str, ...]:
     genes = content.get("genes") if isinstance(content, dict) else content
     if not isinstance(genes, list) or not genes or not all(isinstance(gene, str) and gene.strip() for gene in genes):
         raise InputError(f'{path}: must be a JSON list of gene names, or {{"genes": [names]}}')
-    return tuple(genes)
+    return tuple(gene.strip() for gene in genes)
 
 
 def _text_genes(path: Path) -> tuple[str, ...]:
@@ -69,30 +70,58 @@ def _text_genes(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not a readable list of genes ({first_line(error)})") from error
-    names = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    names = tuple(name for line in lines if (name := line.strip()) and not name.startswith("#"))
     broken = next((name for name in names if re.search(r"[\s,;{}\[\]\"]", name)), None)
     if broken:
         raise InputError(f"{path}: {broken[:40]!r} is not the name of a gene; give one a line, or a .json")
     return names
 
 
+def some_of(names: Sequence[str], n: int = 5) -> str:
+    """The first few of many names, for messages."""
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
 def other_spelling(missing: Sequence[str], gene_names: Sequence[str], var: pd.DataFrame | None) -> str:
-    """What to add to a message that genes are missing, where they are there by other names; else both spellings.
+    """What to add to a message that genes are missing: :func:`known_otherwise`, else some of the names that are there.
 
     Args:
         missing: names that were asked for.
         gene_names: names that a slide has.
-        var: its other columns of the genes.
+        var: its other columns of the genes, a row for each of ``gene_names``; None where whoever asks has no way to
+            choose one.
     """
-    columns = {} if var is None else {str(label): set(var[label].astype(str)) for label in var.columns}
-    found = {label: sum(name in values for name in missing) for label, values in columns.items()}
-    best = max(found, key=found.__getitem__, default="")
-    if best and found[best]:
-        return f"; var[{best!r}] has {found[best]} of them: --gene-key {best}"
+    some = f"; it has names such as {', '.join(gene_names[:3])}" if gene_names else ""
+    return known_otherwise(missing, gene_names, var) or some
+
+
+def known_otherwise(missing: Sequence[str], gene_names: Sequence[str], var: pd.DataFrame | None) -> str:
+    """Where most of the missing genes are by another name, with both spellings of one; empty where none is.
+
+    Args:
+        missing, gene_names, var: see :func:`other_spelling`.
+    """
+    found = [*_in_columns(missing, gene_names, var), *_but_for(missing, gene_names)]
+    return max(found, key=lambda each: each[0], default=(0, ""))[1]
+
+
+def _in_columns(
+    missing: Sequence[str], gene_names: Sequence[str], var: pd.DataFrame | None
+) -> Iterator[tuple[int, str]]:
+    """How many of the genes a column of ``var`` has, and what to say."""
+    for index, label in enumerate(() if var is None else var.columns):
+        here = dict(zip(var.iloc[:, index].astype(str), gene_names, strict=True))
+        there = [name for name in missing if name in here]
+        if there:
+            pair = f"such as {there[0]!r}, which is {here[there[0]]!r} here"
+            yield len(there), f"; var[{str(label)!r}] has {len(there)} of them: --gene-key {label} ({pair})"
+
+
+def _but_for(missing: Sequence[str], gene_names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """How many of the genes are there in another spelling, and what to say."""
     for what, plain in _SPELLINGS:
         by_plain = {plain(name): name for name in gene_names}
         pairs = [(name, by_plain[plain(name)]) for name in missing if plain(name) in by_plain]
         if pairs:
             asked, has = pairs[0]
-            return f"; {len(pairs)} of them are there {what}, such as {has!r} for {asked!r}: rename them"
-    return f"; it has names such as {', '.join(gene_names[:3])}" if gene_names else ""
+            yield len(pairs), f"; {len(pairs)} of them are there {what}, such as {has!r} for {asked!r}: rename them"

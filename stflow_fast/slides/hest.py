@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +20,13 @@ from .genes import find_genes
 from .match import match
 from .options import ReadOptions
 from .slide import Slide
+from .stores import guarded
 
 EXPRESSION_FOLDERS = ("adata", "st")
 """Where expression lies where splits do not say: HEST-bench's folder, HEST-1k's."""
+
+_SPLIT = re.compile(r"(train|val|test)_(0|[1-9][0-9]*)\.csv")
+"""Names of splits; people keep other tables beside them."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ class HestTask:
 
     def folds(self) -> list[int]:
         """Numbers of the splits."""
-        numbers = (path.stem.removeprefix("train_") for path in (Path(self.root) / "splits").glob("train_*.csv"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        named = (_SPLIT.fullmatch(path.name) for path in self._splits())
+        return sorted(int(name[2]) for name in named if name[1] == "train")
 
     def fold(self, number: int) -> Fold:
         """One split.
@@ -86,6 +92,10 @@ class HestTask:
                 f"{Path(self.root) / 'splits'}: fold {number} has {', '.join(sorted(shared))} on two sides; remove one"
             )
         return fold
+
+    def _splits(self) -> list[Path]:
+        folder = Path(self.root) / "splits"
+        return sorted(path for path in guarded(folder, lambda: list(folder.iterdir())) if _SPLIT.fullmatch(path.name))
 
     def _split(self, side: str, number: int) -> tuple[str, ...]:
         path = Path(self.root) / "splits" / f"{side}_{number}.csv"
@@ -105,17 +115,21 @@ class HestTask:
     def _named(self) -> dict[tuple[str, str], tuple[Path, str]]:
         """By slide and column of the splits: the split that names a file, and its name there."""
         found: dict[tuple[str, str], tuple[Path, str]] = {}
-        for split in sorted((Path(self.root) / "splits").glob("*_*.csv")):
+        for split in self._splits():
             for row in _read_split(split):
                 for column in ("expr_path", "patches_path"):
                     name = row.get(column)
                     if not name:
                         continue
                     first, known = found.setdefault((row["sample_id"], column), (split, name))
-                    if known != name:
+                    if self._place(known) != self._place(name):
                         what = f"{column} of {row['sample_id']}"
                         raise InputError(f"{split}: {what} is {name}, but {known} in {first.name}; make them one")
         return found
+
+    def _place(self, name: str) -> str:
+        """Of a file that a split names, however it is spelled."""
+        return os.path.abspath(Path(self.root) / name)
 
     def expression_file(self, sample_id: str) -> Path:
         """What the splits name as ``expr_path``, relative to the folder or absolute; where they name none,
@@ -144,6 +158,14 @@ class HestTask:
         named = Path(self.root) / name if name else None
         return named if named and named.is_file() else Path(self.root) / "patches" / f"{sample_id}.h5"
 
+    def _patches_notes(self, sample_id: str) -> tuple[str, ...]:
+        """On a ``patches_path`` that is not there. The benchmark's own is often left out: that is no slip."""
+        split, name = self._named.get((sample_id, "patches_path"), (None, ""))
+        named = Path(self.root) / name
+        if not name or named.is_file() or self._place(name) == self._place(f"patches/{sample_id}.h5"):
+            return ()
+        return (f"{named}: does not exist; {split} names it as patches_path of {sample_id}",)
+
     def genes(self, name: str = "var_50genes.json") -> tuple[str, ...]:
         """A gene list of the folder: see :func:`.genes.find_genes`.
 
@@ -166,16 +188,15 @@ class HestTask:
         Raises:
             InputError: missing or broken files, no barcode in common, or what Slide refuses.
         """
-        embedded = self.embeddings_folder / f"{sample_id}.h5"
+        notes, embedded = self._patches_notes(sample_id), self.embeddings_folder / f"{sample_id}.h5"
         if not expression:
-            return read_embeddings(embedded, self.patches_file(sample_id))
-        found = open_features(embedded, ReadOptions())
-        options = ReadOptions(expression=True, require_features=False, gene_key=self.gene_key)
-        measured = dataclasses.replace(
-            read_anndata(self.expression_file(sample_id), options), id=sample_id, features=None
-        )
-        slide = match(measured, found)
-        return dataclasses.replace(slide, features=np.asarray(slide.features))
+            slide = guarded(embedded, lambda: read_embeddings(embedded, self.patches_file(sample_id)))
+            return dataclasses.replace(slide, notes=(*slide.notes, *notes)) if notes else slide
+        found, path = guarded(embedded, lambda: open_features(embedded, ReadOptions())), self.expression_file(sample_id)
+        options = ReadOptions(expression=True, require_features=False, gene_key=self.gene_key, library_key="")
+        measured = guarded(path, lambda: read_anndata(path, options))
+        slide = match(dataclasses.replace(measured, id=sample_id, features=None), found)
+        return dataclasses.replace(slide, features=np.asarray(slide.features), notes=(*slide.notes, *notes))
 
 
 def find_embeddings(base: Path, encoder: str, tasks: Iterable[str]) -> Path:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from . import anndata_file, embeddings, spatialdata_store, stimage, wsidata_store
 from .match import with_features
 from .options import ReadOptions, section_id
 from .slide import Slide
-from .stores import HDF5_MAGIC, is_array, is_zarr, magic, opened
+from .stores import HDF5_MAGIC, ZARR_MARKS, guarded, is_array, is_zarr, magic, opened
 
 
 class Glance(NamedTuple):
@@ -22,7 +23,7 @@ class Glance(NamedTuple):
 
     Attributes:
         kind: "hdf5", "zarr", "folder" or "file".
-        tables, groups: names at the root of a store, or of files and folders in a folder.
+        tables, groups: names at the root of a store, or of files and folders in a folder; of what is in a zip.
         attributes: of the root.
         marks: attributes of the store's ``coords``.
         start: the first bytes of a file.
@@ -39,6 +40,10 @@ class Glance(NamedTuple):
         return all(name in self.tables or name in self.groups for name in names)
 
 
+KEYS = ("features_key", "spatial_key", "library_key", "gene_key", "coordinate_system", "table")
+"""Options that say where things are, which not every format has."""
+
+
 class Format(NamedTuple):
     """A kind of file that slides are read from.
 
@@ -48,6 +53,7 @@ class Format(NamedTuple):
         read: path and options to the slide, or to the section that the options name.
         sections: names of what is read as slides of their own; none where the path is one slide.
         named: whether these names are ids by themselves; else the path's name stands before them.
+        options: which of :data:`KEYS` are looked at.
     """
 
     title: str
@@ -55,6 +61,7 @@ class Format(NamedTuple):
     read: Callable[[Path, ReadOptions], Slide]
     sections: Callable[[Path, ReadOptions], tuple[str, ...]] = lambda path, options: ()
     named: bool = False
+    options: tuple[str, ...] = ("features_key",)
 
 
 def _features_of(name: str) -> Callable[[Path, ReadOptions], Slide]:
@@ -78,7 +85,11 @@ FORMATS: dict[str, Format] = {
         wsidata_store.read_wsidata,
     ),
     "spatialdata": Format(
-        "SpatialData", _is_spatialdata, spatialdata_store.read_spatialdata, spatialdata_store.sections_of
+        "SpatialData",
+        _is_spatialdata,
+        spatialdata_store.read_spatialdata,
+        spatialdata_store.sections_of,
+        options=KEYS,
     ),
     "stimage": Format(
         "STImage-1K4M",
@@ -86,8 +97,15 @@ FORMATS: dict[str, Format] = {
         stimage.read_stimage,
         stimage.sections_of,
         named=True,
+        options=(),
     ),
-    "anndata": Format("AnnData", _is_anndata, anndata_file.read_anndata, anndata_file.sections_of),
+    "anndata": Format(
+        "AnnData",
+        _is_anndata,
+        anndata_file.read_anndata,
+        anndata_file.sections_of,
+        options=("features_key", "spatial_key", "library_key", "gene_key"),
+    ),
     "embeddings": Format(
         "STFlow or HEST-bench embeddings", lambda glance: glance.has("embeddings", "coords"), _features_of("embeddings")
     ),
@@ -106,12 +124,20 @@ class _Useless(NamedTuple):
     what: str
 
 
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+_ZIP, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 _USELESS = (
     _Useless(
-        lambda glance: glance.start.startswith(_PICKLE_STARTS),
+        lambda glance: glance.start.startswith(_PICKLES) or any(name.endswith("data.pkl") for name in glance.tables),
         "holds features without coordinates (.pt of CLAM or TRIDENT), or a checkpoint; give the .h5 of the same slides",
+    ),
+    _Useless(
+        lambda glance: glance.start.startswith(_ZIP) and bool(glance.tables & {*ZARR_MARKS, ".zmetadata"}),
+        "is a zarr store in a zip; unpack it, and give the folder",
+    ),
+    _Useless(
+        lambda glance: glance.start.startswith(_ZIP),
+        "is a zip or a NumPy archive; give what it holds as .h5 or .h5ad, with features and places",
     ),
     _Useless(
         lambda glance: glance.has("img", "coords"),
@@ -151,6 +177,9 @@ def look(path: Path) -> Glance:
         with opened(path) as store:
             return _look_into("zarr", store)
     start = magic(path)
+    if start.startswith(_ZIP) and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return Glance("file", frozenset(archive.namelist()), start=start)
     if not start.startswith(HDF5_MAGIC) and not h5py.is_hdf5(path):
         return Glance("file", start=start)
     with opened(path) as store:
@@ -222,8 +251,8 @@ def sources(path: str | Path, options: ReadOptions | None = None) -> list[SlideS
         InputError: as :func:`recognise`; a ``library_key`` that is not there.
     """
     path, options = Path(path), options or ReadOptions()
-    known = _guarded(path, lambda: format_of(path, options))
-    names = () if options.section else _guarded(path, lambda: known.sections(path, options))
+    known = guarded(path, lambda: format_of(path, options))
+    names = () if options.section else guarded(path, lambda: known.sections(path, options))
     if not names:
         name = options.section or ""
         return [SlideSource(_id(path, known, name), path, options)]
@@ -248,19 +277,23 @@ def read(path: str | Path, options: ReadOptions | None = None) -> Slide:
         InputError: whatever is wrong with it, in one line, with the path.
     """
     path, options = Path(path), options or ReadOptions()
-    if options.embeddings is None:
-        return _guarded(path, lambda: format_of(path, options).read(path, options))
-    bare = dataclasses.replace(options, require_features=False)
-    slide = _guarded(path, lambda: format_of(path, options).read(path, bare))
-    return with_features(slide, options.embeddings)
+    bare = options if options.embeddings is None else dataclasses.replace(options, require_features=False)
+
+    def work() -> Slide:
+        known = format_of(path, options)
+        slide = known.read(path, bare)
+        if notes := _passed_by(known, options):
+            slide = dataclasses.replace(slide, notes=(*slide.notes, *notes))
+        return slide if options.embeddings is None else with_features(slide, options.embeddings)
+
+    return guarded(path, work)
 
 
-def _guarded(path: Path, work: Callable[[], Any]) -> Any:
-    """What ``work`` returns; whatever it raises names the path in one line, so that the next file has its turn."""
-    try:
-        return work()
-    except InputError:
-        raise
-    except Exception as error:  # of a library below, for a file that nobody here has seen
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: cannot be read ({reason})") from error
+def _passed_by(known: Format, options: ReadOptions) -> tuple[str, ...]:
+    """A note for each option that was given and that the format does not have."""
+    given = [name for name in KEYS if getattr(options, name) != getattr(ReadOptions, name)]
+    return tuple(
+        f"--{name.replace('_', '-')} is nothing that {known.title} has, and was not looked at"
+        for name in given
+        if name not in known.options
+    )

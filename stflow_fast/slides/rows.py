@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, first_line
-from .stores import open_store, rows_at_once
+from .stores import check_whole, open_store, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def stored_rows(path: Path, key: str, table: Any) -> StoredRows:
     dtype = np.dtype(table.dtype)
     if dtype.kind not in "fiub":
         raise InputError(f"{path}: {key} is not a table of numbers (its type is {dtype})")
+    check_whole(path, key, table)
     n, columns = shape[-2:]
     chunk_rows = table.chunks[-2] if getattr(table, "chunks", None) else 0
     return StoredRows(Path(path), key, 0, n, columns, dtype, leading, chunk_rows)

@@ -14,7 +14,7 @@ import scipy.sparse
 
 from ..arrays import as_array, as_counts, as_names
 from ..errors import InputError
-from .genes import other_spelling
+from .genes import other_spelling, some_of
 from .places import check_places
 from .rows import StoredRows, rows_of
 
@@ -36,6 +36,7 @@ class Origin:
         image_size: (width, height) of the image in level-0 pixels; None where unknown.
         scalefactors: as ``uns["spatial"][library]["scalefactors"]`` has them: ``spot_diameter_fullres`` in level-0
             pixels, ``tissue_hires_scalef``, ...; what is unknown is absent.
+        library_scalefactors: the same of each library that the file has, by its name.
         library_key: column of ``obs`` that the slide's ``library_id`` is from; empty where it is from none.
     """
 
@@ -44,6 +45,7 @@ class Origin:
     encoder: str = ""
     image_size: tuple[int, int] | None = None
     scalefactors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    library_scalefactors: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     library_key: str = ""
 
 
@@ -67,7 +69,7 @@ class Slide:
         notes: what a reader left out, and what is strange about where the spots lie, for people.
         obs: [N] what the input says of the spots (its index does not matter); carried into predictions.
         var: [G_all] what the input says of the genes, such as other names of them.
-        library_id: [N] the section of each spot, where the input has several.
+        library_id: [N] the section, or library, of each spot, where the input names them.
         origin: what the file says beside.
 
     Raises:
@@ -193,11 +195,9 @@ class Slide:
         column = {name: index for index, name in enumerate(self.gene_names)}
         missing = [name for name in genes if name not in column]
         if missing:
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             spelling = other_spelling(missing, self.gene_names, self.var)
-            raise InputError(
-                f"slide {self.id}: {len(missing)} of {len(genes)} genes are not in its expression: {some}{spelling}"
-            )
+            found = f"{len(missing)} of {len(genes)} genes are not in its expression: {some_of(missing)}{spelling}"
+            raise InputError(f"slide {self.id}: {found}")
         if len(column) < len(self.gene_names):
             twice = [name for name in genes if self.gene_names.count(name) > 1]
             if twice:

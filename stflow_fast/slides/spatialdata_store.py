@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from .anndata_file import Placed, Table, placed_by_obsm, rows_of_section, slide_of
-from .options import COORDINATE_SYSTEM, FEATURES_KEY, ReadOptions
+from .anndata_file import Placed, Table, features_part, placed_by_obsm, rows_of_section, slide_of
+from .options import COORDINATE_SYSTEM, SPATIAL_KEY, ReadOptions
 from .slide import Origin, Slide
 from .stores import names_in, opened
 
@@ -59,7 +59,8 @@ def read_spatialdata(path: Path, options: ReadOptions) -> Slide:
     with opened(path) as store:
         table = _chosen_table(path, store, options)
         annotated = annotation_of(table)
-        options = dataclasses.replace(options, library_key=_section_column(annotated, options))
+        column = _section_column(annotated, options)
+        options = options if column is None else dataclasses.replace(options, library_key=column)
         return slide_of(table, options, path.stem, _placed(store, table, annotated, options))
 
 
@@ -72,8 +73,10 @@ def sections_of(path: Path, options: ReadOptions) -> tuple[str, ...]:
 
 
 def _section_column(annotated: Annotation | None, options: ReadOptions) -> str | None:
+    if options.library_key is not None:
+        return options.library_key or None
     several = annotated is not None and len(annotated.regions) > 1
-    return options.library_key or (annotated.region_key if several else None)
+    return annotated.region_key if several else None
 
 
 def tables_in(path: Path, store: Any) -> dict[str, Table]:
@@ -95,8 +98,7 @@ def _chosen_table(path: Path, store: Any, options: ReadOptions) -> Table:
         if options.table not in tables:
             raise InputError(f"{path}: has no table {options.table!r}; its tables: {', '.join(tables)} (--table NAME)")
         return tables[options.table]
-    asked = options.features_key or FEATURES_KEY
-    key = "X" if asked == "X" else f"obsm/{asked}"
+    key = features_part(options)
     fit = [table for table in tables.values() if len(tables) == 1 or table.part(key) is not None]
     if len(fit) == 1:
         return fit[0]
@@ -129,7 +131,7 @@ def _placed(store: Any, table: Table, annotated: Annotation | None, options: Rea
     if absent:
         there = ", ".join(f"{kind}/{name}" for kind in KINDS if kind in store for name in sorted(store[kind]))
         return _as_written(table, options, f"annotates {', '.join(absent)}, and there is {there or 'no element'}")
-    return _aligned(table, ties, rows, kinds, options.coordinate_system)
+    return _aligned(table, ties, rows, kinds, options)
 
 
 def _as_written(table: Table, options: ReadOptions, why: str) -> Placed:
@@ -141,10 +143,11 @@ def _as_written(table: Table, options: ReadOptions, why: str) -> Placed:
             f"annotate shapes, or have centres in obsm['{options.spatial_key}'] and leave the coordinate system out"
         )
     placed = placed_by_obsm(table, options, "spatialdata")
-    return placed._replace(notes=(f"coordinates are obsm['{options.spatial_key}'] as it stands: {said}",))
+    as_it_stands = f"coordinates are obsm['{options.spatial_key}'] as it stands: {said}"
+    return placed._replace(notes=(as_it_stands, *placed.notes))
 
 
-def _aligned(table: Table, ties: pd.DataFrame, rows: np.ndarray, kinds: dict[str, str], system: str) -> Placed:
+def _aligned(table: Table, ties: pd.DataFrame, rows: np.ndarray, kinds: dict[str, str], options: ReadOptions) -> Placed:
     """Centroids of the instances of ``rows``, those that there are.
 
     Args:
@@ -152,14 +155,15 @@ def _aligned(table: Table, ties: pd.DataFrame, rows: np.ndarray, kinds: dict[str
         ties: [N] columns region and instance of all of its rows.
         rows: that are meant.
         kinds: of the regions of these rows.
-        system: of coordinates.
+        options: the coordinate system is looked at; ``global`` is taken for that of level-0 pixels, as its readers of
+            Visium have it.
     """
     import pandas as pd
 
     wanted, parts = ties.iloc[rows], []
     for name, kind in kinds.items():
         here = wanted["instance"][wanted["region"] == name]
-        centres = _centres(table.path, kind, name, system)
+        centres = _centres(table.path, kind, name, options.coordinate_system)
         parts.append(centres.reindex(here).set_axis(here.index))
     found = pd.concat(parts).loc[rows]
     kept = found["x"].notna().to_numpy()
@@ -178,8 +182,15 @@ def _aligned(table: Table, ties: pd.DataFrame, rows: np.ndarray, kinds: dict[str
         coords,
         rows[kept],
         Origin(table.path, "spatialdata", scalefactors=factors),
-        left_out(kept, f"spots of {table.key} are not in {', '.join(kinds)}"),
+        (*left_out(kept, f"spots of {table.key} are not in {', '.join(kinds)}"), *_unused_key(options, kinds)),
+        in_pixels=options.coordinate_system == COORDINATE_SYSTEM,
     )
+
+
+def _unused_key(options: ReadOptions, kinds: dict[str, str]) -> tuple[str, ...]:
+    if options.spatial_key == SPATIAL_KEY:
+        return ()
+    return (f"obsm['{options.spatial_key}'] is not looked at: {', '.join(kinds)} say where spots lie",)
 
 
 def check_unique(where: str, instances: pd.Index | pd.Series) -> None:
@@ -240,8 +251,9 @@ def read_element(path: Path, kind: str, name: str) -> Any:
     import spatialdata
 
     if kind == "shapes":
-        # read_zarr reads all shapes into memory: of Visium HD also 11 million squares of 2 um.
-        from spatialdata._io.io_shapes import _read_shapes
-
+        try:  # of its own, because read_zarr reads all shapes: of Visium HD also 11 million squares of 2 um
+            from spatialdata._io.io_shapes import _read_shapes
+        except ImportError:  # it is private, and may go any day
+            return spatialdata.read_zarr(path, selection=(kind,))[name]
         return _read_shapes(path / kind / name)
     return spatialdata.read_zarr(path, selection=(kind,))[name]

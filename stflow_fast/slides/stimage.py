@@ -22,10 +22,11 @@ import scipy.sparse
 from ..errors import InputError, first_line
 from .genes import find_genes
 from .hest import Fold, find_embeddings
-from .match import with_features
+from .match import common, with_features
 from .options import ReadOptions
 from .places import SeveralSections
 from .slide import Origin, Slide
+from .stores import guarded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,9 @@ HELD_OUT = 0.1
 """Of the slides of an organ: this share each for validation and for test."""
 
 GENE_LIST = "var_50genes.json"
+
+NO_NUMBER = ("", "NA", "NaN", "nan")
+"""How tables leave out a number."""
 
 
 class _Files(NamedTuple):
@@ -81,7 +85,7 @@ def read_stimage(path: Path, options: ReadOptions) -> Slide:
 
     Coordinates are the spots' centres in pixels of the image that is shipped, the spot diameter is twice its radius
     ``r``. With ``options.expression`` the counts are read too; spots that have none, or no place, are left out. A slide
-    without a file of counts has no expression.
+    without a file of counts has no expression. With ``options.gene_names`` alone, only the names of its genes are read.
 
     Args:
         path: the folder of one technology, or the file ``coord/{slide}_coord.csv`` in it.
@@ -100,6 +104,8 @@ def read_stimage(path: Path, options: ReadOptions) -> Slide:
     if options.expression and files.counts.is_file():
         counted, genes, counts = read_counts(files.counts)
         places, counts, notes = _matched(files, places, counted, counts)
+    elif options.gene_names and files.counts.is_file():
+        genes = read_header(files.counts)
     diameter = 2 * float(places["r"].median()) if "r" in places else 0.0
     return Slide(
         files.slide,
@@ -113,7 +119,7 @@ def read_stimage(path: Path, options: ReadOptions) -> Slide:
             files.coord,
             "stimage",
             image_size=_image_size(files.image),
-            scalefactors={"spot_diameter_fullres": diameter} if diameter > 0 else {},
+            scalefactors={"spot_diameter_fullres": diameter} if 0 < diameter < np.inf else {},
         ),
     )
 
@@ -129,42 +135,43 @@ def _chosen(path: Path, options: ReadOptions) -> str:
 
 
 def _read_places(path: Path) -> pd.DataFrame:
-    """Columns xaxis, yaxis (and r), by barcode as text."""
+    """Columns xaxis, yaxis (and r) as numbers, by barcode, which stays text whatever it looks like: 001, NA."""
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, index_col=0, float_precision="round_trip")
+        lines = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)  # dtype is not of an index_col
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-    missing = [name for name in ("xaxis", "yaxis") if name not in table]
+    names, lines = lines.iloc[0].tolist(), lines.iloc[1:].set_index(0)
+    missing = [name for name in ("xaxis", "yaxis") if name not in names[1:]]
     if missing:
-        known = ", ".join(map(str, table.columns)) or "none"
+        known = ", ".join(names[1:]) or "none"
         raise InputError(f"{path}: has no column {' and no '.join(missing)}; its columns: {known}")
-    if table.empty:
+    if lines.empty:
         raise InputError(f"{path}: has no spots; copy it again")
-    return table.set_axis(table.index.astype(str))
+    places = pd.DataFrame({name: _numbers(path, name, lines[names.index(name)]) for name in ("xaxis", "yaxis")})
+    return places.assign(r=pd.to_numeric(lines[names.index("r")], errors="coerce")) if "r" in names[1:] else places
+
+
+def _numbers(path: Path, name: str, column: pd.Series) -> pd.Series:
+    try:
+        return column.mask(column.isin(NO_NUMBER)).astype(np.float64)
+    except ValueError as error:
+        raise InputError(f"{path}: {name} is not a column of numbers ({first_line(error)})") from error
 
 
 def _matched(
     files: _Files, places: pd.DataFrame, counted: np.ndarray, counts: scipy.sparse.csr_matrix
 ) -> tuple[pd.DataFrame, scipy.sparse.csr_matrix, tuple[str, ...]]:
     """The spots that have both, in the order of their places, and notes on the others."""
-    repeated = len(counted) - len(np.unique(counted))
-    if repeated:
-        raise InputError(f"{files.counts}: {repeated} duplicated barcodes; make them unique")
-    row = {barcode: index for index, barcode in enumerate(counted.tolist())}
-    rows = np.array([row.get(barcode, -1) for barcode in places.index], dtype=np.intp)
-    common = rows >= 0
-    if not common.any():
-        example = f"{counted[0]} and {places.index[0]}"
-        raise InputError(f"{files.counts}: no barcode in common with {files.coord} (they look like {example})")
+    of_places, of_counts = common(str(files.coord), places.index.to_numpy(dtype=np.str_), str(files.counts), counted)
     notes = []
-    if not common.all():
-        notes.append(f"{int((~common).sum())} of {len(places)} spots have no counts and are left out")
-    placeless = len(counted) - len(np.unique(rows[common]))
-    if placeless:
+    if len(of_places) < len(places):
+        notes.append(f"{len(places) - len(of_places)} of {len(places)} spots have no counts and are left out")
+    if len(of_counts) < len(counted):
+        placeless = len(counted) - len(of_counts)
         notes.append(f"{placeless} of {len(counted)} spots with counts have no place and are left out")
-    return places[common], counts[rows[common]], tuple(notes)
+    return places.iloc[of_places], counts[of_counts], tuple(notes)
 
 
 def read_counts(path: Path) -> tuple[np.ndarray, tuple[str, ...], scipy.sparse.csr_matrix]:
@@ -181,10 +188,10 @@ def read_counts(path: Path) -> tuple[np.ndarray, tuple[str, ...], scipy.sparse.c
     for number, line in enumerate(_lines(path), start=1):
         if number == 1 or not line.strip():
             continue
-        barcode, _, numbers = line.rstrip(b"\r\n").partition(b",")
         try:
+            barcode, numbers = _barcode_and_counts(line.rstrip(b"\r\n"))
             size, where, found = _nonzero(numbers)
-            barcodes.append(barcode.decode().strip('"'))
+            barcodes.append(barcode)
         except ValueError as error:
             raise InputError(f"{path}: line {number} is not a barcode and counts ({first_line(error)})") from error
         if size != len(genes):
@@ -223,6 +230,13 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
+def _barcode_and_counts(line: bytes) -> tuple[str, bytes]:
+    """The barcode, and the text of the counts, of a line in which either may be in quotes."""
+    quoted = line.startswith(b'"')
+    barcode, _, counts = line[1:].partition(b'",') if quoted else line.partition(b",")
+    return barcode.decode().replace('""', '"') if quoted else barcode.decode(), counts.replace(b'"', b"")
+
+
 def _nonzero(text: bytes) -> tuple[int, np.ndarray, np.ndarray]:
     """How many numbers there are between commas; places and values of those that are not "0".
 
@@ -253,7 +267,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
         try:
             with kind(path) as image:
                 return image.size
-        except (OSError, SyntaxError):  # PIL's word for another kind of file
+        except Exception:  # SyntaxError is PIL's word for another kind of file; what is broken raises anything
             continue
     return None
 
@@ -357,7 +371,8 @@ class StImageTask:
             InputError: missing or broken files, no barcode in common, or what Slide refuses.
         """
         options = ReadOptions(section=sample_id, expression=expression, require_features=False)
-        slide = with_features(read_stimage(self._folder, options), self.embeddings_folder)
+        places = _files(self._folder, sample_id).coord
+        slide = with_features(guarded(places, lambda: read_stimage(self._folder, options)), self.embeddings_folder)
         return dataclasses.replace(slide, features=np.asarray(slide.features)) if expression else slide
 
 

@@ -6,14 +6,14 @@ import contextlib
 import errno
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, with_path
 
 ZARR_MARKS = ("zarr.json", ".zgroup")
 """What a zarr folder of format 3, or of format 2, has at its root."""
@@ -101,6 +101,20 @@ def opened(path: Path) -> Iterator[Any]:
             store.close()
 
 
+def guarded(path: Path, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns. Whatever it raises is one line that names the path, so that the next file has its turn.
+
+    Raises:
+        InputError: always of the class that ``work`` raised, where that was one.
+    """
+    try:
+        return work()
+    except InputError as error:
+        raise type(error)(with_path(path, error)) from error
+    except Exception as error:  # of a library below, for a file that nobody here has seen
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from error
+
+
 def _short(error: Exception) -> str:
     kind = "" if isinstance(error, (OSError, zipfile.BadZipFile)) else f"{type(error).__name__}: "
     return kind + first_line(error)
@@ -136,6 +150,16 @@ def read_all(table: Any) -> np.ndarray:
 def is_array(item: Any) -> bool:
     """Whether a part of a store is a table of numbers or names and not a group."""
     return hasattr(item, "shape") and hasattr(item, "dtype")
+
+
+def check_whole(path: Path, key: str, table: Any) -> None:
+    """Raise InputError where chunks of a zarr array are missing: it would be read as zeros there."""
+    chunks = getattr(table, "nchunks", None)
+    if chunks is None:  # of HDF5, which is truncated then
+        return
+    there = table.nchunks_initialized
+    if there < chunks:
+        raise InputError(f"{path}: {chunks - there} of {chunks} chunks of {key} are missing; copy the store again")
 
 
 def names_in(group: Any) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import InputError
 from .anndata_file import Table
 from .options import ReadOptions
+from .patches import above_zero
 from .rows import rows_of, stored_rows
 from .slide import Origin, Slide
 from .spatialdata_store import Annotation, annotation_of, check_unique, left_out, read_element, tables_in
@@ -55,7 +56,7 @@ def read_wsidata(path: Path, options: ReadOptions) -> Slide:
     """
     with opened(path) as store:
         found = _features(path, tables_in(path, store), options.features_key)
-        properties = dict(store.attrs).get("slide_properties") or {}
+        properties = store.attrs.get("slide_properties")
         features = stored_rows(path, f"{found.table.key}/X", found.table.part("X"))
         names = found.table.column("obs", found.annotated.instance_key)
     tiles = _tiles(path, found.tiles).reindex(names)
@@ -63,12 +64,13 @@ def read_wsidata(path: Path, options: ReadOptions) -> Slide:
     if not kept.any():
         raise InputError(f"{path}: {found.table.key} has no tile of shapes/{found.tiles}; make its features again")
     tiles = tiles[kept]
+    properties = properties if isinstance(properties, Mapping) else {}
     return Slide(
         path.stem,
         rows_of(features, np.flatnonzero(kept)),
         tiles[["centre_x", "centre_y"]].to_numpy(),
         names[kept],
-        micron_per_pixel=_number(properties, "mpp"),
+        micron_per_pixel=above_zero(properties, "mpp"),
         notes=left_out(kept, f"rows of {found.table.key} are not in shapes/{found.tiles}"),
         obs=tiles.drop(columns=["centre_x", "centre_y", "side"]),
         origin=Origin(
@@ -116,12 +118,11 @@ def _tiles(path: Path, name: str) -> pd.DataFrame:
     return tiles.set_axis(ids.astype(str))
 
 
-def _number(properties: Mapping[str, Any], key: str) -> float | None:
-    value = properties.get(key)
-    return float(value) if isinstance(value, int | float) and value > 0 else None
-
-
 def _image_size(properties: Mapping[str, Any]) -> tuple[int, int] | None:
     """(width, height); the properties say (height, width)."""
     shape = properties.get("shape")
-    return (int(shape[1]), int(shape[0])) if shape is not None and len(shape) == 2 else None
+    if not isinstance(shape, list | tuple) or len(shape) != 2:
+        return None
+    sides = dict(zip(("height", "width"), shape, strict=True))
+    width, height = above_zero(sides, "width"), above_zero(sides, "height")
+    return (int(width), int(height)) if width and height else None
