@@ -67,11 +67,12 @@ def bytes_alone(path: Path) -> float:
 
 
 def by_reader(path: Path) -> float:
-    """Seconds to read the slide, with all its checks, and then every block of its features."""
+    """Seconds to read the slide, with all its checks, and then every block of its features, as sampling does."""
     started = time.perf_counter()
     features = read(path).features
+    buffer = np.empty((ROWS, features.columns), dtype=np.float32)
     for rows in features.blocks():
-        _ = features[rows]
+        features.read_into(buffer[: rows.stop - rows.start], rows.start)
     return time.perf_counter() - started
 
 

@@ -504,14 +504,24 @@ def _embed_in_turn(embed: Callable[[slice, Tensor], None], features: Features, d
     """``embed`` of blocks with the same bounds, wherever the features lie. Those on a disk are read by larger pieces of
     whole chunks."""
     size = ops.ROW_BLOCK if device.type == "cpu" else FEATURE_CHUNK
-    pieces = features.blocks(size) if isinstance(features, StoredRows) else [slice(0, len(features))]
-    for piece in pieces:
-        held = _part(features, piece)
+    for first, held in _pieces(features, size):
 
-        def embed_block(rows: slice, first: int = piece.start, held: Tensor = held) -> None:
+        def embed_block(rows: slice, first: int = first, held: Tensor = held) -> None:
             embed(slice(first + rows.start, first + rows.stop), held[rows].contiguous())
 
         in_turn(embed_block, blocks_of(len(held), size), device)
+
+
+def _pieces(features: Features, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Where each piece begins, and its rows until the next is asked for: all of one memory, which is then warm."""
+    if isinstance(features, Tensor):
+        yield 0, features
+        return
+    buffer = np.empty((0, features.columns), dtype=np.float32)
+    for piece in features.blocks(size):
+        n = piece.stop - piece.start
+        buffer = buffer if len(buffer) >= n else np.empty((n, features.columns), dtype=np.float32)
+        yield piece.start, torch.from_numpy(features.read_into(buffer[:n], piece.start))
 
 
 def _part(features: Features, rows: slice) -> Tensor:

@@ -70,22 +70,29 @@ class StoredRows:
         begin, end, step = rows.indices(len(self))
         if step != 1:
             return self._picked(np.arange(len(self))[rows])
-        found = np.empty((max(0, end - begin), self.columns), dtype=np.float32)
+        return self.read_into(np.empty((max(0, end - begin), self.columns), dtype=np.float32), begin)
+
+    def read_into(self, found: np.ndarray, begin: int) -> np.ndarray:
+        """The rows from ``begin`` on, as many as ``found`` [n, F] float32 has; it is filled and returned."""
         for first in range(0, len(found), self._at_once):
             piece = found[first : first + self._at_once]
-            with np.errstate(over="ignore"):  # what is too large is infinite, and refused as such
-                piece[:] = self._read(self.start + begin + first, len(piece))
+            self._read(piece, self.start + begin + first)
         return found
 
-    def _read(self, first: int, n: int) -> np.ndarray:
-        """``n`` rows of the file as they are there."""
-        rows = slice(first, first + n)
+    def _read(self, piece: np.ndarray, first: int) -> None:
+        """Fill ``piece`` [n, F] with rows of the file."""
+        rows = slice(first, first + len(piece))
+        where = (0, rows) if self.leading else rows
         try:
-            return self._table[(0, rows) if self.leading else rows]
+            if self.stored == piece.dtype and hasattr(self._table, "read_direct"):
+                self._table.read_direct(piece, where)  # HDF5 need not make an array of its own
+            else:
+                with np.errstate(over="ignore"):  # what is too large is infinite, and refused as such
+                    piece[:] = self._table[where]
         except InputError:
             raise
         except Exception as error:  # of HDF5, of zarr, or of a codec
-            place = f"rows {first} to {first + n} of {self.key}"
+            place = f"rows {first} to {first + len(piece)} of {self.key}"
             raise InputError(f"{self.path}: {place} cannot be read ({first_line(error)}); copy it again") from error
 
     @property
