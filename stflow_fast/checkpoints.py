@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .calls import CALLS_BUDGET, KnownSlides
 from .config import DenoiserConfig, parse_bytes
-from .errors import InputError
+from .errors import InputError, with_path
 from .kernels.conventions import LAYERNORM_EPS
 from .model import Denoiser, SpatialTransformer
 from .pretrained import Provenance, load_state
@@ -120,7 +120,7 @@ def convert(
     try:
         config = shapes_to_config(state, **settings)
     except InputError as error:
-        raise InputError(f"{published}: {error}") from error
+        raise InputError(with_path(published, error)) from error
     if f"{_ENCODER_PREFIX}blks.0.attn.mlp_attn.fc1.weight" not in state:
         raise InputError(f"{published}: holds an encoder alone; a whole denoiser is needed to predict")
     if len(genes) != config.n_genes:

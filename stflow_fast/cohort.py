@@ -176,7 +176,7 @@ def predict(
         except OutputError:
             raise
         except InputError as error:
-            failed.append(with_path(_path_of(slide) or "", error))  # "" is in all that is said
+            failed.append(with_path(_path_of(slide), error))
             continue
         written.append(path)
         manifest.add(name)
@@ -217,7 +217,7 @@ def _by_name(
         try:
             here = [given] if isinstance(given, Slide) else sources(given, reading)
         except InputError as error:
-            failed.append(with_path(given, error))
+            failed.append(str(error))
             continue
         for slide in here:
             if slide.id in found:

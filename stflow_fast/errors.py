@@ -24,10 +24,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def with_path(path: str | os.PathLike, error: InputError) -> str:
-    """What is wrong with a file, in a line that has its path."""
+def with_path(path: str | os.PathLike | None, error: InputError) -> str:
+    """What is wrong with a file, in a line that has its path; None is of what is no file."""
     said = str(error)
-    return said if str(path) in said else f"{path}: {said}"
+    return said if path is None or str(path) in said else f"{path}: {said}"
 
 
 def batch_error(failed: Sequence[str], n_written: int, folder: Path) -> InputError:

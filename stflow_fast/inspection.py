@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .errors import InputError, with_path
+from .errors import InputError
 from .model import Denoiser
 from .slides import FORMATS, ReadOptions, Slide, SlideSource, StoredRows, recognise, sources
 from .slides.genes import known_otherwise, other_spelling, some_of
@@ -138,14 +138,14 @@ def _findings(path: Path, reading: ReadOptions, model: Denoiser | None, ignore_e
     try:
         return [_finding(source, model, ignore_encoder) for source in sources(path, reading)]
     except InputError as error:
-        return [Finding(str(path), path.stem, problem=with_path(path, error))]
+        return [Finding(str(path), path.stem, problem=str(error))]
 
 
 def _finding(source: SlideSource, model: Denoiser | None, ignore_encoder: bool) -> Finding:
     try:
         slide = source.read()
     except InputError as error:
-        return Finding(str(source.path), source.id, problem=with_path(source.path, error))
+        return Finding(str(source.path), source.id, problem=str(error))
     pitch = spacing(slide.coords)
     micron = slide.micron_per_pixel
     genes = model.provenance.genes if model and slide.gene_names else ()

@@ -524,11 +524,6 @@ def _pieces(features: Features, size: int) -> Iterator[tuple[int, Tensor]]:
         yield piece.start, torch.from_numpy(features.read_into(buffer[:n], piece.start))
 
 
-def _part(features: Features, rows: slice) -> Tensor:
-    part = features[rows]
-    return part if isinstance(part, Tensor) else torch.from_numpy(part)
-
-
 def _streamed(features: Features, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of spots, and their features on a GPU: they go from the host through two pinned buffers in turn, so that
     one is filled while the other is copied."""
@@ -539,7 +534,11 @@ def _streamed(features: Features, device: torch.device) -> Iterator[tuple[slice,
     copied = [torch.cuda.Event() for _ in buffers]
     for index, chunk in enumerate(blocks_of(n, FEATURE_CHUNK)):
         copied[index % 2].synchronize()
-        staged = buffers[index % 2][: chunk.stop - chunk.start].copy_(_part(features, chunk))
+        staged = buffers[index % 2][: chunk.stop - chunk.start]
+        if isinstance(features, Tensor):
+            staged.copy_(features[chunk])
+        else:
+            features.read_into(staged.numpy(), chunk.start)
         part = staged.to(device, non_blocking=True)
         copied[index % 2].record()
         yield chunk, part

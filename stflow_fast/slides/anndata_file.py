@@ -263,6 +263,8 @@ def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> S
         "obs": obs if len(obs.columns) else None,
         "library_id": library,
     }
+    if placed.rows is not None:  # before it is a slide: the coordinates of the others may be anything
+        slide = {part: rows_of(value, placed.rows) for part, value in slide.items()}
     return Slide(
         id=name if options.section is None else section_id(name, options.section),
         gene_names=genes,
@@ -270,7 +272,7 @@ def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> S
         notes=(*placed.notes, *notes),
         var=var,
         origin=dataclasses.replace(placed.origin, library_key=library_key),
-        **(slide if placed.rows is None else _chosen(slide, placed.rows)),
+        **slide,
     )
 
 
@@ -292,19 +294,6 @@ def rows_of_section(table: Table, options: ReadOptions) -> np.ndarray | None:
             f"{table.path}: obs[{options.library_key!r}] has no section {options.section!r}; it has {known}"
         )
     return rows
-
-
-def _chosen(parts: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
-    """Those rows of every part of a slide."""
-    chosen = {}
-    for name, value in parts.items():
-        if value is None:
-            chosen[name] = None
-        elif isinstance(value, StoredRows):
-            chosen[name] = rows_of(value, rows)
-        else:
-            chosen[name] = value.iloc[rows] if hasattr(value, "iloc") else value[rows]
-    return chosen
 
 
 def _library(obs: pd.DataFrame, n: int, origin: Origin, options: ReadOptions) -> tuple[str, np.ndarray | None]:

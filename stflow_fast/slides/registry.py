@@ -215,8 +215,8 @@ def recognise(path: str | Path) -> str:
     raise InputError(f"{path}: is of no format that is known ({titles}){found}")
 
 
-def format_of(path: Path, options: ReadOptions) -> Format:
-    """The format that the options name, or that the content tells.
+def _format(path: Path, options: ReadOptions) -> str:
+    """The name of the format that the options name, or that the content tells.
 
     Raises:
         InputError: an unknown name, or as :func:`recognise`.
@@ -224,7 +224,7 @@ def format_of(path: Path, options: ReadOptions) -> Format:
     name = options.format or recognise(path)
     if name not in FORMATS:
         raise InputError(f"format: must be one of {', '.join(FORMATS)}, not {name!r}")
-    return FORMATS[name]
+    return name
 
 
 class SlideSource(NamedTuple):
@@ -251,7 +251,8 @@ def sources(path: str | Path, options: ReadOptions | None = None) -> list[SlideS
         InputError: as :func:`recognise`; a ``library_key`` that is not there.
     """
     path, options = Path(path), options or ReadOptions()
-    known = guarded(path, lambda: format_of(path, options))
+    format = guarded(path, lambda: _format(path, options))
+    known, options = FORMATS[format], dataclasses.replace(options, format=format)  # reading need not look again
     names = () if options.section else guarded(path, lambda: known.sections(path, options))
     if not names:
         name = options.section or ""
@@ -280,7 +281,7 @@ def read(path: str | Path, options: ReadOptions | None = None) -> Slide:
     bare = options if options.embeddings is None else dataclasses.replace(options, require_features=False)
 
     def work() -> Slide:
-        known = format_of(path, options)
+        known = FORMATS[_format(path, options)]
         slide = known.read(path, bare)
         if notes := _passed_by(known, options):
             slide = dataclasses.replace(slide, notes=(*slide.notes, *notes))

@@ -123,14 +123,16 @@ class StoredRows:
         return dataclasses.replace(self, start=self.start + begin, stop=self.start + end)
 
 
-def rows_of(features: np.ndarray | StoredRows, index: np.ndarray) -> np.ndarray | StoredRows:
-    """Rows of features by whole numbers or booleans; what is stored stays so where they follow one another, and is read
-    elsewhere."""
-    if isinstance(features, StoredRows):
-        chosen = np.arange(len(features))[index]
+def rows_of(values: Any, index: np.ndarray) -> Any:
+    """Rows of any part of a slide by whole numbers or booleans: of an array, a sparse matrix, a data frame, or None.
+    What is stored stays so where they follow one another, and is read elsewhere."""
+    if values is None:
+        return None
+    if isinstance(values, StoredRows):
+        chosen = np.arange(len(values))[index]
         if len(chosen) and (np.diff(chosen) == 1).all():
-            return features.between(int(chosen[0]), int(chosen[-1]) + 1)
-    return features[index]
+            return values.between(int(chosen[0]), int(chosen[-1]) + 1)
+    return values.iloc[index] if hasattr(values, "iloc") else values[index]
 
 
 def stored_rows(path: Path, key: str, table: Any) -> StoredRows:

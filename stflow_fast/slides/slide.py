@@ -207,16 +207,9 @@ class Slide:
 
     def subset(self, index: np.ndarray) -> Slide:
         """The spots of ``index`` (whole numbers or booleans), as a slide of the same id."""
-        rows = {
-            name: value[index]
-            for name in ("coords", "barcodes", "counts", "library_id")
-            if (value := getattr(self, name)) is not None
-        }
-        rows["features"] = None if self.features is None else rows_of(self.features, index)
-        rows["obs"] = None if self.obs is None else self.obs.iloc[index]
         part = copy.copy(self)  # not checked again: what was fit to be a slide may look strange in part
-        for name, value in rows.items():
-            object.__setattr__(part, name, value)
+        for name in ("features", "coords", "barcodes", "counts", "obs", "library_id"):
+            object.__setattr__(part, name, rows_of(getattr(self, name), index))
         return part
 
     def _known_counts(self) -> scipy.sparse.csr_matrix:
