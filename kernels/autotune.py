@@ -71,7 +71,9 @@ TILES: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
 }
 """Rows, warps and programs that are tried. Edge kernels with 64 rows, which spill but for OTHERS, only when named."""
 
-OTHERS: dict[tuple[str, str], tuple[Launch, ...]] = {("edge_attention_fwd", "bf16"): (Launch(64, 4),)}
+OTHERS: dict[tuple[str, str], tuple[Launch, ...]] = {
+    ("edge_attention_fwd", "bf16"): (Launch(64, 4), Launch(16, 1), Launch(16, 2), Launch(32, 1), Launch(32, 2)),
+}
 """What else is tried, of a kernel and precision: see launch.TABLE."""
 
 HEAD_START = 2_000_000
