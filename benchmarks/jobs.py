@@ -267,7 +267,8 @@ def check(plan: Plan, case: Case, name: str) -> Verdict:
     if job.tolerance is not None:
         error, tolerance = found.item(), job.tolerance
     else:
-        tolerance = measure.NETWORK_TOLERANCE[PRECISION[job.arithmetic]]
+        tolerances = measure.GRADIENT_TOLERANCE if case.workload == "train_step" else measure.NETWORK_TOLERANCE
+        tolerance = tolerances[PRECISION[job.arithmetic]]
         exact = dataclasses.replace(plan, device=torch.device("cpu"))
         expected = expected_result(exact, case._replace(layout=layout, spots=plan.check_spots, dtype="float32"))
         error = measure.relative_error(found, expected)

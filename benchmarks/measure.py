@@ -26,8 +26,10 @@ from torch import Tensor, nn
 import stflow_fast
 
 NETWORK_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-2, "ieee": 1e-3}
-"""Of a network's samples and gradients; the published code in float32 loses digits on the axes of nearly round
-neighbourhoods."""
+"""Of a network's samples; the published code in float32 loses digits on the axes of nearly round neighbourhoods."""
+
+GRADIENT_TOLERANCE = NETWORK_TOLERANCE | {"bf16": 0.11}
+"""Of its gradients, for which plain torch in bf16 is 0.056 off on the check's slide, and the kernels 0.055: twice."""
 
 STATUS = Path("/proc/self/status")
 UNKNOWN = "unknown"

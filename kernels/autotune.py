@@ -59,20 +59,21 @@ from .versions import why_not_interpreted
 TOLERANCE = {"bf16": 2**-7, "tf32": 2**-9, "ieee": 1e-5, "float64": 0.0}
 """Two roundings, for a tile changes the order of sums alone; of float64 come neighbours, which are the same."""
 
-_EDGES = ((16, 32), (4, 8))
+_EDGES = ((16, 32), (1, 2, 4, 8))
 TILES: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "edge_attention_fwd": (*_EDGES, (0,)),
-    "edge_attention_bwd_query": (*_EDGES, (1, 2)),
-    "edge_attention_bwd_key": (*_EDGES, (1, 2)),
-    "edge_messages": (*_EDGES, (0,)),
+    "edge_attention_bwd_query": (*_EDGES, (1, 2, 4)),
+    "edge_attention_bwd_key": (*_EDGES, (1, 2, 4)),
+    "edge_messages": ((16, 32, 64), (1, 2, 4), (0,)),
     "dropout": ((8, 16, 32), (4, 8), (0,)),
-    "gate_norm": ((4, 8, 16), (4, 8), (2, 4, 8)),
+    "gate_norm": ((4, 8, 16), (1, 2, 4, 8), (4, 8, 16)),
+    "joined_norm": ((4, 8, 16, 32), (1, 2, 4, 8), (0,)),
     "nearest": ((8, 16, 32), (1, 2), (0,)),
 }
-"""Rows, warps and programs that are tried. Edge kernels with 64 rows, which spill but for OTHERS, only when named."""
+"""Rows, warps and programs that are tried. Edge kernels with 64 rows but for OTHERS only when named."""
 
 OTHERS: dict[tuple[str, str], tuple[Launch, ...]] = {
-    ("edge_attention_fwd", "bf16"): (Launch(64, 4), Launch(16, 1), Launch(16, 2), Launch(32, 1), Launch(32, 2)),
+    ("edge_attention_fwd", "bf16"): (Launch(64, 2), Launch(64, 4)),
 }
 """What else is tried, of a kernel and precision: see launch.TABLE."""
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from stflow_fast.graph import SpotGraph
 
-from .conventions import Settings
+from .conventions import Settings, context_padding
 from .dropout import dropout
 from .edge_attention import edge_attention, edge_messages
 from .gated_mlp import gate_norm, gate_norm_backward
+from .joined_norm import joined_norm
 from .launch import EDGE_KERNELS, WIDEST
 from .neighbors import nearest
 
-N_NEIGHBORS, N_HEADS, P_DROPOUT, STREAM = 8, 4, 0.2, 6
+N_NEIGHBORS, N_HEADS, N_GENES, P_DROPOUT, STREAM = 8, 4, 50, 0.2, 6
 
 INFERENCE = Settings(N_HEADS, "swiglu", "swiglu")
 TRAINING = INFERENCE._replace(p_mlp=P_DROPOUT, p_attention=P_DROPOUT)
@@ -50,8 +51,10 @@ class Case(NamedTuple):
 
 
 def cases(kernels: Sequence[str], precisions: Sequence[str], columns: Sequence[int]) -> list[Case]:
-    """Edge kernels have the columns of a message, gates those of the attention's and the layer's MLP, others any."""
+    """Edge kernels have the columns of a message, gates those of the attention's and the layer's MLP, tokens twice as
+    many, others any."""
     widths = {kernel: columns for kernel in EDGE_KERNELS}
+    widths["joined_norm"] = [2 * each for each in columns]
     widths["gate_norm"] = sorted({width for each in columns for width in (each, 4 * each)})
     found = []
     for kernel in kernels:
@@ -133,6 +136,14 @@ def _gate_norm(case: Case, numbers: Numbers) -> Run:
     return lambda: (gate_norm(*rest), *gate_norm_backward(grad, *rest))
 
 
+def _joined_norm(case: Case, numbers: Numbers) -> Run:
+    d, dtype = case.columns, torch.float32
+    tokens, x = numbers.normal(numbers.n, d, dtype=dtype), numbers.normal(numbers.n, N_GENES, dtype=dtype)
+    affine = numbers.normal(d, dtype=dtype), numbers.normal(d, dtype=dtype)
+    columns = d + N_GENES + context_padding(d + N_GENES)
+    return lambda: (joined_norm(tokens, affine, x, columns, case.dtype),)
+
+
 def _nearest(case: Case, numbers: Numbers) -> Run:
     received: list[tuple] = []
 
@@ -151,5 +162,6 @@ RUNS: dict[str, Callable[[Case, Numbers], Run]] = {
     "edge_messages": _messages,
     "dropout": _dropout,
     "gate_norm": _gate_norm,
+    "joined_norm": _joined_norm,
     "nearest": _nearest,
 }

@@ -17,7 +17,7 @@ from stflow_fast.errors import InputError
 
 from .conventions import dropout_threshold
 from .launch import check_device, check_probability, check_tensors, device_scope, launch_of, on_device
-from .tiles import combine, dropout_factor
+from .tiles import combine, dropout_factor, settle_keys
 
 
 @triton.jit(do_not_specialize=["n", "stream"])
@@ -84,3 +84,5 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 
 
 torch.library.register_autograd("stflow_fast::dropout", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+settle_keys(globals())

@@ -72,7 +72,7 @@ from .launch import (
     n_processors,
     on_device,
 )
-from .tiles import centre_backward, gate_backward, matmul
+from .tiles import centre_backward, gate_backward, matmul, nearest_tf32, settle_keys
 
 CONTEXT_ALIGNMENT = tl.constexpr(conventions.CONTEXT_ALIGNMENT)
 
@@ -115,8 +115,8 @@ def edge_attention_fwd_kernel(
         b_values = load_rows(
             terms + 2 * S.hp, i_near, tl.constexpr(S.width), i_head * S.dh + i_d, i_d < S.dh
         )  # [M, d / H]
-        b_values = matmul(b_attention, b_values, tl.full([S.spots_pad, S.dh_pad], 0.0, tl.float32), S)
-        b_messages = matmul(b_attention, b_message, tl.full([S.spots_pad, S.e_pad], 0.0, tl.float32), S)
+        b_values = matmul(b_attention, b_values, tl.full([S.spots_pad, S.dh_pad], 0.0, tl.float32), S, True)
+        b_messages = matmul(b_attention, b_message, tl.full([S.spots_pad, S.e_pad], 0.0, tl.float32), S, True)
         store_rows(row + i_head * S.dh, i_d, b_values, m_q[:, None] & (i_d < S.dh)[None, :])
         store_rows(row + S.d + i_head * S.e, i_c, b_messages, m_q[:, None] & (i_c < S.e)[None, :])
         tl.store(row + S.d + S.n_heads * S.e + i_head, tl.sum(b_attention, 1), mask=m_q)
@@ -170,6 +170,8 @@ def edge_attention_bwd_query_kernel(
             i_key = tl.load(dropout_keys + i_spot)
         b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
         b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S).to(S.operand)
+        if S.exact_precision == "tf32x3":  # as every product that reads them wants them
+            b_message = nearest_tf32(b_message)
         store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & m_c[None, :])
         i_row, m_q, i_own, m_segment, m_members = tile_spots(i_tile, m_e, n, S)
         b_dmessage = tl.full([S.rows, S.e_pad], 0.0, tl.float32)
@@ -219,9 +221,9 @@ def edge_attention_bwd_query_kernel(
             b_dz = centre_backward(b_centred, b_rstd, b_dy, tl.constexpr(S.e)) * b_before
             b_da, b_db = gate_backward(b_a, b_b, b_dz, tl.constexpr(S.edge_gate), tl.constexpr(S.fast))
             b_signed = b_columns * frame_signs(i_r, i_frame)[:, None]
-            b_dedge_a = matmul(b_signed, b_da, b_dedge_a, S)
+            b_dedge_a = matmul(b_signed, b_da, b_dedge_a, S, True)
             if S.edge_gate == "swiglu":
-                b_dedge_b = matmul(b_signed, b_db, b_dedge_b, S)
+                b_dedge_b = matmul(b_signed, b_db, b_dedge_b, S, True)
     # The first two parts of the inputs, high and low, are the whole of them.
     row = grad_edge + (tl.program_id(0) * 8 + i_r) * S.pe
     m_r = (i_r < 8)[:, None] & m_c[None, :]
@@ -265,7 +267,7 @@ def query_half(
     """:func:`query_gradient` of one half of the pre-activation."""
     i_c, i_z = tl.arange(0, S.e_pad), part_columns(i_part, S)
     i_column, m_z = i_head * S.p + HALF * S.z + i_z, i_z < S.z
-    b_sum = matmul(m_segment.to(tl.float32), b_dpre, tl.full([S.spots_pad, S.z_pad], 0.0, tl.float32), S)
+    b_sum = matmul(m_segment.to(tl.float32), b_dpre, tl.full([S.spots_pad, S.z_pad], 0.0, tl.float32), S, True)
     store_rows(grad_terms + i_row * S.width, i_column, b_sum, m_q[:, None] & m_z[None, :])
     m_w = m_z[:, None] & (i_c < S.e)[None, :]
     b_w = tl.load(message_to_logit + i_c[None, :] * S.hp + i_column[:, None], mask=m_w, other=0.0)  # [z_pad, E]
@@ -360,7 +362,7 @@ def edge_attention_bwd_key_kernel(
             )  # fmt: skip
             b_attention, b_dlogit, b_mean, b_rstd, b_along = load_edge(edge_gradients, i_edge, i_head, m_e, S)
             b_dvalues = load_rows(grad_context, i_spot, tl.constexpr(S.context), i_head * S.dh + i_d, m_d)
-            b_dvalues_sum = matmul(tl.where(m_segment, b_attention[None, :], 0.0), b_dvalues, b_dvalues_sum, S)
+            b_dvalues_sum = matmul(tl.where(m_segment, b_attention[None, :], 0.0), b_dvalues, b_dvalues_sum, S, True)
             b_da, b_db, b_dweights = logit_backward(
                 b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_w, b_mean_w, i_part, S
             )
@@ -370,10 +372,10 @@ def edge_attention_bwd_key_kernel(
             # Loaded once more, for Triton up to 3.7 miscompiles products of transposed tiles on Hopper (fla #984).
             i_column = i_edge[None, :] * S.e + i_e[:, None]
             b_columns = tl.load(messages + i_column, mask=(i_e < S.e)[:, None], other=0.0)  # [e_part, M]
-            b_da_sum = matmul(b_arrived, b_da, b_da_sum, S)
+            b_da_sum = matmul(b_arrived, b_da, b_da_sum, S, True)
             b_dweight_a = matmul(b_columns, b_da, b_dweight_a, S)
             if S.logit_gate == "swiglu":
-                b_db_sum = matmul(b_arrived, b_db, b_db_sum, S)
+                b_db_sum = matmul(b_arrived, b_db, b_db_sum, S, True)
                 b_dweight_b = matmul(b_columns, b_db, b_dweight_b, S)
         row = grad_terms + i_row * S.width
         store_rows(row + S.hp + i_head * S.p, i_z, b_da_sum, m_once & m_q[:, None] & m_z[None, :])
@@ -708,3 +710,5 @@ torch.library.register_fake("stflow_fast::edge_attention_backward", _backward_fa
 torch.library.register_autograd(
     "stflow_fast::edge_attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY
 )
+
+settle_keys(globals())

@@ -39,6 +39,7 @@ class EdgeShape:
             take, may read from registers, and is reported to reuse too early (``launch.py``). 0 elsewhere.
         halved: a product of this depth is taken in two halves: 64 in the backward of exact float32, whose kernels spill
             40 and 16 bytes less so at hidden_dim 128; at other depths they spill more. 0 elsewhere.
+        rounds: operands in tf32 are rounded before a product; not in the query-owned backward, which would spill.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -74,6 +75,7 @@ class EdgeShape:
     exact_precision: str
     batched: int
     halved: int
+    rounds: bool
     fast: bool
     kept: bool
     dropout: bool
@@ -134,12 +136,17 @@ def part_of_e(arch: int, e_pad: int, z_part: int) -> int:
     return min(e_pad, 4096 // z_part)
 
 
+def columns_of(sizes: Sizes, settings: Settings) -> int:
+    """Of the widest tile, by which the launch table tells launches apart."""
+    z = sizes.hp // settings.n_heads // halves_of("logit_activation", settings.logit_activation)
+    return _padded(max(sizes.e, z))
+
+
 def edge_shape(
     kernel: str, arch: int, precision: str, sizes: Sizes, settings: Settings, launch: Launch | None = None
 ) -> tuple[EdgeShape, Launch]:
     """What a kernel is compiled for, and how it is launched on an architecture; by the table unless told."""
-    z = sizes.hp // settings.n_heads // halves_of("logit_activation", settings.logit_activation)
-    launch = launch or launch_of(kernel, arch, precision, _padded(max(sizes.e, z)))
+    launch = launch or launch_of(kernel, arch, precision, columns_of(sizes, settings))
     return _edge_shape(kernel, arch, precision, sizes, settings, launch), launch
 
 
@@ -189,6 +196,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         batched=rows if rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
         halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
+        rounds=precision == "tf32" and kernel != "edge_attention_bwd_query" and not INTERPRETED,
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,
         dropout=p_mlp > 0 or p_attention > 0,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import conventions
-from .tiles import centre, combine, dot, dropout_factor, gate, gate_backward, matmul
+from .tiles import centre, combine, dot, dropout_factor, gate, gate_backward, matmul, settle_keys
 
 EDGE_HIDDEN = tl.constexpr(conventions.STREAM_EDGE_HIDDEN)
 EDGE_OUT = tl.constexpr(conventions.STREAM_EDGE_OUT)
@@ -319,3 +319,6 @@ def segment_softmax(b_logit, m_segment):
     b_sum = tl.sum(b_exp, 1)
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     return b_exp * (1.0 / b_sum)[:, None]
+
+
+settle_keys(globals())

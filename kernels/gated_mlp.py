@@ -36,7 +36,7 @@ from .launch import (
     n_processors,
     on_device,
 )
-from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward
+from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward, settle_keys
 
 
 @dataclass(frozen=True)
@@ -304,3 +304,5 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("stflow_fast::gated_mlp", _fake, lib=_LIBRARY)
 torch.library.register_fake("stflow_fast::gated_mlp_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("stflow_fast::gated_mlp", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+settle_keys(globals())

@@ -27,7 +27,7 @@ OLDEST = 80
 """Ampere: bf16 on tensor cores."""
 
 EDGE_KERNELS = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_bwd_key", "edge_messages")
-KERNELS = (*EDGE_KERNELS, "dropout", "gate_norm", "nearest")
+KERNELS = (*EDGE_KERNELS, "dropout", "gate_norm", "joined_norm", "nearest")
 WALKING = ("edge_attention_bwd_query", "edge_attention_bwd_key", "gate_norm")
 """Those of a fixed number of programs, in their backward at least; of the others a program treats one tile."""
 
@@ -66,6 +66,11 @@ class Row(NamedTuple):
     columns: int  # of the widest tile: padded E or Z of an edge kernel, padded Z of a gate; WIDEST where any will do
     launch: Launch
     reason: str
+
+    @property
+    def measured(self) -> bool:
+        """On a GPU, by ``autotune``; else by what the compiler says."""
+        return self.reason.startswith(("measured on", "confirmed on"))
 
 
 HEADER = ("kernel", "arch", "precisions", "columns", *Launch._fields, "reason")

@@ -50,6 +50,7 @@ from stflow_fast.graph import (
 )
 
 from .launch import architecture, device_scope, launch_of
+from .tiles import settle_keys
 
 COLS = 8
 """Spots of a cell looked at together: at K = 8 a cell holds 7 on average."""
@@ -328,3 +329,6 @@ def _launch(
             found, settled, n, k, len(window.first), launch.rows, COLS, enable_fp_fusion=FUSED, **launch.options,
         )  # fmt: skip
     return found, settled.bool()
+
+
+settle_keys(globals())

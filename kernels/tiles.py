@@ -17,20 +17,39 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
+def settle_keys(names: dict[str, object]) -> None:
+    """The keys in Triton's cache of a file's kernels, ``names`` being its globals, in one order in every process.
+
+    Triton up to 3.7 makes a kernel's key from what it knows by then of the functions that it calls: where another one
+    was launched first, the same kernel has another key, and is compiled again.
+    """
+    for function in names.values():
+        if isinstance(function, triton.JITFunction):
+            hash(function)
+
+
 @triton.jit
-def matmul(b_x, b_y, b_acc, S: tl.constexpr):
-    """acc + x @ y in the launch's precision, accumulated in float32; in two halves where x has S.halved columns."""
+def matmul(b_x, b_y, b_acc, S: tl.constexpr, EXACT: tl.constexpr = False):
+    """acc + x @ y in the launch's precision, accumulated in float32; in two halves where x has S.halved columns.
+
+    EXACT: what plain torch does not multiply in tf32 either, sums over neighbours and products of four columns.
+    """
     if b_x.shape[1] == S.halved:
         b_x0, b_x1 = halves_of_columns(b_x)
         b_y0, b_y1 = halves_of_columns(tl.trans(b_y))
-        b_acc = matmul(b_x0, tl.trans(b_y0), b_acc, S)
-        return matmul(b_x1, tl.trans(b_y1), b_acc, S)
-    return dot(b_x.to(S.operand), b_y.to(S.operand), b_acc, tl.constexpr(S.dot_precision), S)
+        b_acc = matmul(b_x0, tl.trans(b_y0), b_acc, S, EXACT)
+        return matmul(b_x1, tl.trans(b_y1), b_acc, S, EXACT)
+    PRECISION: tl.constexpr = S.exact_precision if EXACT else S.dot_precision
+    return dot(b_x.to(S.operand), b_y.to(S.operand), b_acc, PRECISION, S)
 
 
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, S: tl.constexpr):
     """acc + x @ y, by 16 rows each where x has S.batched rows: batches are what Triton has no wgmma for."""
+    if PRECISION == "tf32" and S.rounds and b_x.dtype == tl.float32:
+        b_y = nearest_tf32(b_y)
+        if b_x.shape[0] < 64:  # of more, wgmma would read the rounded ones from registers (``launch.py``)
+            b_x = nearest_tf32(b_x)
     if b_x.shape[0] == S.batched:
         BATCHES: tl.constexpr = b_x.shape[0] // 16
         b_x = tl.reshape(b_x, [BATCHES, 16, b_x.shape[1]])
@@ -40,6 +59,13 @@ def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, S: tl.constexpr):
     else:
         b_acc = tl.dot(b_x, b_y, b_acc, input_precision=PRECISION)
     return b_acc
+
+
+@triton.jit
+def nearest_tf32(b_x):
+    """Tensor cores cut float32 off to tf32: all of a product's terms are then too small, by 2^-11 on average, and their
+    sum is (7e-4 in the forward on an H200, and up to 14 times plain torch's error in gradients)."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [b_x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -143,3 +169,6 @@ def dropout_factor(i_row, i_column, THRESHOLD: tl.constexpr, SCALE: tl.constexpr
     i_mixed = (i_row ^ hash32(i_column + 1)) * MULTIPLIER_1
     i_mixed = (i_mixed ^ (i_mixed >> 15)) * MULTIPLIER_2
     return tl.where(i_mixed >= THRESHOLD, SCALE, 0.0)
+
+
+settle_keys(globals())

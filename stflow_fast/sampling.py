@@ -464,7 +464,7 @@ def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x.cpu()
     staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    torch.cuda.current_stream().synchronize()
+    torch.cuda.current_stream().record_event().synchronize()
     return staged.clone()
 
 

@@ -122,14 +122,19 @@ NO_SKIPS = {"CI": "1", "STFLOW_TEST_GPU": "1"}
 EVERY_ALLOCATION = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """By the driver, so that what lies beyond a tensor is nobody's."""
 
-TUNED = ("--kernels", "edge_attention_fwd", "--precisions", "bf16")
+TUNED = {
+    "bf16": "edge_attention_fwd,edge_attention_bwd_query,edge_attention_bwd_key,edge_messages,gate_norm,joined_norm",
+    "tf32": "edge_attention_fwd,edge_messages",
+}
+"""Kernels of the default model whose tiles are timed, by precision."""
+
+TUNED_COLUMNS = 64
 
 
 def plan(out: Path, rehearse: bool) -> list[Section]:
     """All of it; rehearsed, on one tiny slide on the CPU with the kernels interpreted."""
     python = (sys.executable, "-m")
     pytest = (*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    tuned = (*python, "stflow_fast.kernels.autotune", *TUNED, "--out", str(out / "launch_table.csv"))
     # Torch asks for more than a driver has, and copes: errors of calls are no faults of a kernel.
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
     checked = (*sanitizer, *pytest, *SANITIZED)
@@ -143,12 +148,24 @@ def plan(out: Path, rehearse: bool) -> list[Section]:
         command = (*python, "stflow_fast", "benchmark", *what.options, *limits, *profile, *rest)
         return alone(name, seconds, (*command, "--resume", "--no-pictures", "--out", str(out)))
 
+    def autotuned(precision: str) -> Section:
+        which = (
+            "--kernels",
+            TUNED[precision],
+            "--precisions",
+            precision,
+            "--out",
+            str(out / f"launch_{precision}.csv"),
+        )
+        rest = ("--rehearse",) if rehearse else ("--columns", str(TUNED_COLUMNS))
+        return alone(f"autotune in {precision}", 120, (*python, "stflow_fast.kernels.autotune", *which, *rest))
+
     return [
         alone("kernels compiled", 150, (*python, "benchmarks.gpu.kernels", *(("--rehearse",) if rehearse else ()))),
         *(figures(name, *what) for name, what in FIRST_FIGURES.items()),
         Section("tests", 240, {name: (*pytest, *which) for name, which in TESTS.items()}, {} if rehearse else NO_SKIPS),
         *(figures(name, *what) for name, what in FLOAT32_FIGURES.items()),
-        alone("autotune of the forward", 120, (*tuned, *(("--rehearse",) if rehearse else ("--columns", "64")))),
+        *(autotuned(precision) for precision in TUNED),
         alone("memory checked", 150, checked)._replace(environment=EVERY_ALLOCATION),
         *(figures(name, *what) for name, what in LAST_FIGURES.items()),
     ]

@@ -22,7 +22,16 @@ from unittest import mock
 
 import torch
 import triton
-from stflow_fast.kernels import autotune, autotune_cases, dropout, edge_attention, gated_mlp, launch, neighbors
+from stflow_fast.kernels import (
+    autotune,
+    autotune_cases,
+    dropout,
+    edge_attention,
+    gated_mlp,
+    joined_norm,
+    launch,
+    neighbors,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
 
@@ -31,7 +40,7 @@ from stflow_fast.ops import backend
 from ..cases import Case, Plan
 from ..jobs import NetworkJob, job_of, providers_of
 from ..workload import N_GENES
-from .plan import ALL_FIGURES, TUNED, Figures
+from .plan import ALL_FIGURES, TUNED, TUNED_COLUMNS, Figures
 
 SPOTS = 72
 """No kernel is compiled for a number of spots."""
@@ -93,9 +102,9 @@ def absent_gpu(arch: int, variants: Variants, launched: Launched = lambda *_: No
 
     driver.set_active(AbsentGPU(arch))
     with contextlib.ExitStack() as patches:
-        for module in (dropout, edge_attention, gated_mlp):
+        for module in (dropout, edge_attention, gated_mlp, joined_norm):
             patches.enter_context(mock.patch.object(module, "check_device"))
-        for module in (launch, neighbors):
+        for module in (joined_norm, launch, neighbors):
             patches.enter_context(mock.patch.object(module, "architecture", return_value=arch))
         patches.enter_context(mock.patch.object(neighbors, "_check"))
         patches.enter_context(mock.patch.object(backend, "why_not_triton", return_value=None))
@@ -119,14 +128,16 @@ def launch_figures(figures: Figures) -> None:
 
 
 def launch_tuned() -> None:
-    """The forward's tiles, as autotune tries them."""
-    _, kernel, _, precision = TUNED
-    (case,) = autotune_cases.cases([kernel], [precision], [64])
+    """All tiles that autotune tries."""
     numbers = autotune_cases.Numbers(SPOTS, torch.device("cpu"))
-    row = launch.find_row(launch.TABLE, kernel, 90, precision, case.columns)
-    for tried in autotune.candidates(case, row.launch):
-        with launch.use_launch(kernel, tried):
-            autotune_cases.RUNS[kernel](case, numbers)()
+    for precision, kernels in TUNED.items():
+        for case in autotune_cases.cases(kernels.split(","), [precision], [TUNED_COLUMNS]):
+            row = launch.find_row(launch.TABLE, case.kernel, 90, precision, case.columns)
+            with autotune.multiplying(precision):
+                run = autotune_cases.RUNS[case.kernel](case, numbers)
+                for tried in autotune.candidates(case, row.launch):
+                    with launch.use_launch(case.kernel, tried):
+                        run()
 
 
 def triton_key(wheel: Path | None) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import SpotGraph
-from ..kernels.conventions import Settings, Sizes, context_padding
+from ..kernels.conventions import LAYERNORM_EPS, Settings, Sizes, context_padding
 from ..threads import blocks_of, in_turn
 from . import reference
 from .backend import (
@@ -46,8 +47,11 @@ __all__ = [
     "cpp_compiler",
     "edge_attention",
     "gated_mlp",
+    "gelu_norm",
+    "joined_norm",
     "make_messages",
     "message_bytes",
+    "on_triton",
     "use_backend",
     "use_compile",
     "weights_of_autocast",
@@ -109,7 +113,7 @@ def by_rows(
         The function's tensors [N, ...].
     """
     n, device = len(inputs[0]), inputs[0].device
-    if device.type != "cpu" or n == 0 or _on_triton(inputs[0]):  # Triton's interpreter is for one thread
+    if device.type != "cpu" or n == 0 or on_triton(inputs[0]):  # Triton's interpreter is for one thread
         return function(*inputs, weights, keys)
 
     def run(rows: slice, *tensors: Tensor | None, **out: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
@@ -151,7 +155,7 @@ def build_graph(
 
 def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
     """Inverted dropout of x [N, C]; x itself without keys."""
-    if keys is None or p == 0.0 or not _on_triton(x):
+    if keys is None or p == 0.0 or not on_triton(x):
         return dropout(x, p, keys, stream)
     from ..kernels.dropout import dropout as kernel
 
@@ -165,7 +169,7 @@ def gated_mlp(
 
     Dropout uses the streams ``stream`` and ``stream + 1``.
     """
-    if not _on_triton(x):
+    if not on_triton(x):
         return reference.gated_mlp(x, weights, activation, p, keys, stream)
     from ..kernels.gated_mlp import gated_mlp as kernel
 
@@ -173,11 +177,30 @@ def gated_mlp(
     return apply_dropout(hidden, p, keys, stream + 1)
 
 
+def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
+    """LayerNorm(gelu(pre)) of pre [N, d], behind its gain and bias [d]; by the gate's kernel without gradients."""
+    if torch.is_grad_enabled() or not on_triton(pre):
+        return F.layer_norm(F.gelu(pre), pre.shape[-1:], *affine, LAYERNORM_EPS)
+    from ..kernels.gated_mlp import gate_norm
+
+    return gate_norm(pre, affine, None, "gelu", 0.0, 0)
+
+
+def joined_norm(tokens: Tensor, affine: tuple[Tensor, Tensor], x: Tensor, columns: int) -> Tensor:
+    """[LayerNorm(tokens) | x | 0] [N, columns], see ``reference.py``; by a kernel in the type of autocast, and without
+    gradients."""
+    if not on_triton(tokens):
+        return reference.joined_norm(tokens, affine, x, columns)
+    from ..kernels.joined_norm import joined_norm as kernel
+
+    return kernel(tokens, affine, x, columns, autocast_dtype(tokens.device) or tokens.dtype)
+
+
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
     """The weights as :func:`gated_mlp` casts them under the present autocast, of ``dtype``: given these it gives the
     same bits and casts none. Plain torch leaves the LayerNorm's as they are."""
     cast = MLPWeights(*(weight.to(dtype) for weight in weights))
-    if _on_triton(weights.fc1_weight):
+    if on_triton(weights.fc1_weight):
         return cast
     return cast._replace(norm_weight=weights.norm_weight, norm_bias=weights.norm_bias)
 
@@ -198,7 +221,7 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
     dtype = _message_dtype(weights)
     settings = Settings(*spec)
     work = EdgeWork(("edge_messages",), Sizes(k, *weights.message_to_logit.shape, settings.n_heads), settings)
-    if _on_triton(geometry, dtype, work):
+    if on_triton(geometry, dtype, work):
         from ..kernels.edge_attention import edge_messages as kernel
 
         return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
@@ -237,7 +260,7 @@ def edge_attention(
     settings = Settings(*spec, *p, messages is not None)
     e, hp = weights.message_to_logit.shape
     sizes = Sizes(graph.neighbors.shape[1], e, hp, terms.shape[1] - 2 * hp)
-    if _on_triton(terms, terms.dtype, EdgeWork(TRAINED_BY if training else TRAINED_BY[:1], sizes, settings)):
+    if on_triton(terms, terms.dtype, EdgeWork(TRAINED_BY if training else TRAINED_BY[:1], sizes, settings)):
         from ..kernels.edge_attention import edge_attention as kernel
 
         edges = graph.geometry if messages is None else messages
@@ -291,7 +314,7 @@ def _attention_in_blocks(
     return context
 
 
-def _on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
+def on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
     dtype = autocast_dtype(x.device) or dtype or x.dtype
     backend = backend_for(Workload(x.device, dtype, edges.sizes.k if edges else 1, edges=edges))
     if edges and backend.name == "triton":

@@ -97,6 +97,12 @@ def gated_mlp(
     return dropout(F.linear(hidden, weights.fc2_weight, weights.fc2_bias), p, keys, stream + 1)
 
 
+def joined_norm(tokens: Tensor, affine: tuple[Tensor, Tensor], x: Tensor, columns: int) -> Tensor:
+    """[LayerNorm(tokens) | x | 0] [N, columns] of tokens [N, d], behind gain and shift [d] ``affine``, and x [N, G]."""
+    normed = F.layer_norm(tokens, tokens.shape[-1:], *affine, LAYERNORM_EPS)
+    return F.pad(torch.cat([normed, x.to(normed.dtype)], dim=1), (0, columns - tokens.shape[1] - x.shape[1]))
+
+
 def edge_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec, dropouts: Dropouts) -> Tensor:
     """m_ij: the mean over the four sign frames of LayerNorm(gate(fc1([+-p_x, +-p_y, r]))), without its affine part.
 
