@@ -301,8 +301,10 @@ def file_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this file is tracked in, and whether its code has changed since, the launch table with it;
-    elsewhere what the environment says. Results may have changed: they do while they are written."""
+    """What the environment says; else of the checkout that this file is tracked in, and whether its code has changed
+    since, the launch table with it. Results may have changed: they do while they are written."""
+    if named := os.environ.get("COMMIT"):  # where files were copied over another checkout
+        return named
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -310,7 +312,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     if not shutil.which("git") or not git("ls-files", here.name):
-        return os.environ.get("COMMIT", UNKNOWN)
+        return UNKNOWN
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return git("rev-parse", "--short=12", "HEAD") + (WITH_CHANGES if changed else "")
 

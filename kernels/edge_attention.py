@@ -170,7 +170,7 @@ def edge_attention_bwd_query_kernel(
             i_key = tl.load(dropout_keys + i_spot)
         b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
         b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S).to(S.operand)
-        if S.exact_precision == "tf32x3":  # as every product that reads them wants them
+        if S.rounds:  # as every product that reads them wants them
             b_message = nearest_tf32(b_message)
         store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & m_c[None, :])
         i_row, m_q, i_own, m_segment, m_members = tile_spots(i_tile, m_e, n, S)
@@ -192,7 +192,7 @@ def edge_attention_bwd_query_kernel(
             b_dlogit = tl.sum(b_softmax * (b_dattention - b_mean_d[:, None]), 0) * b_logit_factor  # [M]
             b_attention = tl.sum(b_softmax, 0) * b_attention_factor
             store_edge(edge_gradients, i_edge, i_head, b_attention, b_dlogit, b_mean, b_rstd, b_along, m_e, S)
-            b_dmessage = matmul(tl.where(m_members, b_attention[:, None], 0.0), b_dcontext, b_dmessage, S)
+            b_dmessage = matmul(tl.where(m_members, b_attention[:, None], 0.0), b_dcontext, b_dmessage, S, True)
             b_da, b_db, _ = logit_backward(
                 b_a, b_b, b_z, b_factor, b_mean, b_rstd, b_along, b_dlogit, b_w, b_mean_w, 0, S
             )

@@ -39,7 +39,7 @@ class EdgeShape:
             take, may read from registers, and is reported to reuse too early (``launch.py``). 0 elsewhere.
         halved: a product of this depth is taken in two halves: 64 in the backward of exact float32, whose kernels spill
             40 and 16 bytes less so at hidden_dim 128; at other depths they spill more. 0 elsewhere.
-        rounds: operands in tf32 are rounded before a product; not in the query-owned backward, which would spill.
+        rounds: operands in tf32 are rounded before a product.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -147,6 +147,10 @@ def edge_shape(
 ) -> tuple[EdgeShape, Launch]:
     """What a kernel is compiled for, and how it is launched on an architecture; by the table unless told."""
     launch = launch or launch_of(kernel, arch, precision, columns_of(sizes, settings))
+    rows = triton.next_power_of_2(sizes.k) if kernel in WHOLE_SPOTS else 0
+    if rows > launch.rows:
+        few = launch.warps < 4  # of which a larger tile would spill kilobytes
+        launch = launch._replace(rows=rows, warps=launch.warps * (rows // launch.rows if few else 1))
     return _edge_shape(kernel, arch, precision, sizes, settings, launch), launch
 
 
@@ -156,7 +160,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
     n_heads, edge_gate, logit_gate, p_mlp, p_attention, kept = settings
     p = hp // n_heads
     z = p // halves_of("logit_activation", logit_gate)
-    rows = max(launch.rows, triton.next_power_of_2(k)) if kernel in WHOLE_SPOTS else launch.rows
+    rows = launch.rows
     # The interpreter's bf16 arithmetic is wrong (triton #11584); there, every tile is float32.
     operands = {} if INTERPRETED else {"bf16": tl.bfloat16, "fp16": tl.float16}
     split = precision != "ieee" and not INTERPRETED
@@ -196,7 +200,7 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         batched=rows if rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
         halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
-        rounds=precision == "tf32" and kernel != "edge_attention_bwd_query" and not INTERPRETED,
+        rounds=precision == "tf32" and not INTERPRETED,
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,
         dropout=p_mlp > 0 or p_attention > 0,

@@ -145,10 +145,10 @@ def overlap(one: Row, other: Row) -> bool:
 # CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). From 64 rows on, which K above 32
 # needs, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma.
 #
-# In the bf16 forward, 64 rows and 4 warps are so 12,920 instructions per edge (21,266 with dropout, 9,828 of kept
-# messages) and 237 to 255 registers, none spilled; the table's 32 and 4 are 14,928 and 166 (25,604 with dropout). Two
-# programs fit onto a multiprocessor instead of three: 8 warps to hide a gather's latency behind, not 12. Which weighs
-# more, counts do not say: autotune tries both. With wgmma it would be 11,970 and 186.
+# What a GPU (H200, Triton 3.6) said that counts had not: the edge kernels wait for shared memory and barriers, not for
+# instructions (0.23 issued a cycle and scheduler in the bf16 forward of 32 rows and 4 warps). One warp has no barriers,
+# and is fastest though it spills: 1.31 ms of 200,000 spots with kept messages (32x1, 184 bytes), 1.69 (16x1, none),
+# 2.10 (32x4, none), 2.26 (64x4). ``benchmarks/results/gpu_notes.md`` has all that were tried.
 TABLE_PATH = Path(__file__).with_name("launch_table.csv")
 TABLE = read_table(TABLE_PATH)
 

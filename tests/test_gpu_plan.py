@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stflow_fast.kernels import dropout, edge_attention, gated_mlp, neighbors
+from stflow_fast.kernels import dropout, edge_attention, gated_mlp, joined_norm, neighbors
 from triton.runtime import cache as triton_cache
 
 from benchmarks.gpu import __main__ as gpu
@@ -26,7 +26,7 @@ from benchmarks.lines import NEWER, newest, read
 from benchmarks.suite import LINE
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (dropout, edge_attention, gated_mlp, neighbors)
+MODULES = (dropout, edge_attention, gated_mlp, joined_norm, neighbors)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 FIRST, SAMPLE = "kernels compiled", "sample of 10,000 spots in bf16"
 
@@ -328,7 +328,7 @@ def test_what_one_process_compiles_without_a_gpu_another_finds(tmp_path: Path) -
     site = Path(triton_cache.__file__).parents[2]
     made = in_a_process("--share", "3/60", "--wheel", str(site), cache=tmp_path)
     found = in_a_process("--share", "3/60", cache=tmp_path)
-    assert made["share"] == made["compiled"] >= 1
+    assert made["share"] == made["compiled"] >= 2
     assert found == {**made, "compiled": 0}
     assert found["key"] == variants.digest(triton_cache.triton_key())
     assert found["variants"] >= 60  # precisions, dropout, kept messages, autotune's tiles
