@@ -64,6 +64,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
+            "psutil",
             "ruff>=0.6",
             "import-linter>=2.1",
         ],

@@ -17,15 +17,15 @@ from rich.console import Console
 from . import report
 from ._version import __version__
 from .checkpoints import convert as convert_checkpoint
-from .cohort import SamplingConfig, evaluate, load_model, predict
+from .cohort import PAGE, RunConfig, SamplingConfig, SlideLine, evaluate, load_model, predict, summarize, would_do
 from .config import DenoiserConfig
 from .demo import run_demo
 from .doctor import diagnose
 from .embedding import PRECISIONS, embed, patch_files
 from .encoders import LITE0, PUBLISHED
-from .errors import InputError
+from .errors import InputError, SlidesFailed
 from .files import check_output, write_json
-from .inspection import inspect, remarks_of, table_of
+from .inspection import Finding, inspect, remarks_of, table_of
 from .outputs import DTYPES, SUFFIXES, OutputConfig
 from .progress import epochs_bar, patches_bar, paths_bar, slides_bar
 from .runs import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE
@@ -81,10 +81,20 @@ GENE_LIST = 'Gene list: JSON ([...] or {"genes": [...]}), or text with one name 
 GeneKey = Annotated[str | None, typer.Option(help="Column of var with the genes' names; the index if left out.")]
 
 
+MOST_SHOWN = 50
+"""Lines about failed slides on a terminal."""
+
+
 def main() -> None:
     """Entry point of ``stflow-fast``."""
     try:
         app()
+    except SlidesFailed as error:
+        shown = list(error.failed[:MOST_SHOWN])
+        if len(error.failed) > MOST_SHOWN:
+            shown.append(f"and {len(error.failed) - MOST_SHOWN} more slides failed; slides.csv has them all")
+        others = [f"{error.n_written} other slides are in {error.folder}"] if error.n_written else []
+        _complain("\n".join([*shown, *others]), code=3 if error.n_written else 2)
     except InputError as error:
         _complain(str(error))
     except PermissionError as error:  # of a folder on the way to a file, wherever that is looked for
@@ -93,12 +103,12 @@ def main() -> None:
         _complain(f"{error.filename}: {error.strerror}; give yourself the right to read it, or name another path")
 
 
-def _complain(said: str) -> NoReturn:
-    """Print each line of what is wrong, and end with code 2."""
+def _complain(said: str, code: int = 2) -> NoReturn:
+    """Print each line of what is wrong, and end with the code."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     for line in said.splitlines():
         console.print(f"stflow-fast: {line}", markup=False)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -259,9 +269,32 @@ def evaluate_command(
 
 @app.command(name="predict")
 def predict_command(
-    run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
-    slides: Annotated[list[Path], PathArgument(help="Features of slides, in any format that inspect knows.")],
-    out: Annotated[Path, PathOption(help="Folder of the predictions.")],
+    run: Annotated[str | None, typer.Argument(help="Folder of a run or of a model.", show_default=False)] = None,
+    slides: Annotated[
+        list[Path] | None,
+        PathArgument(
+            help="Features of slides, in any format that inspect knows; folders of them; CSV lists with a column path "
+            "(sample_id, and options such as library_key, as further ones).",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, PathOption(help="Folder of the predictions.")] = None,
+    search_nested: Annotated[bool, typer.Option("--search-nested", help="Look into folders of folders too.")] = False,
+    maps: Annotated[str, typer.Option(help="Genes, with commas between, that the page shows of every slide.")] = "",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes on a CPU; as many as cores for many slides when left out.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, each with a process of its own, such as 0,1.")] = "",
+    shard: Annotated[
+        str, typer.Option(help="I/N: every N-th slide from the I-th on; all write into one --out.")
+    ] = "1/1",
+    limit: Annotated[int | None, typer.Option(help="Predict so many slides at most.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be done, and what could not.")
+    ] = False,
+    summary: Annotated[
+        Path | None, PathOption(help="Only draw tables and page of this folder of predictions anew.")
+    ] = None,
     features_key: FeaturesKey = None,
     spatial_key: SpatialKey = SPATIAL_KEY,
     library_key: LibraryKey = None,
@@ -284,31 +317,77 @@ def predict_command(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Predict only the slides that --out lacks.")] = False,
 ) -> None:
-    """Predict slides: one .h5ad (or SpatialData .zarr) each."""
-    output = OutputConfig(to, dtype, read_genes(genes) if genes else None)
-    with slides_bar() as on_slide:
-        written = predict(
-            run,
-            slides,
-            out,
-            sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision),
-            output=output,
-            device=device,
-            reading=ReadOptions(
-                format=format,
-                features_key=features_key,
-                spatial_key=spatial_key,
-                library_key=library_key,
-                coordinate_system=coordinate_system,
-                table=table,
-                embeddings=embeddings,
-            ),
-            ignore_encoder=ignore_encoder,
-            overwrite=overwrite,
-            resume=resume,
-            on_slide=on_slide,
-        )
-    typer.echo(f"{len(written)} slides in {out}")
+    """Predict slides: one .h5ad (or SpatialData .zarr) each, slides.csv, genes.csv and index.html. Exit code 3 where
+    some slides failed."""
+    if summary is not None:
+        lines = summarize(summary)
+        failed = sum(not line.is_done for line in lines)
+        typer.echo(f"{len(lines) - failed} slides in {summary}, {failed} failed; {summary / PAGE}")
+        return
+    if run is None or not slides or (out is None and not dry_run):
+        raise InputError("predict: wants a model, slides and --out (or --summary FOLDER); see predict --help")
+    reading = ReadOptions(
+        format=format,
+        features_key=features_key,
+        spatial_key=spatial_key,
+        library_key=library_key,
+        coordinate_system=coordinate_system,
+        table=table,
+        embeddings=embeddings,
+    )
+    names = tuple(name.strip() for name in maps.split(",") if name.strip())
+    config = RunConfig(_shard(shard), limit, search_nested, workers, _numbers("gpus", gpus) or None, names)
+    if dry_run:
+        with paths_bar() as on_path:
+            found = would_do(run, slides, reading, config, ignore_encoder, on_path)
+        _show(found)
+        raise typer.Exit(3 if any(each.problem for each in found) else 0)
+    with slides_bar() as bar:
+
+        def on_slide(line: SlideLine, total: int) -> None:
+            bar(line.slide, line.notes, line.spots or 0, total)
+
+        try:
+            written = predict(
+                run,
+                slides,
+                out,
+                sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision),
+                output=OutputConfig(to, dtype, read_genes(genes) if genes else None),
+                config=config,
+                device=device,
+                reading=reading,
+                ignore_encoder=ignore_encoder,
+                overwrite=overwrite,
+                resume=resume,
+                on_slide=on_slide,
+            )
+        except KeyboardInterrupt:
+            said = "interrupted; what is done is kept: the same command with --resume (without --overwrite) goes on"
+            _complain(said, code=130)
+    typer.echo(f"{len(written)} slides in {out}; {out / PAGE}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    numbers = _numbers("shard", text.replace("/", ","))
+    if len(numbers) != 2:
+        raise InputError(f"shard: must be I/N such as 1/4, not {text!r}")
+    return numbers
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"{name}: must be whole numbers, not {text!r}") from None
+
+
+def _show(found: list[Finding]) -> None:
+    """A table for people, and what is to be said of it."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table_of(found))
+    for remark in remarks_of(found):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(name="inspect")
@@ -344,10 +423,7 @@ def inspect_command(
     if as_json:
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(table_of(found))
-        for remark in remarks_of(found):
-            console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        _show(found)
     if any(each.problem for each in found):
         raise typer.Exit(3)
 

@@ -19,6 +19,20 @@ class OutputError(InputError):
     """An output cannot be written: no space, no permission. Trying the next one would not help."""
 
 
+class SlidesFailed(InputError):
+    """Some slides of several could not be predicted; the others are written.
+
+    Attributes:
+        failed: a line for each.
+        n_written: the number of the others.
+        folder: where those are.
+    """
+
+    def __init__(self, failed: Sequence[str], n_written: int, folder: Path) -> None:
+        super().__init__(str(batch_error(failed, n_written, folder)))
+        self.failed, self.n_written, self.folder = tuple(failed), n_written, folder
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its name where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

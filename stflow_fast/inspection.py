@@ -104,8 +104,9 @@ def inspect(
     return found
 
 
-def expand(path: Path) -> Iterator[Path]:
-    """The path itself, or of a folder that is no slide what lies in it, in the order of names."""
+def expand(path: Path, nested: bool = True) -> Iterator[Path]:
+    """The path itself, or of a folder that is no slide what lies in it, in the order of names; ``nested``: in folders
+    of it, too."""
     if not os.path.isdir(path) or _is_one(path):
         yield path
         return
@@ -113,7 +114,7 @@ def expand(path: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(path):
         here = Path(folder)
         ones = sorted(name for name in names if _is_one(here / name))
-        names[:] = sorted(set(names) - set(ones) - set(PASSED_BY))
+        names[:] = sorted(set(names) - set(ones) - set(PASSED_BY)) if nested else []
         chosen = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
         for name in (*chosen, *ones):
             empty = False
@@ -136,24 +137,26 @@ def _is_one(folder: Path) -> bool:
 
 def _findings(path: Path, reading: ReadOptions, model: Denoiser | None, ignore_encoder: bool) -> list[Finding]:
     try:
-        return [_finding(source, model, ignore_encoder) for source in sources(path, reading)]
+        return [finding_of(source, model, ignore_encoder) for source in sources(path, reading)]
     except InputError as error:
         return [Finding(str(path), path.stem, problem=str(error))]
 
 
-def _finding(source: SlideSource, model: Denoiser | None, ignore_encoder: bool) -> Finding:
+def finding_of(source: SlideSource | Slide, model: Denoiser | None, ignore_encoder: bool = False) -> Finding:
+    """What a slide is; of :func:`inspect`."""
+    path = "" if isinstance(source, Slide) else str(source.path)
     try:
-        slide = source.read()
+        slide = source if isinstance(source, Slide) else source.read()
     except InputError as error:
-        return Finding(str(source.path), source.id, problem=str(error))
+        return Finding(path, source.id, problem=str(error))
     pitch = spacing(slide.coords)
     micron = slide.micron_per_pixel
     genes = model.provenance.genes if model and slide.gene_names else ()
     known = set(slide.gene_names)
     missing = [name for name in genes if name not in known]
     return Finding(
-        str(source.path),
-        slide.id,
+        path,
+        source.id,
         slide.origin.format,
         slide.n_spots,
         slide.feature_dim or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,16 +48,20 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
 
 
 @contextlib.contextmanager
-def slides_bar() -> Iterator[Callable[[str, tuple[str, ...], int], None]]:
-    """A bar over slides; yields what to call with the id of each that is done, the notes to print of it, and how many
-    there are."""
+def slides_bar() -> Iterator[Callable[[str, tuple[str, ...], int, int], None]]:
+    """A bar over slides; yields what to call with the id of each that is done, the notes to print of it, the number of
+    its spots, and how many slides there are."""
+    begun, spots = time.monotonic(), 0
     with _progress() as progress:
         task = progress.add_task("slide", total=None, status="")
 
-        def update(name: str, notes: tuple[str, ...], total: int) -> None:
+        def update(name: str, notes: tuple[str, ...], n_spots: int, total: int) -> None:
+            nonlocal spots
+            spots += n_spots
             for note in notes:
                 progress.console.print(f"{name}: {note}", markup=False)
-            progress.update(task, advance=1, total=total, status=name)
+            rate = spots / max(time.monotonic() - begun, 1e-3)
+            progress.update(task, advance=1, total=total, status=f"{rate:,.0f} spots/s, {name}")
 
         yield update
 

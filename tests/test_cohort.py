@@ -17,10 +17,12 @@ import torch
 from stflow_fast.cohort import (
     MANIFEST,
     SamplingConfig,
+    SlideLine,
     evaluate,
     evaluate_slides,
     load_model,
     predict,
+    read_lines,
 )
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.devices import choose_device
@@ -89,6 +91,15 @@ def test_a_slide_does_not_depend_on_its_cohort(cohort: Cohort, model: Denoiser, 
     assert np.array_equal(anndata.read_h5ad(together[-1]).X, anndata.read_h5ad(alone).X)
 
 
+def made_in(out: Path) -> list[str]:
+    """Slides whose newest line says that they are done."""
+    return sorted(name for name, line in read_lines(out).items() if line.is_done)
+
+
+def all_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
     slides = [without_counts(slide) for slide in cohort.train]
     first, second = predict(model, slides, tmp_path / "out")
@@ -96,31 +107,32 @@ def test_resuming_predicts_what_is_missing(cohort: Cohort, model: Denoiser, tmp_
     second.unlink()
     with pytest.raises(InputError, match="exists already"):
         predict(model, slides, tmp_path / "out")
-    done: dict[str, tuple[str, ...]] = {}
+    done: dict[str, int] = {}
 
-    def note(name: str, notes: tuple[str, ...], total: int) -> None:
-        done[name] = notes
+    def note(line: SlideLine, total: int) -> None:
+        done[line.slide] = line.attempts
+        assert line.notes == ("nothing left out",)
         assert total == 2
 
     assert predict(model, slides, tmp_path / "out", resume=True, on_slide=note) == [first, second]
     assert first.read_bytes() == kept
-    assert done == {slides[0].id: (), slides[1].id: ("nothing left out",)}
+    assert done == {slides[0].id: 1, slides[1].id: 2}
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["seed"] == 0
-    assert manifest["slides"] == sorted(done)
     assert manifest["earlier"] == []
+    assert made_in(tmp_path / "out") == sorted(done)
 
 
 def test_resuming_does_not_mix_predictions(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
     slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
     predict(model, slides, out)
-    before = {path: path.read_bytes() for path in out.iterdir()}
+    before = all_files(out)
     with pytest.raises(InputError, match=r"predictions.json: seed differs"):
         predict(model, slides, out, sampling=SamplingConfig(seed=1), resume=True)
     torch.manual_seed(1)
     with pytest.raises(InputError, match=r"predictions.json: weights_sha256 differs"):
         predict(Denoiser(model.config, model.provenance), slides, out, resume=True)
-    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert before == all_files(out)
 
 
 def test_overwriting_leaves_nothing_of_the_last_result(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
@@ -132,7 +144,7 @@ def test_overwriting_leaves_nothing_of_the_last_result(cohort: Cohort, model: De
 
 
 def test_overwriting_that_was_killed_goes_on(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
-    """One slide is of the new seed and one of the old; the manifest is of the new, and resuming draws the other."""
+    """The manifest is of the new seed; resuming draws what has no line, though its file may be there already."""
     slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
     first, second = predict(model, slides, out)
 
@@ -141,8 +153,8 @@ def test_overwriting_that_was_killed_goes_on(cohort: Cohort, model: Denoiser, tm
 
     with pytest.raises(KeyboardInterrupt):
         predict(model, slides, out, sampling=SamplingConfig(seed=1), overwrite=True, on_slide=kill)
-    seeds = [anndata.read_h5ad(path).uns["stflow_fast"]["seed"] for path in (first, second)]
-    assert seeds == [1, 0]
+    assert anndata.read_h5ad(first).uns["stflow_fast"]["seed"] == 1
+    assert made_in(out) == sorted(slide.id for slide in slides)  # the other's line is of the old seed
     done = first.read_bytes()
     predict(model, slides, out, sampling=SamplingConfig(seed=1), resume=True)
     assert first.read_bytes() == done
@@ -161,12 +173,14 @@ def test_the_manifest_is_true_after_overwriting_in_part(cohort: Cohort, model: D
 
     def told() -> tuple[int, list[str], list[str]]:
         manifest = json.loads((out / MANIFEST).read_text())
-        return manifest["seed"], manifest["slides"], manifest["earlier"]
+        lines = [line for line in read_lines(out).values() if line.is_done and line.path(out).exists()]
+        made = {line.slide for line in lines if seed_of(line.path(out)) == 3}
+        return manifest["seed"], sorted(made), manifest["earlier"]
 
     seed = {"sampling": SamplingConfig(seed=3)}
     with pytest.raises(InputError, match="must have shape"):
         predict(model, [bad, slides[1]], out, **seed, overwrite=True)
-    assert told() == (3, [names[1]], sorted([names[0], names[2]]))
+    assert told() == (3, [names[1]], sorted(names))
     assert list(map(seed_of, paths)) == [0, 3, 0]
     with pytest.raises(InputError, match="seed differs"):
         predict(model, slides, out, resume=True)
@@ -176,14 +190,14 @@ def test_the_manifest_is_true_after_overwriting_in_part(cohort: Cohort, model: D
     assert not paths[2].exists()
 
 
-def test_the_manifest_lists_what_is_there(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
+def test_the_lines_tell_what_is_there(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
     slides, out = [without_counts(slide) for slide in cohort.train], tmp_path / "out"
     first, _ = predict(model, slides, out)
     first.unlink()
     bad = dataclasses.replace(slides[0], features=slides[0].features[:, :5])
     with pytest.raises(InputError, match="must have shape"):
         predict(model, [bad], out, resume=True)
-    assert json.loads((out / MANIFEST).read_text())["slides"] == [slides[1].id]
+    assert made_in(out) == [slides[1].id]
 
 
 def small_model() -> Denoiser:
@@ -203,12 +217,12 @@ def test_the_users_own_files_are_never_replaced(tmp_path: Path, flags: dict[str,
     first, other = (write_h5ad(tmp_path / f"{name}.h5ad", arrays(name), features=True) for name in ("S0", "S1"))
     predict(model, first, out)
     own = write_h5ad(out / "S2.h5ad", arrays("S2"), features=True)
-    before = {path: path.read_bytes() for path in out.iterdir()}
+    before = all_files(out)
     slide = read(own)
     for given in (own, slide, dataclasses.replace(slide, origin=Origin())):
         with pytest.raises(InputError, match=r"S2\.h5ad: is .*; (move it away, or )?choose another --out$"):
             predict(model, [other, given], out, **flags)
-    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert before == all_files(out)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -228,7 +242,7 @@ def test_a_prediction_that_is_given_as_a_slide_is_not_replaced_by_its_own(
         predict(model, tmp_path / "link" / "S0.h5ad", out, **flags)
     if "overwrite" in flags:
         predict(model, made, out, reading=ReadOptions(library_key="section"), overwrite=True)
-        assert {path.name for path in out.iterdir()} == {"S0.h5ad", "S0_left.h5ad", "S0_right.h5ad", MANIFEST}
+        assert {path.name for path in out.glob("*.h5ad")} == {"S0.h5ad", "S0_left.h5ad", "S0_right.h5ad"}
     assert made.read_bytes() == before
 
 

@@ -1,0 +1,111 @@
+"""The scores of a model on the test slides of a fold, beside the baselines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..errors import InputError
+from ..evaluation import compare
+from ..model import Denoiser
+from ..slides import Slide, open_task
+from ..windows import TEST
+from .settings import SamplingConfig, model_and_origin
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's scores on the test slides of a fold, and what they were computed from.
+
+    Attributes:
+        result: of :func:`stflow_fast.evaluation.compare`, with how it was made (plain JSON types).
+        slides: the test slides.
+        truth: [N_i, G] of each.
+        predicted: [N_i, G] of each.
+        genes: the panel.
+    """
+
+    result: dict[str, Any]
+    slides: list[Slide]
+    truth: list[np.ndarray]
+    predicted: list[np.ndarray]
+    genes: tuple[str, ...]
+
+
+def evaluate(
+    run: str | Path | Denoiser,
+    data: str | Path,
+    fold: int = 0,
+    *,
+    embeddings: str | Path | None = None,
+    gene_key: str | None = None,
+    sampling: SamplingConfig | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Score a model on the test slides of a HEST-bench task folder, beside the baselines.
+
+    Args:
+        run: a run or model folder, or a model.
+        data: the task folder.
+        fold: number of the split.
+        embeddings: where the embeddings are, if not in the task folder.
+        gene_key: column of ``var`` with the names of the genes; as the model was trained when None.
+        sampling: how to draw.
+        device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
+
+    Raises:
+        InputError: a test slide that the model was trained on, a model without gene names, or what
+            :func:`stflow_fast.slides.open_task`, Slide and sample refuse.
+    """
+    model, origin = model_and_origin(run, device)
+    if not model.provenance.genes or not model.provenance.encoder:
+        raise InputError(
+            f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"
+        )
+    about = model.provenance.training
+    gene_key = about.get("gene_key") if gene_key is None else gene_key
+    task = open_task(data, model.provenance.encoder, embeddings, gene_key, about.get("organ"))
+    split = task.fold(fold)
+    seen = {*about.get("train", ()), *(about.get("selection", ()) if about.get("selected_on") != TEST else ())}
+    leaked = sorted(seen & set(split.test))
+    if leaked:
+        raise InputError(
+            f"fold {fold}: the model was trained or chosen on its test slides {', '.join(leaked)}; give its own fold"
+        )
+    train, test = [task.slide(name) for name in split.train], [task.slide(name) for name in split.test]
+    evaluation = evaluate_slides(model, train, test, sampling)
+    evaluation.result.update({"run": origin, "data": str(data), "fold": fold})
+    return evaluation
+
+
+def evaluate_slides(
+    model: Denoiser, train: list[Slide], test: list[Slide], sampling: SamplingConfig | None = None
+) -> Evaluation:
+    """As :func:`evaluate`, from slides: the baselines are fitted on ``train``, all are scored on ``test``."""
+    sampling = sampling or SamplingConfig()
+    genes, normalize = model.provenance.genes, model.provenance.normalize
+    started = time.perf_counter()
+    drawn = list(map(sampling.drawer(model), test))
+    seconds = time.perf_counter() - started
+    predicted = [one.expression.float().numpy() for one in drawn]
+    result = compare(train, test, np.concatenate(predicted), genes, normalize)
+    result.update(
+        {
+            "selected_on": model.provenance.training.get("selected_on", "unknown"),
+            "encoder": model.provenance.encoder,
+            "normalize": normalize,
+            **sampling.describe(model),
+            "nfe": drawn[0].nfe,
+            "device": str(next(model.parameters()).device),
+            "sampling_seconds": round(seconds, 3),
+            "notes": {slide.id: list(slide.notes) for slide in test if slide.notes},
+            "version": __version__,
+        }
+    )
+    truth = [slide.expression(genes, normalize) for slide in test]
+    return Evaluation(result, test, truth, predicted, genes)

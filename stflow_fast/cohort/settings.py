@@ -1,0 +1,106 @@
+"""How predictions are drawn, by which model, and what a prediction says of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..config import parse_bytes
+from ..devices import choose_device
+from ..errors import InputError
+from ..flow import time_grid
+from ..model import Denoiser
+from ..pretrained import fingerprint
+from ..priors import Prior, check_seed
+from ..runs import MODEL_FOLDER, RUN_FILE
+from ..sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, check_precision, resolve
+from ..slides import Slide
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How predictions are drawn. ``None`` is what the model was trained with (else the published default).
+
+    Attributes:
+        n_sample_steps: times S of the flow's grid, at least 2; S - 1 denoiser calls.
+        prior: the source distribution or its name.
+        seed: with the slide's id, decides the noise; 0 or larger.
+        memory_budget, precision: see :class:`stflow_fast.Sampler`.
+
+    Raises:
+        InputError: a value out of its range, with the field's name.
+    """
+
+    n_sample_steps: int | None = None
+    prior: Prior | str | None = None
+    seed: int = 0
+    memory_budget: int | str = DEFAULT_MEMORY_BUDGET
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.n_sample_steps is not None:
+            time_grid(self.n_sample_steps)
+        if isinstance(self.prior, str):
+            Prior(self.prior)
+        check_seed(self.seed)
+        parse_bytes(self.memory_budget)
+        check_precision(self.precision)
+
+    def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
+        """What samples one slide after another by ``model``, whose weights are folded once."""
+        settings = self.n_sample_steps, self.prior, self.memory_budget
+        sampler = Sampler(model, *settings, precision=self.precision)
+        return lambda slide: sampler.prepare(slide).draw(seed=self.seed)
+
+    def describe(self, model: Denoiser) -> dict[str, Any]:
+        """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
+        steps, prior = resolve(model, self.n_sample_steps, self.prior)
+        decided = {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.to_dict()}
+        return {**decided, "precision": self.precision}
+
+
+def load_model(run: str | Path, device: str = "auto") -> Denoiser:
+    """The model of a run folder, of a ``save_pretrained`` folder, or of the Hugging Face Hub.
+
+    Raises:
+        InputError: no model there, a truncated one, a run that has not finished, or a device that is not there.
+    """
+    folder, place = Path(run), str(choose_device(device))
+    if (folder / MODEL_FOLDER).is_dir():
+        return Denoiser.from_pretrained(folder / MODEL_FOLDER, map_location=place)
+    if (folder / RUN_FILE).exists():
+        raise InputError(f"{folder}: has no {MODEL_FOLDER}/, its training did not finish; go on with train --resume")
+    return Denoiser.from_pretrained(run, map_location=place)
+
+
+def model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:
+    """A model that is given, or that of :func:`load_model`, and where it is from."""
+    return (run, "in memory") if isinstance(run, Denoiser) else (load_model(run, device), str(run))
+
+
+def gene_names(model: Denoiser) -> tuple[str, ...]:
+    """What a model predicts, in the order of its output; numbered where it does not know."""
+    return model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
+
+
+def made_by(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
+    """What decides the numbers of a prediction, beside the slide (plain types)."""
+    return {
+        "weights_sha256": fingerprint(model),
+        "version": __version__,
+        "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
+        **sampling.describe(model),
+    }
+
+
+def drawn_by(model: Denoiser, drawn: Sample) -> dict[str, Any]:
+    """How a prediction was drawn, and what its numbers are (plain types)."""
+    return {
+        "nfe": drawn.nfe,
+        "device": str(next(model.parameters()).device),
+        "encoder": model.provenance.encoder,
+        "normalize": model.provenance.normalize,
+    }

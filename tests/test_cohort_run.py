@@ -1,0 +1,322 @@
+"""Many slides, unattended: what is named, what a failure does, processes, shards, resuming."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from stflow_fast.cohort import RunConfig, predict, predict_iter, read_lines, summarize, would_do
+from stflow_fast.cohort.inputs import given_slides
+from stflow_fast.cohort.local import Place, places_of
+from stflow_fast.cohort.state import STATES, SlideLine, journal
+from stflow_fast.errors import InputError, OutputError, SlidesFailed
+from stflow_fast.slides import ReadOptions
+
+from .builders import arrays, gene_names, write_embeddings, write_model
+from .test_bad_input import cut, say, slide_file
+
+__all__ = ["say"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", gene_names()[3:11])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four slides, and one that cannot be read."""
+    for name, n in (("S0", 60), ("S1", 9), ("S2", 130), ("S3", 1)):
+        slide_file(tmp_path / "in", name, n=n)
+    cut(slide_file(tmp_path / "in", "broken"))
+    return tmp_path / "in"
+
+
+def values(out: Path) -> dict[str, bytes]:
+    return {path.name: np.asarray(anndata.read_h5ad(path).X).tobytes() for path in out.glob("*.h5ad")}
+
+
+def test_a_folder_is_all_its_slides_and_a_broken_one_stops_none(
+    say: Callable[..., str], model: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "notes.txt").write_text("no slide")
+    (folder / "deeper").mkdir()
+    slide_file(folder / "deeper", "S9")
+    out = tmp_path / "out"
+    complaint = say("predict", model, folder, "--out", out, "--maps", gene_names()[4], code=3, several=True)
+    first, last = complaint.splitlines()
+    assert first.startswith(f"stflow-fast: {folder / 'broken.h5ad'}: ")
+    assert last == f"stflow-fast: 4 other slides are in {out}"
+    assert sorted(values(out)) == ["S0.h5ad", "S1.h5ad", "S2.h5ad", "S3.h5ad"]
+    with (out / "slides.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["slide"], row["status"]) for row in rows] == [
+        ("broken", "failed"),
+        *((name, "done") for name in ("S0", "S1", "S2", "S3")),
+    ]
+    assert [row["spots"] for row in rows] == ["", "60", "9", "130", "1"]
+    assert (out / "index.html").exists()
+    assert len(list((out / "maps").iterdir())) == 4
+    table = anndata.read_h5ad(out / "S2.h5ad")
+    told = read_lines(out)["S2"].statistics
+    assert told["genes"] == list(table.var_names)
+    np.testing.assert_allclose(told["mean"], table.X.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(told["zeros"], (table.X == 0).mean(axis=0), rtol=1e-5)
+    nested = given_slides(folder, ReadOptions(), nested=True)
+    assert sorted(nested.slides) == ["S0", "S1", "S2", "S3", "S9"]
+
+
+def test_where_nothing_could_be_done_the_code_is_2(
+    say: Callable[..., str], model: Path, folder: Path, tmp_path: Path
+) -> None:
+    wide = slide_file(tmp_path, "wide", features=np.zeros((60, 5), np.float32))
+    say("predict", model, folder / "broken.h5ad", "--out", tmp_path / "out")
+    say("predict", model, wide, "--out", tmp_path / "out")
+    assert read_lines(tmp_path / "out")["wide"].status == "failed"
+    assert "wants a model, slides and --out" in say("predict", model)
+
+
+def test_a_dry_run_says_what_would_be_done_and_what_not(
+    say: Callable[..., str], capfd: pytest.CaptureFixture[str], model: Path, folder: Path, tmp_path: Path
+) -> None:
+    wide = slide_file(tmp_path, "wide", features=np.zeros((60, 5), np.float32))
+    found = would_do(model, [folder, wide])
+    assert {each.slide: each.problem is None for each in found} == {
+        **dict.fromkeys(("S0", "S1", "S2", "S3"), True),
+        "broken": False,
+        "wide": False,
+    }
+    assert next(each for each in found if each.slide == "wide").problem.startswith(f"{wide}: has 5 features")
+    say("predict", model, folder, "--dry-run", code=3, several=True)
+    say("predict", model, folder, "--dry-run", "--limit", 2, code=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "wide.h5ad"]
+
+
+def test_a_list_names_slides_and_how_each_is_read(model: Path, tmp_path: Path) -> None:
+    slide_file(tmp_path / "in", "S0")
+    table = anndata.read_h5ad(tmp_path / "in" / "S0.h5ad")
+    table.obs["part"] = np.repeat(["left", "right"], 30)
+    table.write_h5ad(tmp_path / "in" / "S5.h5ad")
+    write_embeddings(tmp_path / "in" / "S7.h5", arrays("S7"))
+    rows = [
+        "path,sample_id,library_key",
+        "in/S0.h5ad,patient 1,",
+        "in/S5.h5ad,,part",
+        "in/S7.h5,,",
+        "in/none.h5,,",
+        ",x,",
+        "in/S5.h5ad,one name,part",
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(rows) + "\n")
+    given = given_slides(tmp_path / "list.csv", ReadOptions())
+    assert list(given.slides) == ["patient 1", "S5_left", "S5_right", "S7"]
+    assert given.reading["S5_left"] == {"library_key": "part"}
+    assert given.reading["S7"] == {}
+    reasons = [reason for _, reason in given.refused.values()]
+    assert f"{tmp_path / 'in' / 'none.h5'}: does not exist" in reasons[0]
+    assert reasons[1] == f"{tmp_path / 'list.csv'}, line 6: names no path"
+    assert "sample_id: 'one name' is for one slide, the path has 2" in reasons[2]
+    with pytest.raises(SlidesFailed) as raised:
+        predict(model, tmp_path / "list.csv", tmp_path / "out")
+    assert (len(raised.value.failed), raised.value.n_written) == (3, 4)
+    assert anndata.read_h5ad(tmp_path / "out" / "S5_left.h5ad").uns["stflow_fast"]["reading"] == {"library_key": "part"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5ad")}
+    with pytest.raises(SlidesFailed):
+        predict(model, tmp_path / "list.csv", tmp_path / "out", resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5ad")}
+    (tmp_path / "list.csv").write_text("path,colour\nin/S0.h5ad,red\n")
+    with pytest.raises(InputError, match=r"list\.csv: has a column 'colour'; columns are path, sample_id, format, "):
+        given_slides(tmp_path / "list.csv", ReadOptions())
+
+
+def test_names_that_are_no_files_and_names_of_several_slides_are_refused_alone(model: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        slide_file(tmp_path / place, "S1")
+    other = slide_file(tmp_path / "a", "S2")
+    rows = ["path,sample_id", "a/S2.h5ad,../../evil", f"a/S2.h5ad,{'x' * 300}", "a/S2.h5ad,fine"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    given = given_slides([tmp_path / "a" / "S1.h5ad", tmp_path / "b" / "S1.h5ad", tmp_path / "list.csv"], ReadOptions())
+    assert list(given.slides) == ["fine"]
+    slash, long, doubled = (reason for _, reason in given.refused.values())
+    assert slash.startswith("'../../evil': a slide's name becomes a file's, and cannot be empty or have a slash")
+    assert "300 characters are too many" in long
+    both = f"{tmp_path / 'a' / 'S1.h5ad'} and {tmp_path / 'b' / 'S1.h5ad'}"
+    assert doubled == f"S1: is the name of several slides ({both}); rename one, each becomes a file"
+    with pytest.raises(SlidesFailed, match="is the name of several slides"):
+        predict(model, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert list(values(tmp_path / "out")) == [other.name]
+
+
+def test_processes_write_what_one_writes(model: Path, folder: Path, tmp_path: Path) -> None:
+    for out, config in ((tmp_path / "one", None), (tmp_path / "two", RunConfig(workers=2))):
+        lines = list(predict_iter(model, folder, out, config=config))
+        assert sorted((line.slide, line.status) for line in lines) == [
+            *((name, "done") for name in ("S0", "S1", "S2", "S3")),
+            ("broken", "failed"),
+        ]
+    assert values(tmp_path / "one") == values(tmp_path / "two")
+    assert len(values(tmp_path / "one")) == 4
+
+
+DEADLY = """
+import os, signal
+from stflow_fast.slides import registry
+
+read = registry.read
+
+def read_or_die(path, options=None):
+    if path.stem == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(path, options)
+
+registry.read = read_or_die
+"""
+"""As ``sitecustomize.py`` on PYTHONPATH of processes: reading a slide of that name is their end."""
+
+
+def test_a_slide_that_kills_its_process_is_a_line_and_stops_none(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide_file(folder, "deadly")
+    (tmp_path / "sitecustomize.py").write_text(DEADLY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines = list(predict_iter(model, folder, tmp_path / "out", config=RunConfig(workers=2)))
+    failed = {line.slide: line for line in lines if not line.is_done}
+    assert sorted(failed) == ["broken", "deadly"]
+    assert failed["deadly"].reason == (
+        f"{folder / 'deadly.h5ad'}: the process that predicted it died (SIGKILL: out of memory?)"
+    )
+    assert failed["deadly"].attempts >= 2
+    assert sorted(values(tmp_path / "out")) == ["S0.h5ad", "S1.h5ad", "S2.h5ad", "S3.h5ad"]
+
+
+def test_shards_share_a_folder_and_its_page_is_drawn_from_all(
+    say: Callable[..., str], model: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "broken.h5ad").unlink()
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    for index in (1, 2, 3):
+        say("predict", model, folder, "--out", out, "--shard", f"{index}/3", code=0)
+    predict(model, folder, whole)
+    assert values(out) == values(whole)
+    assert sorted(read_lines(out)) == ["S0", "S1", "S2", "S3"]
+    assert sorted(path.name for path in (out / STATES).iterdir()) == [f"{i}-of-3.jsonl" for i in (1, 2, 3)]
+    (out / "slides.csv").unlink()
+    say("predict", "--summary", out, code=0)
+    with (out / "slides.csv").open(newline="") as file:
+        assert [row["slide"] for row in csv.DictReader(file)] == ["S0", "S1", "S2", "S3"]
+    assert "holds no predictions.json" in say("predict", "--summary", tmp_path)
+    for text in ("4/3", "0/3", "1", "a/b"):
+        assert "shard: must be" in say("predict", model, folder, "--out", tmp_path / "x", "--shard", text)
+
+
+def test_a_run_that_is_struck_down_goes_on_as_if_it_had_not_been(model: Path, folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at several moments; nothing is predicted twice that has a line, and nothing half written stays."""
+    (folder / "broken.h5ad").unlink()
+    for number in range(4, 10):
+        slide_file(folder, f"S{number}", n=200)
+    predict(model, folder, tmp_path / "whole")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "stflow_fast", "predict", str(model), str(folder), "--out", str(out)]
+    for wanted in (1, 4, 7):
+        process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(read_lines(out)) >= wanted:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+        process.wait()
+    assert 1 <= len(read_lines(out)) <= 10
+    done = {name: line.when for name, line in read_lines(out).items()}
+    predict(model, folder, out, resume=True)
+    after = read_lines(out)
+    assert {name: after[name].when for name in done} == done
+    assert values(out) == values(tmp_path / "whole")
+
+
+def test_a_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    with journal(tmp_path, (1, 1)) as kept:
+        kept.add(SlideLine("S0", "", "done"))
+        kept.add(SlideLine("S1", "", "done"))
+    path = tmp_path / STATES / "1-of-1.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert list(read_lines(tmp_path)) == ["S0"]
+    with journal(tmp_path, (1, 1)) as kept:
+        kept.add(SlideLine("S2", "", "failed", reason="gone"))
+    assert sorted(read_lines(tmp_path)) == ["S0", "S2"]
+    assert json.loads(path.read_text().splitlines()[-1])["reason"] == "gone"
+
+
+def test_two_runs_into_one_folder_are_not_let_in(model: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = predict_iter(model, folder, out)
+    next(first)
+    with pytest.raises(OutputError, match=f"{out}: another process predicts into it; wait for its end"):
+        next(predict_iter(model, folder, out, resume=True))
+    assert len(list(first)) == 4
+    assert len(values(out)) == 4
+
+
+def test_what_is_not_written_ends_the_run_at_once(
+    say: Callable[..., str], model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "replace", _refuse)  # the superuser may write anywhere
+    else:
+        (tmp_path / "out").mkdir(mode=0o500)
+    complaint = say("predict", model, folder, "--out", tmp_path / "out")
+    assert "cannot be written" in complaint
+
+
+def _refuse(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"shard": (3, 2)}, "shard: must be I/N"),
+        ({"limit": 0}, "limit: must be 1 at least"),
+        ({"workers": -1}, "workers: must be 1 at least"),
+        ({"gpus": (99,)}, "gpus: must be numbers below"),
+    ],
+)
+def test_settings_out_of_range_are_named(changed: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        RunConfig(**changed)
+
+
+def test_a_map_of_a_gene_that_is_not_written_is_refused(say: Callable[..., str], model: Path, folder: Path) -> None:
+    out = folder.parent / "out"
+    assert "maps: NOPE is not among the 8 genes" in say("predict", model, folder, "--out", out, "--maps", "NOPE")
+    assert not out.exists()
+
+
+def test_processes_are_as_many_as_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert places_of(cpu, 15, None, None) == []
+    assert places_of(cpu, 16, None, None) == [Place("cpu", 1)] * 4
+    assert places_of(cpu, 2, 2, None) == [Place("cpu", 2)] * 2
+    assert places_of(gpu, 1000, None, None) == []
+    assert places_of(gpu, 2, None, (0, 3)) == [Place("cuda:0", None), Place("cuda:3", None)]
+
+
+def test_a_summary_leaves_out_what_is_gone(model: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(predict_iter(model, [folder / "S0.h5ad", folder / "S1.h5ad"], out))
+    (out / "S0.h5ad").unlink()
+    assert [line.slide for line in summarize(out)] == ["S1"]
