@@ -16,7 +16,7 @@ import anndata
 import numpy as np
 import pytest
 
-from stflow_fast.cohort import RunConfig, predict, predict_iter, read_lines, summarize, would_do
+from stflow_fast.cohort import RunConfig, SamplingConfig, predict, predict_iter, read_lines, summarize, would_do
 from stflow_fast.cohort.inputs import given_slides
 from stflow_fast.cohort.local import Place, places_of
 from stflow_fast.cohort.state import STATES, SlideLine, journal
@@ -217,6 +217,13 @@ def test_shards_share_a_folder_and_its_page_is_drawn_from_all(
     with (out / "slides.csv").open(newline="") as file:
         assert [row["slide"] for row in csv.DictReader(file)] == ["S0", "S1", "S2", "S3"]
     assert "holds no predictions.json" in say("predict", "--summary", tmp_path)
+    before = values(out)
+    another = say("predict", model, folder, "--out", out, "--shard", "1/3", "--seed", 7)
+    assert "predictions.json: seed differs from this call; choose another --out, or --overwrite" in another
+    assert values(out) == before
+    say("predict", model, folder, "--out", out, "--shard", "1/3", "--seed", 7, "--overwrite", code=0)
+    assert sorted(name for name, content in values(out).items() if content != before[name]) == ["S0.h5ad"]
+    assert anndata.read_h5ad(out / "S3.h5ad").uns["stflow_fast"]["seed"] == 7  # one spot: noise reaches it by no edge
     for text in ("4/3", "0/3", "1", "a/b"):
         assert "shard: must be" in say("predict", model, folder, "--out", tmp_path / "x", "--shard", text)
 
@@ -264,6 +271,10 @@ def test_two_runs_into_one_folder_are_not_let_in(model: Path, folder: Path, tmp_
     next(first)
     with pytest.raises(OutputError, match=f"{out}: another process predicts into it; wait for its end"):
         next(predict_iter(model, folder, out, resume=True))
+    told = (out / "predictions.json").read_text()
+    with pytest.raises(OutputError, match="another process predicts into it"):
+        next(predict_iter(model, folder, out, sampling=SamplingConfig(seed=1), overwrite=True))
+    assert (out / "predictions.json").read_text() == told
     assert len(list(first)) == 4
     assert len(values(out)) == 4
 

@@ -28,6 +28,9 @@ from .worker import Settings, Task, Worker, digest
 
 MANIFEST = "predictions.json"
 
+WHOLE = (1, 1)
+"""The only shard of one."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -46,7 +49,7 @@ class RunConfig:
         InputError: a value out of its range, with the field's name.
     """
 
-    shard: tuple[int, int] = (1, 1)
+    shard: tuple[int, int] = WHOLE
     limit: int | None = None
     nested: bool = False
     workers: int | None = None
@@ -186,17 +189,20 @@ class _Run:
         if self.given.refused and not self.given.slides:
             raise batch_error([reason for _, reason in self.given.refused.values()], 0, out)
         self.about = {**output.describe(panel), **made_by(self.model, sampling), "reading": described(reading)}
-        self.out = check_output(out, MANIFEST, reuse=overwrite or resume or self.config.shard != (1, 1))
+        shares = self.config.shard != WHOLE
+        self.out = check_output(out, MANIFEST, reuse=overwrite or resume or shares)
         self.told = {"model": origin, **self.about}  # where the model lay does not decide what it predicts
-        self.earlier = _earlier(self.out, self.about, resume)
+        self.earlier = _earlier(self.out, self.about, resume or (shares and not overwrite))
         for name, slide in self.given.slides.items():
             _check_place(output.path(self.out, name), slide)
         self.total = len(self.given.slides) + len(self.given.refused)
 
     def lines(self) -> Iterator[SlideLine]:
         """See :func:`predict_iter`."""
-        write_json(self.out / MANIFEST, {**self.told, "earlier": sorted(self.earlier)})
+        if not (self.out / MANIFEST).exists():  # by which a folder is known for one of predictions
+            self._write_manifest()
         with journal(self.out, self.config.shard) as kept:
+            self._write_manifest()
             before = read_lines(self.out)
             attempts = {name: line.attempts for name, line in before.items()}
             there = {name for name in self.given.slides if self._is_there(before.get(name))}
@@ -216,9 +222,14 @@ class _Run:
                     failed |= not line.is_done
                     kept.add(line)
                     yield line
-        if self.earlier and not failed:
+        if (
+            self.earlier and not failed and self.config.shard == WHOLE
+        ):  # another shard may still want to replace its own
             self._remove_earlier()
         summarize(self.out)
+
+    def _write_manifest(self) -> None:
+        write_json(self.out / MANIFEST, {**self.told, "earlier": sorted(self.earlier)})
 
     def _is_there(self, line: SlideLine | None) -> bool:
         """Whether this call would make the prediction again that a line of an earlier one is of."""
@@ -252,7 +263,8 @@ class _Run:
             for path in {self.out / f"{name}{suffix}" for suffix in SUFFIXES.values()} - current:
                 if read_about(path) is not None and not any(is_same_file(path, each) for each in given):
                     remove_prediction(path)
-        write_json(self.out / MANIFEST, {**self.told, "earlier": []})
+        self.earlier = set()
+        self._write_manifest()
 
 
 def chosen(given: Given, config: RunConfig) -> Given:
