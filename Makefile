@@ -13,13 +13,16 @@ $(VENV)/.done: setup.py constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip setuptools
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	-$(BIN)/pip install --quiet -c constraints.txt --no-deps lazyslide-models  # for a test; wants Python 3.11 or later
 	touch $@
 
 demo: setup
 	$(BIN)/stflow-fast demo --out demo --overwrite
 
+# Tests share the cores by files, with one thread each unless they ask for more.
+TEST_WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest tests -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(TEST_WORKERS) --dist loadfile
 
 # Predictions as other versions of anndata read them, and as squidpy and scanpy draw them: each in an environment of its
 # own, made once (minutes, and the network). `make test` skips these tests unless the two variables name interpreters.

@@ -18,6 +18,8 @@ EMBED = [
 # 0.6 cannot write with today's geopandas, 0.5 wants zarr 2.
 SPATIALDATA = ["spatialdata>=0.7; python_version >= '3.11'"]
 
+RAY = ["ray>=2.40"]
+
 setup(
     name="stflow-fast",
     version=VERSION,
@@ -57,12 +59,15 @@ setup(
     extras_require={
         "embed": EMBED,
         "spatialdata": SPATIALDATA,
+        "ray": RAY,
         "dev": [
             *EMBED,
             *SPATIALDATA,
+            *RAY,
             "wsidata>=0.7; python_version >= '3.11'",  # writes the files of a test
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "psutil",
             "ruff>=0.6",

@@ -31,23 +31,39 @@ from stflow_fast import Denoiser, DenoiserConfig
 from stflow_fast.cohort import read_lines
 from stflow_fast.pretrained import Provenance
 
-FEATURES, GENES = 1024, 50
+FEATURES, GENES, PIECE = 1024, 50, 4096
 EVERY = 0.2
 """Seconds between looks at memory."""
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, n_genes: int) -> Path:
     """Of the default size, with random weights."""
     if not folder.exists():
         torch.manual_seed(0)
-        names = tuple(f"gene_{i}" for i in range(GENES))
-        Denoiser(DenoiserConfig(GENES, FEATURES), Provenance(names, "synthetic")).eval().save_pretrained(folder)
+        names = tuple(f"gene_{i}" for i in range(n_genes))
+        Denoiser(DenoiserConfig(n_genes, FEATURES), Provenance(names, "synthetic")).eval().save_pretrained(folder)
     return folder
 
 
+def make_slide(path: Path, n: int, columns: int = FEATURES, spoilt: bool = False) -> Path:
+    """TRIDENT's layout, on a square lattice; the same float16 features every 4,096 spots. ``spoilt``: one is NaN."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    piece = np.random.default_rng(0).standard_normal((PIECE, columns), dtype=np.float32).astype(np.float16)
+    coords = 256 * np.stack(np.divmod(np.arange(n), int(np.ceil(np.sqrt(n)))), axis=1)
+    with h5py.File(path, "w") as file:
+        features = file.create_dataset("features", (n, columns), np.float16, chunks=(min(n, 256), columns))
+        for first in range(0, n, PIECE):
+            features[first : first + PIECE] = piece[: n - first]
+        if spoilt:
+            features[n // 2, 5] = np.nan
+        file.create_dataset("coords", data=coords).attrs.update({"patch_size_level0": 256, "patch_size": 256})
+    return path
+
+
 def make_slides(folder: Path, count: int, broken: int, spots: tuple[int, int]) -> Path:
-    """TRIDENT's layout, sizes spread on a logarithmic axis; broken ones are cut, empty, NaN or too narrow."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Sizes spread on a logarithmic axis; broken ones are cut, empty, NaN or too narrow."""
     draw = np.random.default_rng(0)
     sizes = np.exp(draw.uniform(*np.log(spots), count)).astype(int)
     faults = draw.choice(count, broken, replace=False).tolist()
@@ -56,14 +72,7 @@ def make_slides(folder: Path, count: int, broken: int, spots: tuple[int, int]) -
         if path.exists():
             continue
         fault = faults.index(number) % 4 if number in faults else None
-        features = draw.standard_normal((n, 100 if fault == 3 else FEATURES), dtype=np.float32)
-        if fault == 2:
-            features[n // 2, 5] = np.nan
-        side = int(np.ceil(np.sqrt(n)))
-        coords = 256 * np.stack(np.divmod(np.arange(n), side), axis=1)
-        with h5py.File(path, "w") as file:
-            file.create_dataset("features", data=features, chunks=(min(n, 256), features.shape[1]))
-            file.create_dataset("coords", data=coords).attrs.update({"patch_size_level0": 256, "patch_size": 256})
+        make_slide(path, n, 100 if fault == 3 else FEATURES, spoilt=fault == 2)
         if fault is not None and fault < 2:
             os.truncate(path, 0 if fault else path.stat().st_size // 2)
     return folder
@@ -153,7 +162,7 @@ def values(out: Path) -> dict[str, bytes]:
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, Path]:
     least, most = map(int, arguments.spots.split(","))
-    model = make_model(arguments.folder / "model")
+    model = make_model(arguments.folder / "model", GENES)
     return model, make_slides(arguments.folder / "slides", arguments.slides, arguments.broken, (least, most))
 
 

@@ -60,7 +60,7 @@ Steps = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
-Precision = Annotated[str, typer.Option(help="Of matrix products: float32 or bf16 (error some 1 %).")]
+Precision = Annotated[str, typer.Option(help="Of matrix products: float32, on a GPU tf32, or bf16 (error some 1 %).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
 FeaturesKey = Annotated[
     str | None,
@@ -281,6 +281,10 @@ def predict_command(
     out: Annotated[Path | None, PathOption(help="Folder of the predictions.")] = None,
     search_nested: Annotated[bool, typer.Option("--search-nested", help="Look into folders of folders too.")] = False,
     maps: Annotated[str, typer.Option(help="Genes, with commas between, that the page shows of every slide.")] = "",
+    engine: Annotated[str, typer.Option(help="local, or ray for the workers of a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster, such as auto; one on this machine when left out.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes on a CPU; as many as cores for many slides when left out.")
     ] = None,
@@ -336,7 +340,16 @@ def predict_command(
         embeddings=embeddings,
     )
     names = tuple(name.strip() for name in maps.split(",") if name.strip())
-    config = RunConfig(_shard(shard), limit, search_nested, workers, _numbers("gpus", gpus) or None, names)
+    config = RunConfig(
+        shard=_shard(shard),
+        limit=limit,
+        nested=search_nested,
+        engine=engine,
+        address=address,
+        workers=workers,
+        gpus=_numbers("gpus", gpus) or None,
+        maps=names,
+    )
     if dry_run:
         with paths_bar() as on_path:
             found = would_do(run, slides, reading, config, ignore_encoder, on_path)

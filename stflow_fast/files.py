@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from .errors import InputError, OutputError, first_line
 
 LEFTOVER = ".part"
 """In the name of what a killed process could not remove."""
+
+REMOVALS, BETWEEN_REMOVALS = 50, 0.1
+"""Times that it is tried to remove a temporary folder, and seconds between them."""
+
+ABOUT_CHUNKS = 2**20
+"""Bytes for what HDF5 notes of the chunks that are added at a time: 80 of each of some hundred."""
 
 
 @contextlib.contextmanager
@@ -38,7 +45,7 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
         OutputError: the file cannot be written (no space, no permission); what stood at ``final`` is untouched.
     """
     final = Path(final)
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}{LEFTOVER}{final.suffix}")
+    temporary = temporary_of(final)
     with _writing(final):
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +55,29 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def temporary_of(final: Path) -> Path:
+    """Where this process keeps half of it."""
+    return final.with_name(f".{final.stem}.{os.getpid()}{LEFTOVER}{final.suffix}")
+
+
+def remove_parts(folder: Path, stems: Container[str]) -> None:
+    """Remove what killed processes have left of files with these stems. Nobody may be writing them."""
+    if not folder.is_dir():
+        return
+    for name in os.listdir(folder):
+        stem, mark, _ = name.rpartition(LEFTOVER)
+        if mark and name.startswith(".") and stem[1:].rpartition(".")[0] in stems:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+def atomic_files(folder: str | os.PathLike, stem: str = "") -> Iterator[Path]:
     """Yield a temporary folder; when all its files are written, move them into ``folder``, beside what is there.
+    ``stem``: by which :func:`remove_parts` finds it.
 
     Raises:
         OutputError: as :func:`atomic_path`.
@@ -58,29 +85,66 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", suffix=LEFTOVER, dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=LEFTOVER, dir=folder))
         try:
             yield temporary
             for path in temporary.iterdir():
                 os.replace(path, folder / path.name)
+        except BaseException:
+            _remove_until_gone(temporary)
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _remove_until_gone(folder: Path) -> None:
+    """Threads of a library that has failed still write to it, as those of zarr do for a moment."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(BETWEEN_REMOVALS)
+        if not folder.exists():
+            break
+
+
 @contextlib.contextmanager
 def atomic_hdf5(final: str | os.PathLike) -> Iterator[h5py.File]:
-    """Yield an HDF5 file in memory, and write it to ``final`` on success: on a disk that fills up HDF5 does not fail,
-    it crashes when the file is closed.
+    """Yield an HDF5 file in memory; write it atomically on success.
 
     Raises:
         OutputError: as :func:`atomic_path`.
     """
-    with h5py.File(Path(final).name, "w", driver="core", backing_store=False) as file:
+    with atomic_path(final) as temporary, hdf5_in_memory(temporary) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def hdf5_in_memory(path: Path) -> Iterator[h5py.File]:
+    """Yield an HDF5 file in memory, and write it to ``path`` on success: on a disk that fills up HDF5 does not fail, it
+    crashes when the file is closed. An OSError says that it did."""
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         yield file
         file.flush()
         image = file.id.get_file_image()
-    with atomic_path(final) as temporary:
-        temporary.write_bytes(image)
+    path.write_bytes(image)
+
+
+@contextlib.contextmanager
+def growing_hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[int], None]]]:
+    """Yield the HDF5 file at ``path``, to be added to on the disk, and what is to be called with the bytes that are
+    added next: it takes that space of the disk, and so HDF5 finds none full (see :func:`hdf5_in_memory`). Where there
+    is too little, it raises an OSError."""
+    with path.open("r+b") as disk:
+        with h5py.File(path, "r+", locking=False) as file:
+
+            def reserve(n_bytes: int) -> None:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(disk.fileno(), file.id.get_filesize(), n_bytes + ABOUT_CHUNKS)
+
+            reserve(0)
+            yield file, reserve
+            file.flush()
+            size = file.id.get_filesize()
+        disk.truncate(size)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -434,7 +434,7 @@ class SpatialTransformer(nn.Module):
             keys = self._dropout_keys(graph, slide_seed) if self.training else None
             if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
                 read = self.run_folded(graph, self.gene_terms(x, states), tokens, states, keys)
-                return _product(read, states.heads.to_mean).to(x.dtype)
+                return self.mean_of_heads(read, states).to(x.dtype)
             return self._run_layers(graph, x, tokens, states, keys)
 
     def _run_layers(
@@ -462,6 +462,11 @@ class SpatialTransformer(nn.Module):
             x, tokens = block(x, tokens, layer, graph, _keys_of_layer(keys, index), terms)
             read.append(x)
         return torch.cat(read, dim=1)
+
+    @staticmethod
+    def mean_of_heads(read: Tensor, states: EncoderState) -> Tensor:
+        """What all gene heads read, [n, L * d], rows of anything, to the mean of their expression [n, G]."""
+        return _product(read, states.heads.to_mean)
 
     @staticmethod
     def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:

@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
+from .threads import blocks_of
+
+PIECE = 2**18
+"""Numbers that are drawn together: what they are made of, wider than they are, stays in a cache, and is nothing beside
+a slide's."""
+
+Numbers = Callable[[int], np.ndarray]
+"""n to the n numbers [n] float32 of a stream that follow those of the last call."""
 
 
 def check_seed(seed: int) -> None:
@@ -29,22 +37,28 @@ def slide_seed(seed: int, slide_id: str) -> np.random.SeedSequence:
     return np.random.SeedSequence([seed, zlib.crc32(slide_id.encode())])
 
 
-def _gaussian(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32)
+def _gaussian(prior: Prior, seed: np.random.SeedSequence) -> Numbers:
+    generator = np.random.Generator(np.random.Philox(seed))
+    return lambda n: generator.standard_normal(n, dtype=np.float32)
 
 
-def _zero(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
-    return np.zeros(shape, dtype=np.float32)
+def _zero(prior: Prior, seed: np.random.SeedSequence) -> Numbers:
+    return lambda n: np.zeros(n, dtype=np.float32)
 
 
-def _zinb(prior: Prior, seed: np.random.SeedSequence, shape: tuple[int, int]) -> np.ndarray:
+def _zinb(prior: Prior, seed: np.random.SeedSequence) -> Numbers:
     # A stream for each of the three draws: each fills spot after spot, so that no spot depends on how many follow.
     for_rate, for_counts, for_zeros = (np.random.Generator(np.random.Philox(child)) for child in _spawn(seed, 3))
-    rate = for_rate.standard_gamma(prior.total_count, shape, dtype=np.float32)
-    rate *= np.float32(np.exp(prior.logits))
-    counts = for_counts.poisson(rate).astype(np.float32)
-    counts[for_zeros.random(shape, dtype=np.float32) < 1.0 / (1.0 + np.exp(-prior.zi_logits))] = 0.0
-    return np.log1p(counts, out=counts)
+    scale, zeros = np.float32(np.exp(prior.logits)), 1.0 / (1.0 + np.exp(-prior.zi_logits))
+
+    def draw(n: int) -> np.ndarray:
+        rate = for_rate.standard_gamma(prior.total_count, n, dtype=np.float32)
+        rate *= scale
+        counts = for_counts.poisson(rate).astype(np.float32)
+        counts[for_zeros.random(n, dtype=np.float32) < zeros] = 0.0
+        return np.log1p(counts, out=counts)
+
+    return draw
 
 
 def _spawn(seed: np.random.SeedSequence, n: int) -> list[np.random.SeedSequence]:
@@ -52,7 +66,7 @@ def _spawn(seed: np.random.SeedSequence, n: int) -> list[np.random.SeedSequence]
     return [np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in range(n)]
 
 
-_DRAWS: dict[str, Callable[[Prior, np.random.SeedSequence, tuple[int, int]], np.ndarray]] = {
+_DRAWS: dict[str, Callable[[Prior, np.random.SeedSequence], Numbers]] = {
     "zinb": _zinb,
     "gaussian": _gaussian,
     "zero": _zero,
@@ -94,7 +108,20 @@ class Prior:
 
     def draw(self, n_spots: int, n_genes: int, seed: np.random.SeedSequence) -> np.ndarray:
         """x_0 [n_spots, n_genes] float32, rows in the slide's own order of spots."""
-        return _DRAWS[self.name](self, seed, (n_spots, n_genes))
+        return self.spots(n_genes, seed)(n_spots)
+
+    def spots(self, n_genes: int, seed: np.random.SeedSequence) -> Callable[[int], np.ndarray]:
+        """What draws :meth:`draw`'s x_0 by blocks: n to that of the next n spots [n, n_genes], from the first on."""
+        numbers = _DRAWS[self.name](self, seed)
+
+        def of_next(n_spots: int) -> np.ndarray:
+            x_0 = np.empty((n_spots, n_genes), dtype=np.float32)
+            flat = x_0.reshape(-1)
+            for piece in blocks_of(flat.size, PIECE):
+                flat[piece] = numbers(piece.stop - piece.start)
+            return x_0
+
+        return of_next
 
     @classmethod
     def of_training(cls, settings: Mapping[str, Any]) -> Prior:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,11 +28,14 @@ DEFAULT_MEMORY_BUDGET = "5GiB"
 """What sampling may spend on keeping edge messages from one flow step to the next: those of the largest public slide,
 605,471 spots, by the default model. Measured in benchmarks/results/cpu_notes.md, "time per spot"."""
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 """Of products; parameters, statistics, softmax and positions stay float32."""
 
 FEATURE_CHUNK = 16_384
 """Spots whose features are on the model's device at once."""
+
+EXPRESSION_BYTES = 2**26
+"""Of a block of spots, as wide as the genes, of a sample that is drawn by blocks."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,27 @@ class Sample:
     expression: Tensor
     nfe: int
     trajectory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockSample:
+    """What :meth:`PreparedSlide.draw_blocks` returns: a sample whose expression is made as it is read.
+
+    Attributes:
+        shape: (N, G).
+        nfe: denoiser calls made.
+    """
+
+    shape: tuple[int, int]
+    nfe: int
+    _read: Tensor  # [N, R] what the expression is made of
+    _leave: Callable[[Tensor], Tensor]
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of spots in the caller's order, and their expression [n, G] on the CPU. Each begins at a multiple of
+        :data:`.ops.ROW_BLOCK`. Any thread may read them."""
+        for rows in _expression_blocks(self.shape):
+            yield rows, _to_host(self._leave(self._read[rows]))
 
 
 class Sampler:
@@ -75,9 +100,10 @@ class Sampler:
             cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on.
                 A capture needs the memory of a draw once more, and frees cuBLAS's workspaces of the whole process:
                 False where there is too little, beside CUDA graphs of your own, or for debugging.
-            precision: "float32" or "bf16", of the matrix products; when None that of the caller's autocast, float32
-                without one. bf16 pays on a GPU and on processors that multiply it (avx512_bf16, amx); what it changes
-                is in ``benchmarks/results/cpu_notes.md``.
+            precision: "float32", "tf32" or "bf16", of the matrix products; when None that of the caller's autocast,
+                float32 without one. tf32 is of NVIDIA GPUs: while the sampler runs, it is torch's setting for all
+                threads. bf16 pays on a GPU and on processors that multiply it (avx512_bf16, amx); what it changes is
+                in ``benchmarks/results/cpu_notes.md``.
 
         Raises:
             InputError: a setting out of range.
@@ -87,9 +113,7 @@ class Sampler:
         self.solver = EulerSolver(time_grid(self.n_sample_steps))
         self.memory_budget = parse_bytes(memory_budget)
         if precision is not None:
-            check_precision(precision)
-        if precision == "bf16" and model.image_transform.weight.dtype != torch.float32:
-            raise InputError(f"precision: bf16 is of a float32 model, not one of {model.image_transform.weight.dtype}")
+            check_precision(precision, model)
         self.precision = precision
         # Time stays float64 until the embedding rounds it, as in the published loop. On the CPU: not every device has
         # float64.
@@ -121,8 +145,12 @@ class Sampler:
         if self.precision is not None:
             dtype = PRECISIONS[self.precision]
             chosen = torch.autocast(self.model.image_transform.weight.device.type, dtype, enabled=dtype is not None)
-        with _evaluating(self.model), chosen:
+        with _evaluating(self.model), chosen, self.products():
             yield
+
+    def products(self) -> contextlib.AbstractContextManager[None]:
+        """float32 products as the sampler's precision wants them."""
+        return _TF32 if self.precision == "tf32" else contextlib.nullcontext()
 
     def prepare(self, slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray]) -> PreparedSlide:
         """Make what all draws of a slide share: neighbours, geometry, ``image_transform``, edge messages.
@@ -152,19 +180,17 @@ class PreparedSlide:
         self.sampler, self.slide_id = sampler, slide_id
         model, solver = sampler.model, sampler.solver
         with sampler.running():
-            self.graph = model.build_graph(coords)
-            self.image = _embed(model, self.graph, features, _where(slide_id))
-            self.states = model.backbone.keep_messages(sampler.states, self.graph, sampler.memory_budget)
+            self.graph = graph = model.build_graph(coords)
+            self.image = _embed(model, graph, features, _where(slide_id))
+            self.states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
         make_call = _plain_call if self.states.heads is None else _folded_call
         messages = [layer.messages for layer in self.states.layers]
-        self._call = call = make_call(
-            sampler, self.graph, self.image, lambda: sampler.cast_states().with_messages(messages)
-        )
+        self._call = call = make_call(sampler, graph, self.image, lambda: sampler.cast_states().with_messages(messages))
 
         def loop(x_0: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
-            return solver.solve(call.target, call.enter(x_0), last=call.leave)
+            return call.leave(solver.solve(call.target, graph.to_rows(call.enter(x_0)), last=call.read))
 
-        self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and self.graph.n_spots else loop
+        self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and graph.n_spots else loop
 
     def denoise(self, x_t: Tensor, t: float) -> Tensor:
         """One call of the denoiser: the prediction of x_1 [N, G] from x_t [N, G] at flow time t in [0, 1], spots in the
@@ -178,7 +204,7 @@ class PreparedSlide:
             raise InputError(f"t: must be in [0, 1], not {t}")
         x_t = _expression("x_t", x_t, (self.graph.n_spots, model.config.n_genes), self.slide_id)
         with self.sampler.running():
-            return self._call.leave(self._call.enter(x_t.to(model.image_transform.weight)), t)
+            return self._predicted(x_t.to(model.image_transform.weight), t)
 
     def draw(self, x_0: Tensor | None = None, seed: int = 0, trajectory: bool = False) -> Sample:
         """One sample (the published loop: ``n_sample_steps - 1`` calls).
@@ -197,11 +223,55 @@ class PreparedSlide:
             x_1 = self._loop(self._source(x_0, seed))
             return Sample(_to_host(x_1), self.sampler.solver.nfe)
 
+    def draw_blocks(self, seed: int = 0) -> BlockSample:
+        """One sample, that of :meth:`draw` (its very bits on the CPU), in memory that does not depend on the genes:
+        where they are more than the gene heads read of a spot, n_layers * hidden_dim, the source is drawn by blocks,
+        and the last product is made by blocks as the sample is read. Such a draw replays no CUDA graph.
+
+        Heads with a ReLU behind them (``non_negative``) are not linear: of such a model [N, G] is kept, and several
+        times while it is drawn.
+
+        Args:
+            seed: with the slide's id, decides the source.
+
+        Raises:
+            InputError: a negative seed.
+        """
+        call, shape = self._call, (self.graph.n_spots, self.sampler.model.config.n_genes)
+        weight = self.sampler.model.image_transform.weight
+        with self.sampler.running():
+            read = self.sampler.solver.solve(call.target, self._drawn_terms(shape, seed), last=call.read)
+            autocast = ops.present_precision(weight.device.type)
+            if weight.is_cuda:  # another thread may read it, on another stream
+                torch.cuda.current_stream().synchronize()
+        expression_of, products = call.leave, self.sampler.products  # not the call, which holds the slide's memory
+
+        def leave(read: Tensor) -> Tensor:
+            with torch.no_grad(), autocast(), products():
+                return expression_of(read)
+
+        return BlockSample(shape, self.sampler.solver.nfe, read, leave)
+
+    def _drawn_terms(self, shape: tuple[int, int], seed: int) -> Tensor:
+        """[N, P] all that the network reads of the source that ``seed`` decides, rows of the graph."""
+        check_seed(seed)
+        weight = self.sampler.model.image_transform.weight
+        draw = self.sampler.prior.spots(shape[1], slide_seed(seed, self.slide_id))
+        terms = ops.Gathered(shape[0])
+        for rows in _expression_blocks(shape) or [slice(0, 0)]:
+            x_0 = torch.from_numpy(draw(rows.stop - rows.start))
+            terms.put(rows, [self._call.enter(x_0.to(weight))])
+        return self.graph.to_rows(*terms.tensors)
+
+    def _predicted(self, x_t: Tensor, t: float) -> Tensor:
+        """x_t [N, G] to the x_1 [N, G] that one call predicts."""
+        return self._call.leave(self._call.read(self.graph.to_rows(self._call.enter(x_t)), t))
+
     def _trajectory(self, source: Tensor) -> Sample:
         kept = []
 
         def predict(x_t: Tensor, t: float) -> Tensor:
-            x_1 = self._call.leave(self._call.enter(x_t), t)
+            x_1 = self._predicted(x_t, t)
             kept.append(_to_host(x_1))
             return x_1
 
@@ -223,11 +293,13 @@ class PreparedSlide:
 
 
 class _Call(NamedTuple):
-    """A denoiser call in two parts, with spots in the caller's order outside, and a loop of calls between them."""
+    """A denoiser call in parts: those as wide as the genes treat every spot alone, and a loop of calls needs neither
+    between its first and its last. Spots are in the caller's order outside."""
 
-    enter: Callable[[Tensor], Tensor]  # x_t [N, G] to its state, rows of the graph
-    target: Predict  # state and t to the state of the x_1 that is predicted
-    leave: Predict  # state and t to that x_1 [N, G] itself
+    enter: Callable[[Tensor], Tensor]  # x_t [n, G] of some spots to all that the network reads of it, [n, P]
+    target: Predict  # that of all spots [N, P], rows of the graph, and t to that of the x_1 that is predicted
+    read: Predict  # that of all spots, and t, to what this x_1 is made of, [N, R]
+    leave: Callable[[Tensor], Tensor]  # this, of some spots, to their x_1 [n, G]
 
 
 States = Callable[[], EncoderState]
@@ -235,26 +307,31 @@ States = Callable[[], EncoderState]
 
 
 def _plain_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: States) -> _Call:
-    """A state is x_t in rows of the graph."""
+    """The network reads and predicts the expression itself."""
 
     def target(x_t: Tensor, t: float) -> Tensor:
         return sampler.model.denoise_at(graph, x_t, image, sampler.embed_time(t), states())
 
-    return _Call(graph.to_rows, target, lambda x_t, t: graph.to_spots(target(x_t, t)))
+    return _Call(_as_it_is, target, lambda x_t, t: graph.to_spots(target(x_t, t)), _as_it_is)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _folded_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: States) -> _Call:
-    """A state is all that the network reads of x_t, [N, P]: products as wide as the genes are made before the loop and
-    behind it, and the only ones to be ordered are as wide as the network."""
-    backbone = sampler.model.backbone
+    """Products as wide as the genes are made before the loop and behind it, and what is ordered is as wide as the
+    network."""
+    backbone, dtype = sampler.model.backbone, image.dtype
 
     def read(terms: Tensor, t: float) -> Tensor:
         return backbone.run_folded(graph, terms, image + sampler.embed_time(t), states())
 
     return _Call(
-        lambda x_t: graph.to_rows(backbone.gene_terms(x_t, states())),
+        lambda x_t: backbone.gene_terms(x_t, states()),
         lambda terms, t: F.linear(read(terms, t), *states().heads.to_first),
-        lambda terms, t: F.linear(graph.to_spots(read(terms, t)), *states().heads.to_mean).to(terms.dtype),
+        lambda terms, t: graph.to_spots(read(terms, t)),
+        lambda read: backbone.mean_of_heads(read, sampler.cast_states()).to(dtype),
     )
 
 
@@ -360,6 +437,29 @@ def sample(
     return sampler.prepare(slide).draw(x_0, seed, trajectory)
 
 
+class _Tf32:
+    """torch's setting, which is one for all threads: tf32 until the last thread that wants it has left."""
+
+    def __init__(self) -> None:
+        self._changing, self._inside, self._before = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        matmul = torch.backends.cuda.matmul
+        with self._changing:
+            if self._inside == 0:
+                self._before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changing:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.cuda.matmul.fp32_precision = self._before
+
+
+_TF32 = _Tf32()
+
+
 @contextlib.contextmanager
 def _without_autocast_cache() -> Iterator[None]:
     """Autocast keeps weights that it has cast until it is left; a graph captured with them would then read memory that
@@ -398,10 +498,17 @@ def _evaluating(model: Denoiser) -> Iterator[None]:
         model.train(was_training)
 
 
-def check_precision(precision: str) -> None:
-    """Raise InputError unless it is one of :data:`PRECISIONS`."""
+def check_precision(precision: str, model: Denoiser | None = None) -> None:
+    """Raise InputError unless it is one of :data:`PRECISIONS`, and of the model."""
     if precision not in PRECISIONS:
         raise InputError(f"precision: must be {' or '.join(PRECISIONS)}, not {precision!r}")
+    if model is None or precision == "float32":
+        return
+    weight = model.image_transform.weight
+    if weight.dtype != torch.float32:
+        raise InputError(f"precision: {precision} is of a float32 model, not one of {weight.dtype}")
+    if precision == "tf32" and not weight.is_cuda:
+        raise InputError(f"precision: tf32 is of NVIDIA GPUs, and the model is on the {weight.device.type}")
 
 
 def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | None) -> tuple[int, Prior]:
@@ -454,6 +561,13 @@ def _expression(name: str, x: Any, shape: tuple[int, int], slide_id: str) -> Ten
     return as_tensor(f"{_where(slide_id)}{name}", x, shape).contiguous()
 
 
+def _expression_blocks(shape: tuple[int, int]) -> list[slice]:
+    """Blocks of spots of an expression [N, G]: as many whole blocks of rows as :data:`EXPRESSION_BYTES` hold, at least
+    one, so that each row is in the product that it would be in among all spots."""
+    n, width = shape
+    return blocks_of(n, max(1, EXPRESSION_BYTES // (4 * width * ops.ROW_BLOCK)) * ops.ROW_BLOCK)
+
+
 def _where(slide_id: str) -> str:
     return f"slide {slide_id}: " if slide_id else ""
 
@@ -464,7 +578,7 @@ def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x.cpu()
     staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    torch.cuda.current_stream().record_event().synchronize()
+    torch.cuda.current_stream(x.device).record_event().synchronize()
     return staged.clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -15,12 +16,15 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+import torch
 
 from stflow_fast.cohort import RunConfig, SamplingConfig, predict, predict_iter, read_lines, summarize, would_do
 from stflow_fast.cohort.inputs import given_slides
 from stflow_fast.cohort.local import Place, places_of
 from stflow_fast.cohort.state import STATES, SlideLine, journal
+from stflow_fast.cohort.worker import Summary
 from stflow_fast.errors import InputError, OutputError, SlidesFailed
+from stflow_fast.sampling import BlockSample, PreparedSlide
 from stflow_fast.slides import ReadOptions
 
 from .builders import arrays, gene_names, write_embeddings, write_model
@@ -43,8 +47,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def values(out: Path) -> dict[str, bytes]:
-    return {path.name: np.asarray(anndata.read_h5ad(path).X).tobytes() for path in out.glob("*.h5ad")}
+def values(out: Path) -> dict[str, str]:
+    """A digest of X of every prediction."""
+    files = out.glob("*.h5ad")
+    return {path.name: hashlib.sha256(np.asarray(anndata.read_h5ad(path).X).tobytes()).hexdigest() for path in files}
 
 
 def test_a_folder_is_all_its_slides_and_a_broken_one_stops_none(
@@ -75,6 +81,23 @@ def test_a_folder_is_all_its_slides_and_a_broken_one_stops_none(
     np.testing.assert_allclose(told["zeros"], (table.X == 0).mean(axis=0), rtol=1e-5)
     nested = given_slides(folder, ReadOptions(), nested=True)
     assert sorted(nested.slides) == ["S0", "S1", "S2", "S3", "S9"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_numbers_of_genes_are_gathered_by_blocks(size: int) -> None:
+    numbers = np.random.default_rng(0).normal([5, 0, 1e4, 3], [1, 1, 1e-3, 0], (60, 4)).astype(np.float32)
+    numbers[numbers < 0] = 0
+    seen = Summary(["A", "B", "C", "D"], ["B"], 60)
+    blocks = [(slice(start, start + size), numbers[start : start + size]) for start in range(0, 60, size)]
+    for (rows, part), (_, passed) in zip(blocks, seen.of(iter(blocks)), strict=True):
+        assert np.array_equal(passed, part), rows
+    told, exact = seen.statistics(), numbers.astype(np.float64)
+    assert told["genes"] == ["A", "B", "C", "D"]
+    np.testing.assert_allclose(told["mean"], exact.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(told["std"], exact.std(axis=0), rtol=1e-5)
+    assert told["std"][3] == 0
+    np.testing.assert_allclose(told["zeros"], (exact == 0).mean(axis=0), rtol=1e-5)
+    assert np.array_equal(seen.maps["B"], numbers[:, 1])
 
 
 def test_where_nothing_could_be_done_the_code_is_2(
@@ -201,6 +224,31 @@ def test_a_slide_that_kills_its_process_is_a_line_and_stops_none(
     assert sorted(values(tmp_path / "out")) == ["S0.h5ad", "S1.h5ad", "S2.h5ad", "S3.h5ad"]
 
 
+def test_a_device_that_runs_out_of_memory_keeps_less_between_steps(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, budgets, enough = PreparedSlide.draw_blocks, [], 2**30
+
+    def too_much(prepared: PreparedSlide, seed: int) -> BlockSample:
+        budgets.append(prepared.sampler.memory_budget)
+        if budgets[-1] > enough:
+            raise torch.OutOfMemoryError("CUDA is out of memory")
+        return draw(prepared, seed)
+
+    predict(model, [folder / "S0.h5ad", folder / "S2.h5ad"], tmp_path / "one")
+    monkeypatch.setattr(PreparedSlide, "draw_blocks", too_much)
+    sampling = SamplingConfig(memory_budget="4GiB")
+    predict(model, [folder / "S0.h5ad", folder / "S2.h5ad"], tmp_path / "two", sampling=sampling)
+    assert budgets == [2**32, 2**31, 2**30, 2**30]
+    assert values(tmp_path / "one") == values(tmp_path / "two")
+    notes = [line.notes for line in read_lines(tmp_path / "two").values()]
+    assert notes == [("the device ran out of memory; --memory-budget was 4294967296 bytes, is 1073741824",), ()]
+    enough = -1
+    with pytest.raises(SlidesFailed, match=r"S0\.h5ad: OutOfMemoryError: CUDA is out of memory"):
+        predict(model, [folder / "S0.h5ad", folder / "S2.h5ad"], tmp_path / "three", sampling=sampling)
+    assert budgets[-1] == 0
+
+
 def test_shards_share_a_folder_and_its_page_is_drawn_from_all(
     say: Callable[..., str], model: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +294,13 @@ def test_a_run_that_is_struck_down_goes_on_as_if_it_had_not_been(model: Path, fo
         process.wait()
     assert 1 <= len(read_lines(out)) <= 10
     done = {name: line.when for name, line in read_lines(out).items()}
+    missing = next(f"S{number}" for number in range(10) if f"S{number}" not in done)
+    (out / f".{missing}.1.part.h5ad").write_bytes(b"half")
+    (out / ".S99.1.part.h5ad").write_bytes(b"of another shard")
     predict(model, folder, out, resume=True)
+    [of_others] = out.glob(".*")
+    assert of_others.name == ".S99.1.part.h5ad"
+    of_others.unlink()
     after = read_lines(out)
     assert {name: after[name].when for name in done} == done
     assert values(out) == values(tmp_path / "whole")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stflow_fast import ops, use_backend
+from stflow_fast import ops, priors, sampling, use_backend
 from stflow_fast.arrays import as_array, as_tensor
 from stflow_fast.config import DenoiserConfig, parse_bytes
 from stflow_fast.errors import InputError
@@ -97,11 +98,74 @@ def test_a_precision_is_an_autocast_of_the_samplers_own(n_genes: int) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("n", [1, 30, 1024, 2500])
+@pytest.mark.parametrize(("n_genes", "non_negative"), [(5, False), (40, False), (40, True)])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_sample_by_blocks_is_the_sample(
+    n: int, n_genes: int, non_negative: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, in whatever thread it is read, in blocks of one piece of rows; also when the slide is gone."""
+    monkeypatch.setattr(sampling, "EXPRESSION_BYTES", 1)
+    monkeypatch.setattr(priors, "PIECE", 1000)
+    config = dataclasses.replace(model(n_genes).config, non_negative=non_negative)
+    prepared = Sampler(Denoiser(config), precision=precision).prepare(slide(n))
+    expected = prepared.draw(seed=3).expression
+    drawn, slide_graph = prepared.draw_blocks(seed=3), weakref.ref(prepared.graph)
+    del prepared
+    assert slide_graph() is None
+    found = torch.full(drawn.shape, torch.nan)
+
+    def read() -> None:
+        for rows, part in drawn.blocks():
+            assert rows.start % 1024 == 0
+            found[rows] = part
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    reader.join()
+    assert torch.equal(found, expected)
+    assert drawn.nfe == 4
+
+
+def test_memory_of_a_sample_by_blocks_does_not_depend_on_the_genes() -> None:
+    """No tensor of the draw has more numbers than a block, or than what the network makes of the spots."""
+    n, n_genes = 5000, 4000
+    prepared = Sampler(model(n_genes).float()).prepare(slide(n))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for _ in prepared.draw_blocks().blocks():
+            pass
+    largest = max(int(np.prod(shape)) for event in profile.events() for shape in event.input_shapes if shape)
+    assert largest <= sampling.EXPRESSION_BYTES // 4 < n * n_genes
+
+
+def test_tf32_lasts_until_the_last_thread_that_wants_it_has_left() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, inside = matmul.fp32_precision, threading.Barrier(2, timeout=30)
+
+    def other() -> None:
+        with sampling._TF32:
+            inside.wait()  # both are
+            inside.wait()  # the first has left
+            inside.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with sampling._TF32:
+        inside.wait()
+    assert matmul.fp32_precision == "tf32"
+    inside.wait()
+    inside.wait()
+    thread.join()
+    assert matmul.fp32_precision == before
+
+
 def test_a_precision_that_cannot_be_is_refused() -> None:
-    with pytest.raises(InputError, match="precision: must be float32 or bf16, not 'half'"):
+    with pytest.raises(InputError, match="precision: must be float32 or tf32 or bf16, not 'half'"):
         Sampler(model(), precision="half")
     with pytest.raises(InputError, match=r"precision: bf16 is of a float32 model, not one of torch.float64"):
         Sampler(model().double(), precision="bf16")
+    with pytest.raises(InputError, match=r"^precision: tf32 is of NVIDIA GPUs, and the model is on the cpu$"):
+        Sampler(model(), precision="tf32")
 
 
 @pytest.mark.parametrize("n_genes", [5, 40])
@@ -589,6 +653,16 @@ def test_the_last_corner_of_a_million_spots_is_what_its_patch_alone_gives() -> N
     torch.manual_seed(0)
     network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=32)).cuda()
     assert error_in_the_last_corner(network, side=1000, patch=100, margin=22) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_gpus_sample_by_blocks_is_its_sample(precision: str) -> None:
+    prepared = Sampler(model(40).float().cuda(), precision=precision).prepare(slide(3000))
+    before, drawn = torch.backends.cuda.matmul.fp32_precision, prepared.draw_blocks(seed=3)
+    found = torch.cat([part for _, part in drawn.blocks()])
+    torch.testing.assert_close(found, prepared.draw(seed=3).expression, rtol=2**-8, atol=2**-8)
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from stflow_fast.cli import app
 from stflow_fast.cohort import MANIFEST, SamplingConfig, predict
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError, OutputError
-from stflow_fast.files import write_json
+from stflow_fast.files import atomic_files, write_json
 from stflow_fast.model import Denoiser
-from stflow_fast.outputs import LAYOUT, OutputConfig, as_dtype, prediction_table, read_about, write_h5ad
+from stflow_fast.outputs import LAYOUT, Expression, OutputConfig, as_dtype, prediction_table, read_about, write_h5ad
 from stflow_fast.pretrained import Provenance
 from stflow_fast.slides import Origin, Slide
 
@@ -51,11 +53,15 @@ def slide(name: str = "S0", n: int = 60, **more: Any) -> Slide:
 
 
 def table_of(one: Slide) -> anndata.AnnData:
-    return prediction_table(one, np.zeros((one.n_spots, 2), np.float32), ["A", "B"], {"layout": LAYOUT})
+    return prediction_table(one, ["A", "B"], {"layout": LAYOUT})
+
+
+def zeros(table: anndata.AnnData) -> Expression:
+    return Expression(table.shape, "float32", [(slice(0, table.n_obs), np.zeros(table.shape, np.float32))])
 
 
 def reread(table: anndata.AnnData, path: Path) -> anndata.AnnData:
-    write_h5ad(path, table)
+    write_h5ad(path, table, zeros(table))
     return anndata.read_h5ad(path)
 
 
@@ -506,7 +512,7 @@ def test_somebody_elses_folder_is_not_replaced(
     with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
         predict(model, [slide("S1"), slide("S2"), slide()], out, output=zarr, **flags)
     with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
-        outputs.write_spatialdata(out / "S0.zarr", table_of(slide()))
+        outputs.write_spatialdata(out / "S0.zarr", table_of(slide()), zeros(table_of(slide())))
     assert (out / "S0.zarr" / "thesis.txt").read_text() == "years of work"
     assert (made.stat().st_ctime_ns, (out / MANIFEST).read_text()) == (before, manifest)
     assert not (out / "S2.zarr").exists()
@@ -528,3 +534,23 @@ def test_spatialdata_that_cannot_be_written_leaves_the_last_one(
         predict(model, [slide()], out, output=zarr, sampling=SamplingConfig(seed=1), overwrite=True)
     assert read_about(out / "S0.zarr")["seed"] == 0
     assert sorted(path.name for path in out.glob("S*")) == ["S0.zarr"]
+
+
+def test_nothing_half_written_stays_where_a_librarys_threads_outlive_its_failure(tmp_path: Path) -> None:
+    def write_on(folder: Path) -> None:
+        for number in range(20):
+            (folder / f"{number}").mkdir(parents=True, exist_ok=True)
+            time.sleep(0.01)
+
+    writers = []
+
+    def fail() -> None:
+        with atomic_files(tmp_path) as temporary:
+            writers.append(threading.Thread(target=write_on, args=(temporary,)))
+            writers[0].start()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left"):
+        fail()
+    writers[0].join()
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,20 +14,24 @@ from typing import Any
 import torch
 
 from ..errors import InputError, SlidesFailed, batch_error
-from ..files import check_output, is_same_file, read_json, write_json
+from ..files import check_output, is_same_file, read_json, remove_parts, write_json
 from ..inspection import Finding, finding_of
 from ..model import Denoiser
 from ..outputs import SUFFIXES, OutputConfig, check_replaceable, read_about, remove_prediction
+from ..sampling import check_precision
 from ..slides import ReadOptions, Slide, SlideSource
+from .crew import beside_each_other
 from .inputs import Given, described, given_slides, path_of
-from .local import beside_each_other, overlapped, places_of
+from .local import Process, overlapped, places_of
 from .page import write_page
 from .settings import SamplingConfig, gene_names, made_by, model_and_origin
 from .state import FAILED, SlideLine, journal, read_lines
 from .tables import write_tables
-from .worker import Settings, Task, Worker, digest
+from .worker import MAPS, Settings, Task, Worker, digest
 
 MANIFEST = "predictions.json"
+
+ENGINES = ("local", "ray")
 
 WHOLE = (1, 1)
 """The only shard of one."""
@@ -40,9 +45,12 @@ class RunConfig:
         shard: (i, n): every n-th slide from the i-th on, for n processes that write into one folder; (1, 1) is all.
         limit: predict so many slides at most; None for all.
         nested: look for slides in folders of folders too.
+        engine: "local", or "ray" for the actors of a Ray cluster.
+        address: of the cluster, as ``ray.init`` takes it ("auto"); one on this machine when None.
         workers: processes beside each other on a CPU. When None as many as cores where there are four slides or more
-            for each, else slides are predicted in this process.
-        gpus: numbers of GPUs, each of which gets a process.
+            for each, else slides are predicted in this process. Of a cluster: actors, as many as it has cores (or GPUs
+            where the model is on one) when None.
+        gpus: numbers of GPUs of this machine, each of which gets a process.
         maps: genes that a small picture is drawn of, for every slide.
 
     Raises:
@@ -52,6 +60,8 @@ class RunConfig:
     shard: tuple[int, int] = WHOLE
     limit: int | None = None
     nested: bool = False
+    engine: str = "local"
+    address: str | None = None
     workers: int | None = None
     gpus: Sequence[int] | None = None
     maps: Sequence[str] = ()
@@ -64,10 +74,20 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: must be 1 at least, not {value}")
+        self._check_engine()
         if self.gpus is not None and (
             not self.gpus or min(self.gpus) < 0 or max(self.gpus) >= torch.cuda.device_count()
         ):
             raise InputError(f"gpus: must be numbers below {torch.cuda.device_count()}, the GPUs here, not {self.gpus}")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise InputError(f"engine: must be {' or '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise InputError("engine: ray is not installed; pip install 'stflow-fast[ray]'")
+        for name, engine in (("address", "ray"), ("gpus", "local")):
+            if getattr(self, name) is not None and self.engine != engine:
+                raise InputError(f"{name}: is of the {engine} engine; leave it out, or choose engine {engine}")
 
     def check_maps(self, genes: Sequence[str]) -> tuple[str, ...]:
         """``maps``; raises InputError for a gene that is not written."""
@@ -182,6 +202,7 @@ class _Run:
         self.config, self.resume, reading = config or RunConfig(), resume, reading or ReadOptions()
         self.model, origin = model_and_origin(run, device)
         output, sampling = output or OutputConfig(), sampling or SamplingConfig()
+        check_precision(sampling.precision, self.model)
         panel = gene_names(self.model)
         maps = self.config.check_maps(panel if output.genes is None else output.genes)
         self.settings = Settings(out, origin, sampling, output, ignore_encoder, maps)
@@ -217,7 +238,7 @@ class _Run:
                 if name not in there
             ]
             failed = bool(self.given.refused)
-            with contextlib.closing(self._predicted(tasks)) as predicted:
+            with self._without_parts(tasks), contextlib.closing(self._predicted(tasks)) as predicted:
                 for line in itertools.chain(refused, predicted):
                     failed |= not line.is_done
                     kept.add(line)
@@ -227,6 +248,17 @@ class _Run:
         ):  # another shard may still want to replace its own
             self._remove_earlier()
         summarize(self.out)
+
+    @contextlib.contextmanager
+    def _without_parts(self, tasks: list[Task]) -> Iterator[None]:
+        """Before and afterwards, what killed processes have left of these slides, which nobody else writes, goes."""
+        names = {task.id for task in tasks}
+        of_maps = {f"{name}.{number}" for name in names for number in range(len(self.config.maps))}
+        with contextlib.ExitStack() as afterwards:
+            for folder, stems in ((self.out, names), (self.out / MAPS, of_maps)):
+                remove_parts(folder, stems)
+                afterwards.callback(remove_parts, folder, stems)
+            yield
 
     def _write_manifest(self) -> None:
         write_json(self.out / MANIFEST, {**self.told, "earlier": sorted(self.earlier)})
@@ -242,6 +274,11 @@ class _Run:
 
     def _predicted(self, tasks: list[Task]) -> Iterator[SlideLine]:
         """The lines of slides as they come."""
+        if self.config.engine == "ray":
+            from .ray_engine import on_cluster
+
+            yield from on_cluster(self.model, self.settings, tasks, self.config.workers, self.config.address)
+            return
         device = next(self.model.parameters()).device
         places = places_of(device, len(tasks), self.config.workers, self.config.gpus)
         if not places or any(isinstance(task.slide, Slide) for task in tasks):
@@ -250,7 +287,8 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             # Each process reads it from there, whatever it was made of.
             self.model.save_pretrained(folder)
-            yield from beside_each_other(places, folder, self.settings, tasks)
+            processes = [Process(place, folder, self.settings) for place in places[: len(tasks)]]
+            yield from beside_each_other(processes, tasks)
 
     def _remove_earlier(self) -> None:
         """Take away what this result replaces, predictions of other settings or in the other form, but for files that

@@ -16,7 +16,7 @@ from ..model import Denoiser
 from ..pretrained import fingerprint
 from ..priors import Prior, check_seed
 from ..runs import MODEL_FOLDER, RUN_FILE
-from ..sampling import DEFAULT_MEMORY_BUDGET, Sample, Sampler, check_precision, resolve
+from ..sampling import DEFAULT_MEMORY_BUDGET, BlockSample, Sample, Sampler, check_precision, resolve
 from ..slides import Slide
 
 
@@ -49,10 +49,13 @@ class SamplingConfig:
         parse_bytes(self.memory_budget)
         check_precision(self.precision)
 
-    def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
+    def sampler(self, model: Denoiser) -> Sampler:
         """What samples one slide after another by ``model``, whose weights are folded once."""
-        settings = self.n_sample_steps, self.prior, self.memory_budget
-        sampler = Sampler(model, *settings, precision=self.precision)
+        return Sampler(model, self.n_sample_steps, self.prior, self.memory_budget, precision=self.precision)
+
+    def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
+        """What draws one slide after another by ``model``."""
+        sampler = self.sampler(model)
         return lambda slide: sampler.prepare(slide).draw(seed=self.seed)
 
     def describe(self, model: Denoiser) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def made_by(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def drawn_by(model: Denoiser, drawn: Sample) -> dict[str, Any]:
+def drawn_by(model: Denoiser, drawn: Sample | BlockSample) -> dict[str, Any]:
     """How a prediction was drawn, and what its numbers are (plain types)."""
     return {
         "nfe": drawn.nfe,

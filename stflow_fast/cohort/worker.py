@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..errors import InputError, OutputError, first_line, with_path
 from ..inspection import encoder_misfit
 from ..model import Denoiser
-from ..outputs import WRITERS, OutputConfig, as_dtype, prediction_table
+from ..outputs import WRITERS, Expression, OutputConfig, as_dtype, prediction_table
+from ..sampling import BlockSample
 from ..slides import Slide, SlideSource
 from .inputs import path_of
 from .maps import draw_map
@@ -23,6 +27,9 @@ from .state import DONE, FAILED, SlideLine
 
 MAPS = "maps"
 """Folder of pictures, in that of the predictions."""
+
+LEAST_BUDGET = 2**26
+"""Bytes below which keeping messages between steps is not worth another try."""
 
 MOST_STATISTICS = 1000
 """Genes up to which every slide's line has numbers of each; else of those with maps alone."""
@@ -62,12 +69,31 @@ def digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Step(NamedTuple):
+    """How far a slide has come: what was made of it last, or the error that ended it."""
+
+    task: Task
+    made: Any
+    seconds: float = 0.0
+    error: Exception | None = None
+
+    def then(self, function: Callable[[Any], Any]) -> Step:
+        """The next step, and the time it took; after an error there is none."""
+        if self.error is not None:
+            return self
+        begun, made, failure = time.perf_counter(), None, None
+        try:
+            made = function(self.made)
+        except Exception as error:
+            failure = error
+        return Step(self.task, made, self.seconds + time.perf_counter() - begun, failure)
+
+
 class Drawn(NamedTuple):
-    """A slide, its expression [N, genes that are written], and how that was drawn."""
+    """A slide, and what was drawn of it."""
 
     slide: Slide
-    expression: np.ndarray
-    about: dict[str, Any]
+    sample: BlockSample
 
 
 class Worker:
@@ -76,7 +102,8 @@ class Worker:
     def __init__(self, model: Denoiser, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.about = {**settings.output.describe(gene_names(model)), **made_by(model, settings.sampling)}
-        self._draw = settings.sampling.drawer(model)
+        self.genes = np.array(gene_names(model))[settings.output.select(gene_names(model))].tolist()
+        self._sampler = settings.sampling.sampler(model)
 
     def read(self, task: Task) -> Slide:
         """Raises InputError as :func:`stflow_fast.slides.read`, and for features of another encoder."""
@@ -86,22 +113,37 @@ class Worker:
         return slide
 
     def draw(self, slide: Slide) -> Drawn:
-        """The slide's prediction."""
-        drawn = self._draw(slide)
-        columns = self.settings.output.select(gene_names(self.model))
-        expression = as_dtype(slide.id, drawn.expression.float().numpy()[:, columns], self.settings.output.dtype)
-        return Drawn(slide, expression, drawn_by(self.model, drawn))
+        """The slide's prediction. Where the device runs out of memory, less is kept between steps from then on."""
+        given = self._sampler.memory_budget
+        while (sample := self._sample(slide)) is None:
+            torch.cuda.empty_cache()
+            half = self._sampler.memory_budget // 2
+            self._sampler.memory_budget = half if half >= LEAST_BUDGET else 0
+        if self._sampler.memory_budget < given:
+            said = f"the device ran out of memory; --memory-budget was {given} bytes, is {self._sampler.memory_budget}"
+            slide = dataclasses.replace(slide, notes=(*slide.notes, said))
+        return Drawn(slide, sample)
 
-    def write(self, task: Task, made: Drawn) -> SlideLine:
+    def _sample(self, slide: Slide) -> BlockSample | None:
+        """None where the device has too little memory. Who called this may try again: in here, the error still holds
+        what was there."""
+        try:
+            return self._sampler.prepare(slide).draw_blocks(self.settings.sampling.seed)
+        except torch.OutOfMemoryError:
+            if self._sampler.memory_budget == 0:
+                raise
+            return None
+
+    def write(self, task: Task, drawn: Drawn) -> SlideLine:
         """The prediction's file and its pictures, and what is to be told of them; no time yet."""
-        slide, expression, drawn = made
-        output, folder = self.settings.output, self.settings.out
-        genes = np.array(gene_names(self.model))[output.select(gene_names(self.model))].tolist()
+        slide, sample = drawn
+        output, genes = self.settings.output, self.genes
         told = {**self.about, "reading": task.reading}
-        about = {"model": self.settings.origin, **told, **drawn}
-        path = output.path(folder, task.id)
-        WRITERS[output.to](path, prediction_table(slide, expression, genes, about))
-        column = {name: index for index, name in enumerate(genes)}
+        about = {"model": self.settings.origin, **told, **drawn_by(self.model, sample)}
+        path = output.path(self.settings.out, task.id)
+        seen = Summary(genes, self.settings.maps, slide.n_spots)
+        expression = Expression((slide.n_spots, len(genes)), output.dtype, seen.of(self._blocks(drawn)))
+        WRITERS[output.to](path, prediction_table(slide, genes, about), expression)
         return SlideLine(
             task.id,
             str(path_of(task.slide) or ""),
@@ -113,9 +155,16 @@ class Worker:
             attempts=task.attempts,
             notes=tuple(slide.notes),
             micron_per_pixel=slide.micron_per_pixel,
-            maps={gene: self._map(task.id, slide, gene, expression[:, column[gene]]) for gene in self.settings.maps},
-            statistics=statistics(expression, genes, self.settings.maps),
+            maps={gene: self._map(task.id, slide, gene, seen.maps[gene]) for gene in self.settings.maps},
+            statistics=seen.statistics(),
         )
+
+    def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, np.ndarray]]:
+        """Of X, as it is written."""
+        output = self.settings.output
+        columns = output.select(gene_names(self.model))
+        for rows, part in drawn.sample.blocks():
+            yield rows, as_dtype(drawn.slide.id, part.float().numpy()[:, columns], output.dtype)
 
     def _map(self, name: str, slide: Slide, gene: str, values: np.ndarray) -> dict[str, Any]:
         number = self.settings.maps.index(gene)  # a gene's name may be no file's
@@ -123,17 +172,24 @@ class Worker:
         micron = draw_map(path, values.astype(np.float32), slide.coords, slide.micron_per_pixel)
         return {"path": f"{MAPS}/{path.name}", "micron": micron}
 
-    def failed(self, task: Task, error: BaseException) -> SlideLine:
-        """The line of a slide that something went wrong with, foreseen or not.
+    def line(self, step: Step, computing: float) -> SlideLine:
+        """That of a slide whose last step this is, also where something went wrong with it, foreseen or not.
+
+        Args:
+            computing: seconds, of those of the step.
 
         Raises:
             OutputError: it would go wrong with every slide.
         """
-        if isinstance(error, OutputError):
-            raise error
-        path = path_of(task.slide)
-        said = error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {first_line(error)}")
-        return failed_line(task, with_path(path, said))
+        line = step.made if step.error is None else _failed(step.task, step.error)
+        return dataclasses.replace(line, seconds=round(step.seconds, 3), computing=round(computing, 3))
+
+
+def _failed(task: Task, error: Exception) -> SlideLine:
+    if isinstance(error, OutputError):
+        raise error
+    said = error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {first_line(error)}")
+    return failed_line(task, with_path(path_of(task.slide), said))
 
 
 def failed_line(task: Task, reason: str) -> SlideLine:
@@ -142,12 +198,41 @@ def failed_line(task: Task, reason: str) -> SlideLine:
     )
 
 
-def statistics(expression: np.ndarray, genes: list[str], maps: Iterable[str]) -> dict[str, list[Any]]:
-    """Of each gene over the spots [N]: mean, standard deviation, and the share of spots that are exactly zero."""
-    chosen = genes if len(genes) <= MOST_STATISTICS else [gene for gene in maps if gene in genes]
-    if not chosen or not len(expression):
-        return {}
-    column = {name: index for index, name in enumerate(genes)}
-    values = expression[:, [column[gene] for gene in chosen]].astype(np.float64)
-    numbers = {"mean": values.mean(axis=0), "std": values.std(axis=0), "zeros": (values == 0).mean(axis=0)}
-    return {"genes": chosen, **{name: [float(f"{each:.6g}") for each in found] for name, found in numbers.items()}}
+class Summary:
+    """What is to be told of a prediction's numbers, gathered while they are written.
+
+    Attributes:
+        maps: [N] float32 of each gene that a picture is drawn of.
+    """
+
+    def __init__(self, genes: Sequence[str], maps: Sequence[str], n_spots: int) -> None:
+        column = {name: index for index, name in enumerate(genes)}
+        self.maps = {gene: np.empty(n_spots, np.float32) for gene in maps}
+        self._genes = list(genes if len(genes) <= MOST_STATISTICS else maps)
+        self._columns = [column[gene] for gene in self._genes]
+        self._of_maps = [column[gene] for gene in maps]
+        self._n, self._sums = n_spots, np.zeros((3, len(self._columns)))
+        self._first = np.zeros(len(self._columns))
+
+    def of(self, blocks: Iterator[tuple[slice, np.ndarray]]) -> Iterator[tuple[slice, np.ndarray]]:
+        """The blocks, as they pass."""
+        for rows, part in blocks:
+            for values, column in zip(self.maps.values(), self._of_maps, strict=True):
+                values[rows] = part[:, column]
+            numbers = part[:, self._columns].astype(np.float64)
+            zeros = (numbers == 0).sum(axis=0)
+            if rows.start == 0:
+                self._first = numbers[0].copy()
+            numbers -= self._first  # so that numbers which hardly differ lose no digits in a difference of squares
+            self._sums += numbers.sum(axis=0), np.square(numbers).sum(axis=0), zeros
+            yield rows, part
+
+    def statistics(self) -> dict[str, list[Any]]:
+        """Of each gene over the spots: mean, standard deviation, and the share of spots that are exactly zero."""
+        if not self._genes or not self._n:
+            return {}
+        mean, square, zeros = self._sums / self._n
+        std = np.sqrt(np.maximum(square - mean**2, 0.0))
+        numbers = {"mean": self._first + mean, "std": std, "zeros": zeros}
+        told = {name: [float(f"{each:.6g}") for each in found] for name, found in numbers.items()}
+        return {"genes": self._genes, **told}

@@ -30,7 +30,7 @@ from .backend import (
     use_backend,
     use_compile,
 )
-from .blocks import Blocks, Gathered, Part, Reading, rows_read
+from .blocks import Blocks, Gathered, Part, Reading, present_precision, rows_read
 from .dropout import DropoutKeys, dropout
 from .reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend, attend_block, edge_messages
 
@@ -52,6 +52,7 @@ __all__ = [
     "make_messages",
     "message_bytes",
     "on_triton",
+    "present_precision",
     "use_backend",
     "use_compile",
     "weights_of_autocast",

@@ -95,7 +95,7 @@ class Blocks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.reading, ctx.blocks, ctx.precision = reading, blocks, _precision(tensors[0].device.type)
+        ctx.reading, ctx.blocks, ctx.precision = reading, blocks, present_precision(tensors[0].device.type)
         ctx.kept = {}
         needed, gathered = ctx.needs_input_grad[3:], Gathered(blocks[-1].stop)
 
@@ -164,7 +164,7 @@ def rows_read(neighbors: Tensor) -> tuple[Tensor, Tensor]:
     return near.clamp(min=0), place.to(neighbors.dtype).masked_fill(neighbors == MISSING, MISSING)
 
 
-def _precision(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def present_precision(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """The autocast of the moment, to be entered in other threads and in a backward. Without its cache, which would keep
     the cast weights of every block."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
