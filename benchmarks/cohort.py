@@ -5,7 +5,8 @@ is computation, and memory over the run.
     python -m benchmarks.cohort FOLDER --kill 20   SIGKILL at so many random moments, resumed each time
 
 Slides are made once in FOLDER/slides. What is printed is JSON: the closing note of an issue quotes it. A run that was
-killed is held against FOLDER/out: the same files with the same X, and no slide twice but those under way.
+killed, the main process alone or all of them, is held against FOLDER/out: the same files with the same X. "done_twice"
+counts slides with two lines: none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -132,15 +132,16 @@ def kill(arguments: argparse.Namespace) -> dict[str, Any]:
     whole, out = arguments.folder / "out", arguments.folder / "killed"
     _, seconds, _ = watched(predict(model, slides, whole, "--overwrite"))
     draw, killed = random.Random(0), 0
-    for _ in range(arguments.kill):
+    for number in range(arguments.kill):
         process = subprocess.Popen(
-            predict(model, slides, out, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+            predict(model, slides, out, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(draw.uniform(2.0, 2.0 + 2 * seconds / arguments.kill))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            workers = psutil.Process(process.pid).children()
+            for each in [process, *(workers if number % 2 else [])]:
+                each.kill()
             process.wait()
             killed += 1
     watched(predict(model, slides, out, "--resume"))

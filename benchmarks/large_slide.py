@@ -32,7 +32,7 @@ def main() -> None:
         model = make_model(arguments.folder / f"model_{n_genes}", n_genes)
         line = {"spots": arguments.spots, "genes": n_genes, "memory_budget": arguments.memory_budget}
         for name, slide in (("of_a_small_slide", small), ("", large)):
-            command = predict(model, slide, out, "--memory-budget", arguments.memory_budget)
+            command = predict(model, slide, out, "--overwrite", "--memory-budget", arguments.memory_budget)
             code, seconds, memory = watched(command)
             if code:
                 raise SystemExit(f"{' '.join(command)}: exit code {code}")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ from .demo import run_demo
 from .doctor import diagnose
 from .embedding import PRECISIONS, embed, patch_files
 from .encoders import LITE0, PUBLISHED
-from .errors import InputError, SlidesFailed
+from .errors import InputError, SlidesFailed, others_written
 from .files import check_output, write_json
 from .inspection import Finding, inspect, remarks_of, table_of
 from .outputs import DTYPES, SUFFIXES, OutputConfig
@@ -93,7 +94,7 @@ def main() -> None:
         shown = list(error.failed[:MOST_SHOWN])
         if len(error.failed) > MOST_SHOWN:
             shown.append(f"and {len(error.failed) - MOST_SHOWN} more slides failed; slides.csv has them all")
-        others = [f"{error.n_written} other slides are in {error.folder}"] if error.n_written else []
+        others = [others_written(error.n_written, error.folder)] if error.n_written else []
         _complain("\n".join([*shown, *others]), code=3 if error.n_written else 2)
     except InputError as error:
         _complain(str(error))
@@ -327,7 +328,7 @@ def predict_command(
         lines = summarize(summary)
         failed = sum(not line.is_done for line in lines)
         typer.echo(f"{len(lines) - failed} slides in {summary}, {failed} failed; {summary / PAGE}")
-        return
+        raise typer.Exit(3 if failed else 0)
     if run is None or not slides or (out is None and not dry_run):
         raise InputError("predict: wants a model, slides and --out (or --summary FOLDER); see predict --help")
     reading = ReadOptions(
@@ -355,6 +356,7 @@ def predict_command(
             found = would_do(run, slides, reading, config, ignore_encoder, on_path)
         _show(found)
         raise typer.Exit(3 if any(each.problem for each in found) else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's is as good as Ctrl-C
     with slides_bar() as bar:
 
         def on_slide(line: SlideLine, total: int) -> None:
@@ -382,10 +384,10 @@ def predict_command(
 
 
 def _shard(text: str) -> tuple[int, int]:
-    numbers = _numbers("shard", text.replace("/", ","))
-    if len(numbers) != 2:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
         raise InputError(f"shard: must be I/N such as 1/4, not {text!r}")
-    return numbers
+    return int(index), int(count)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

@@ -44,10 +44,14 @@ def with_path(path: str | os.PathLike | None, error: InputError) -> str:
     return said if path is None or str(path) in said else f"{path}: {said}"
 
 
+def others_written(n_written: int, folder: Path) -> str:
+    return f"{n_written} other slide{'s are' if n_written > 1 else ' is'} in {folder}"
+
+
 def batch_error(failed: Sequence[str], n_written: int, folder: Path) -> InputError:
     """What is wrong with the slides of a batch, a line each, and how many others are written; one line where only one
     is bad."""
-    others = f"{n_written} other slides are in {folder}"
+    others = others_written(n_written, folder)
     if n_written and len(failed) == 1:
         return InputError(f"{failed[0]} ({others})")
     return InputError("\n".join((*failed, *([others] if n_written else []))))

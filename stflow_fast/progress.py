@@ -49,17 +49,18 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
 
 @contextlib.contextmanager
 def slides_bar() -> Iterator[Callable[[str, tuple[str, ...], int, int], None]]:
-    """A bar over slides; yields what to call with the id of each that is done, the notes to print of it, the number of
-    its spots, and how many slides there are."""
-    begun, spots = time.monotonic(), 0
+    """A bar over slides; yields what to call with the id of each that is done, its notes (each different one is printed
+    once), the number of its spots, and how many slides there are."""
+    begun, spots, told = time.monotonic(), 0, set[str]()
     with _progress() as progress:
         task = progress.add_task("slide", total=None, status="")
 
         def update(name: str, notes: tuple[str, ...], n_spots: int, total: int) -> None:
             nonlocal spots
             spots += n_spots
-            for note in notes:
+            for note in sorted(set(notes) - told):  # those of others are the same by the thousand
                 progress.console.print(f"{name}: {note}", markup=False)
+            told.update(notes)
             rate = spots / max(time.monotonic() - begun, 1e-3)
             progress.update(task, advance=1, total=total, status=f"{rate:,.0f} spots/s, {name}")
 

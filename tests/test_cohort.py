@@ -284,9 +284,9 @@ def test_bad_slides_are_a_line_each_with_their_path(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         predict(small_model(), [bad[0], good, *bad[1:]], tmp_path / "out")
     *lines, others = str(raised.value).splitlines()
-    assert others == f"1 other slides are in {tmp_path / 'out'}"
+    assert others == f"1 other slide is in {tmp_path / 'out'}"
     assert sorted(line.split(": ")[0] for line in lines) == sorted(map(str, bad))
-    with pytest.raises(InputError, match=r"^.*wide\.h5ad: slide wide: .* \(1 other slides are in .*\)$"):
+    with pytest.raises(InputError, match=r"^.*wide\.h5ad: slide wide: .* \(1 other slide is in .*\)$"):
         predict(small_model(), [bad[0], good], tmp_path / "out", overwrite=True)
 
 
@@ -301,7 +301,7 @@ def test_impossible_draws_are_refused(settings: dict[str, object], field: str) -
 
 def test_two_slides_of_one_name_are_refused(cohort: Cohort, model: Denoiser, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is the name of several slides"):
-        predict(model, [cohort.test[0], cohort.test[0]], tmp_path / "out")
+        predict(model, [cohort.test[0], dataclasses.replace(cohort.test[0])], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -148,7 +150,7 @@ def test_a_list_names_slides_and_how_each_is_read(model: Path, tmp_path: Path) -
     assert given.reading["S7"] == {}
     reasons = [reason for _, reason in given.refused.values()]
     assert f"{tmp_path / 'in' / 'none.h5'}: does not exist" in reasons[0]
-    assert reasons[1] == f"{tmp_path / 'list.csv'}, line 6: names no path"
+    assert reasons[1] == f"{tmp_path / 'list.csv'}, line 6: names no path; mend the list"
     assert "sample_id: 'one name' is for one slide, the path has 2" in reasons[2]
     with pytest.raises(SlidesFailed) as raised:
         predict(model, tmp_path / "list.csv", tmp_path / "out")
@@ -158,6 +160,21 @@ def test_a_list_names_slides_and_how_each_is_read(model: Path, tmp_path: Path) -
     with pytest.raises(SlidesFailed):
         predict(model, tmp_path / "list.csv", tmp_path / "out", resume=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5ad")}
+    for text, said in (
+        ("path\n", r"list\.csv: lists no slide; give it a row for each"),
+        ("path\nin/S0.h5ad,more\n", r"list\.csv, line 2: has more cells than columns; mend the list"),
+        (
+            "file,sample_id\nin/S0.h5ad,a\n",
+            r"list\.csv: a list of slides has a column 'path', this has file, sample_id;",
+        ),
+    ):
+        (tmp_path / "list.csv").write_text(text)
+        with pytest.raises(InputError, match=said):
+            predict(model, tmp_path / "list.csv", tmp_path / "none")
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"empty: is a folder, and of no format itself; .* --search-nested"):
+        predict(model, tmp_path / "empty", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     (tmp_path / "list.csv").write_text("path,colour\nin/S0.h5ad,red\n")
     with pytest.raises(InputError, match=r"list\.csv: has a column 'colour'; columns are path, sample_id, format, "):
         given_slides(tmp_path / "list.csv", ReadOptions())
@@ -171,8 +188,8 @@ def test_names_that_are_no_files_and_names_of_several_slides_are_refused_alone(m
     (tmp_path / "list.csv").write_text("\n".join(rows))
     given = given_slides([tmp_path / "a" / "S1.h5ad", tmp_path / "b" / "S1.h5ad", tmp_path / "list.csv"], ReadOptions())
     assert list(given.slides) == ["fine"]
-    slash, long, doubled = (reason for _, reason in given.refused.values())
-    assert slash.startswith("'../../evil': a slide's name becomes a file's, and cannot be empty or have a slash")
+    doubled, slash, long = (reason for _, reason in given.refused.values())
+    assert slash.startswith(f"{other}: '../../evil': a slide's name becomes a file's, and cannot be empty or have a")
     assert "300 characters are too many" in long
     both = f"{tmp_path / 'a' / 'S1.h5ad'} and {tmp_path / 'b' / 'S1.h5ad'}"
     assert doubled == f"S1: is the name of several slides ({both}); rename one, each becomes a file"
@@ -218,7 +235,7 @@ def test_a_slide_that_kills_its_process_is_a_line_and_stops_none(
     failed = {line.slide: line for line in lines if not line.is_done}
     assert sorted(failed) == ["broken", "deadly"]
     assert failed["deadly"].reason == (
-        f"{folder / 'deadly.h5ad'}: the process that predicted it died (SIGKILL: out of memory?)"
+        f"{folder / 'deadly.h5ad'}: the process that predicted it died (SIGKILL: out of memory?); try it by itself"
     )
     assert failed["deadly"].attempts >= 2
     assert sorted(values(tmp_path / "out")) == ["S0.h5ad", "S1.h5ad", "S2.h5ad", "S3.h5ad"]
@@ -247,6 +264,87 @@ def test_a_device_that_runs_out_of_memory_keeps_less_between_steps(
     with pytest.raises(SlidesFailed, match=r"S0\.h5ad: OutOfMemoryError: CUDA is out of memory"):
         predict(model, [folder / "S0.h5ad", folder / "S2.h5ad"], tmp_path / "three", sampling=sampling)
     assert budgets[-1] == 0
+
+
+SCRIPT = """
+import sys
+import stflow_fast
+
+print(len(stflow_fast.predict(sys.argv[1], sys.argv[2], sys.argv[3], config=stflow_fast.cohort.RunConfig(workers=2))))
+"""
+
+
+def test_a_script_without_a_main_guard_is_run_once(model: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.h5ad").unlink()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "script.py", model, folder, tmp_path / "out"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "4\n", "")
+
+
+def test_processes_end_with_the_one_that_started_them(model: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        slide_file(tmp_path / "in", f"S{number}", n=900)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "stflow_fast", "predict", model, tmp_path / "in", "--out", out, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not read_lines(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert len(read_lines(out)) < 30
+
+
+def test_a_process_that_cannot_start_ends_the_run(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for said, fault in (("ValueError: no room", "raise ValueError('no room')"), ("exit code 7", "os._exit(7)")):
+        lines = ["import os", "from stflow_fast.cohort import local", "def load_model(*_):", f"    {fault}"]
+        (tmp_path / "sitecustomize.py").write_text("\n".join([*lines, "local.load_model = load_model"]))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(InputError, match=said):
+            predict(model, folder, tmp_path / "out", config=RunConfig(workers=2), overwrite=True)
+    assert {line.slide for line in read_lines(tmp_path / "out").values()} == {"broken"}
+
+
+def test_shards_of_another_number_are_not_let_in_at_once(model: Path, folder: Path, tmp_path: Path) -> None:
+    first = predict_iter(model, folder, tmp_path / "out")
+    next(first)
+    with pytest.raises(OutputError, match=r"a process predicts shard 1-of-1 into it; wait for its end"):
+        next(predict_iter(model, folder, tmp_path / "out", config=RunConfig(shard=(1, 2))))
+    assert len(list(first)) == 4
+    predict(model, folder / "S0.h5ad", tmp_path / "out", config=RunConfig(shard=(1, 2)))
+
+
+def test_what_no_shard_can_predict_is_a_line_too(model: Path, folder: Path, tmp_path: Path) -> None:
+    given = [tmp_path / "none.h5", folder / "S0.h5ad", folder / "S1.h5ad"]
+    for index in (1, 2, 3):
+        with contextlib.suppress(SlidesFailed):
+            predict(model, given, tmp_path / "out", config=RunConfig(shard=(index, 3)))
+    assert {name: line.status for name, line in read_lines(tmp_path / "out").items()} == {
+        "none": "failed", "S0": "done", "S1": "done",
+    }  # fmt: skip
+
+
+def test_a_slide_that_is_given_twice_is_one_and_a_broken_namesake_another(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    cut(slide_file(tmp_path / "b", "S0"))
+    given = given_slides([folder, folder / "S0.h5ad", tmp_path / "b" / "S0.h5ad"], ReadOptions())
+    assert [name for name in given.order if "S0" in name] == ["S0", "S0 (2)"]
+    assert given.slides["S0"].path == folder / "S0.h5ad"
+    assert given.refused["S0 (2)"][0] == str(tmp_path / "b" / "S0.h5ad")
+
+
+def test_resuming_makes_maps_that_are_missing(model: Path, folder: Path, tmp_path: Path) -> None:
+    one, other = gene_names()[4:6]
+    for genes in ((one,), (other,)):
+        predict(model, folder / "S0.h5ad", tmp_path / "out", config=RunConfig(maps=genes), resume=True)
+    assert list(read_lines(tmp_path / "out")["S0"].maps) == [other]
 
 
 def test_shards_share_a_folder_and_its_page_is_drawn_from_all(
@@ -354,7 +452,8 @@ def _refuse(*_: object) -> None:
         ({"shard": (3, 2)}, "shard: must be I/N"),
         ({"limit": 0}, "limit: must be 1 at least"),
         ({"workers": -1}, "workers: must be 1 at least"),
-        ({"gpus": (99,)}, "gpus: must be numbers below"),
+        ({"gpus": (99,)}, "gpus: must be different numbers below 0, the GPUs here"),
+        ({"engine": "ray", "gpus": (0,)}, "gpus: is of the local engine"),
     ],
 )
 def test_settings_out_of_range_are_named(changed: dict[str, object], said: str) -> None:

@@ -6,13 +6,13 @@ import csv
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError, first_line
 from ..inspection import expand
-from ..slides import ReadOptions, Slide, SlideSource, sources
+from ..slides import ReadOptions, Slide, SlideSource, recognise, sources
 
 PATH, ID = "path", "sample_id"
 """Columns of a list of slides; others are options of how to read them."""
@@ -28,17 +28,19 @@ class Given(NamedTuple):
         slides: by id, each to be read, or in memory; ids are names of files.
         reading: what was said of how to read each, by id, of what decides its prediction.
         refused: what is no slide or may not be predicted, by id: its path ("" of what is in memory), and why.
+        order: the ids of both, as they were given.
     """
 
     slides: dict[str, SlideSource | Slide]
     reading: dict[str, dict[str, str]]
     refused: dict[str, tuple[str, str]]
+    order: list[str]
 
-    def part(self, chosen: Callable[[int], bool]) -> Given:
-        """Those whose number in the order of all is chosen; what is refused is numbered behind the others."""
-        numbers = itertools.count()
-        slides = {name: each for name, each in self.slides.items() if chosen(next(numbers))}
-        return Given(slides, self.reading, {name: each for name, each in self.refused.items() if chosen(next(numbers))})
+    def part(self, chosen: slice) -> Given:
+        """Some of all that was given."""
+        order = self.order[chosen]
+        slides, refused = ({name: each[name] for name in order if name in each} for each in (self.slides, self.refused))
+        return Given(slides, self.reading, refused, order)
 
 
 def path_of(slide: SlideSource | Slide) -> Path | None:
@@ -58,29 +60,55 @@ def given_slides(
         reading: how to read what says nothing else.
         nested: look into folders of folders too.
     """
-    found: dict[str, SlideSource | Slide] = {}
-    told: dict[str, dict[str, str]] = {}
-    refused: dict[str, tuple[str, str]] = {}
-    doubled: dict[str, list[str]] = {}
+    told: dict[str, list[_Item]] = {}
     for path, options, slides in _all(inputs, reading, nested):
         if isinstance(slides, InputError):
-            refused[_free(Path(path).stem or path, refused)] = path, str(slides)
+            item = _Item(Path(path).stem or path, path, described(options), str(slides))
+            told.setdefault(item.name, []).append(item)
             continue
         for slide in slides:
-            if slide.id in found:
-                doubled.setdefault(slide.id, [_told(found[slide.id])]).append(_told(slide))
-            elif problem := _unfit(slide.id):
-                refused[_free(slide.id[:100], refused)] = _told(slide), problem
-            else:
-                found[slide.id], told[slide.id] = slide, described(options)
-    for name, places in doubled.items():
-        del found[name]
-        where = " and ".join(filter(None, dict.fromkeys(places)))
-        reason = (
-            f"{name}: is the name of several slides{f' ({where})' if where else ''}; rename one, each becomes a file"
-        )
-        refused[_free(name, refused)] = places[0], reason
-    return Given(found, told, refused)
+            problem = _unfit(slide.id)
+            fit = slide if problem is None else f"{_told(slide)}: {problem}".removeprefix(": ")
+            item = _Item(slide.id if problem is None else slide.id[:100], _told(slide), described(options), fit)
+            others = told.setdefault(item.name, [])
+            if not any(item.is_same(other) for other in others):
+                others.append(item)
+    given = Given({}, {}, {}, [])
+    for item in (item for items in told.values() for item in _apart(items)):
+        name = _free(item.name, given.order)
+        given.order.append(name)
+        if isinstance(item.slide, str):
+            given.refused[name] = item.path, item.slide
+        else:
+            given.slides[name], given.reading[name] = item.slide, item.reading
+    return given
+
+
+class _Item(NamedTuple):
+    """A slide with its name, or why there is none."""
+
+    name: str
+    path: str
+    reading: dict[str, str]
+    slide: SlideSource | Slide | str
+
+    def is_same(self, other: _Item) -> bool:
+        """Whether one slide is given twice."""
+        if isinstance(self.slide, Slide) or isinstance(other.slide, Slide):
+            return self.slide is other.slide
+        one, another = ((os.path.realpath(each.path), each.name, each.reading) for each in (self, other))
+        return one == another
+
+
+def _apart(items: list[_Item]) -> list[_Item]:
+    """What has one name, as it is predicted: several slides of one name are none."""
+    slides = [item for item in items if not isinstance(item.slide, str)]
+    if len(slides) < 2:
+        return [*slides, *(item for item in items if isinstance(item.slide, str))]
+    name, *_ = first = slides[0]
+    where = " and ".join(filter(None, dict.fromkeys(item.path for item in slides)))
+    reason = f"{name}: is the name of several slides{f' ({where})' if where else ''}; rename one, each becomes a file"
+    return [first._replace(slide=reason), *(item for item in items if isinstance(item.slide, str))]
 
 
 def described(reading: ReadOptions) -> dict[str, str]:
@@ -111,18 +139,36 @@ def _sources(path: Path, reading: ReadOptions) -> Read:
     try:
         return sources(path, reading)
     except InputError as error:
-        return error
+        return _no_slides(path, error)
+
+
+def _no_slides(path: Path, error: InputError) -> InputError:
+    """What is of no format may be meant for a list of slides."""
+    try:
+        recognise(path)
+    except InputError:
+        if columns := _columns(path):
+            told = f"a list of slides has a column {PATH!r}, this has {', '.join(columns)}"
+            return InputError(f"{path}: {told}; name it so")
+    except OSError:  # which the error says
+        pass
+    return error
 
 
 def _is_list(path: Path) -> bool:
     """Whether a path is a list of slides: a CSV whose first line has a column "path"."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
-        return False
+    return PATH in _columns(path)
+
+
+def _columns(path: Path) -> list[str]:
+    """Those of a CSV; none of another file."""
+    if path.suffix.lower() != ".csv" or not os.path.isfile(path):
+        return []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return PATH in next(csv.reader(file), [])
+            return next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError, csv.Error):
-        return False
+        return []
 
 
 def _listed(path: Path, reading: ReadOptions) -> Iterator[tuple[str, ReadOptions, Read]]:
@@ -135,11 +181,14 @@ def _listed(path: Path, reading: ReadOptions) -> Iterator[tuple[str, ReadOptions
                 known = ", ".join((PATH, ID, *OPTIONS))
                 raise InputError(f"{path}: has a column {unknown[0]!r}; columns are {known}")
             lines = [(rows.line_num, row) for row in rows]
+            if not lines:
+                raise InputError(f"{path}: lists no slide; give it a row for each")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
     for number, row in lines:
-        if not row[PATH]:
-            yield f"{path}, line {number}", reading, InputError(f"{path}, line {number}: names no path")
+        problem = "names no path" if not row[PATH] else "has more cells than columns" if None in row else None
+        if problem:
+            yield f"{path}, line {number}", reading, InputError(f"{path}, line {number}: {problem}; mend the list")
             continue
         here = path.parent / row[PATH]
         options = {name: row[name] for name in OPTIONS if row.get(name)}
@@ -171,7 +220,7 @@ MOST_BYTES = 200
 """Of a slide's name: file systems take 255 for a file's, which has a suffix, and one more while it is written."""
 
 
-def _free(name: str, taken: dict[str, tuple[str, str]]) -> str:
+def _free(name: str, taken: Container[str]) -> str:
     """The name, with a number behind it where others had it before."""
     return next(
         each for each in itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2))) if each not in taken

@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
+import queue
 import signal
+import subprocess
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import OutputError
-from .crew import Member
+from ..errors import InputError, first_line
+from .crew import Member, Word
 from .settings import load_model
 from .state import SlideLine
 from .worker import Settings, Step, Task, Worker
 
 SECONDS_TO_STOP = 30
-"""For what a process is doing when the run ends."""
 
 SLIDES_PER_PROCESS = 4
 """So many slides are worth the seconds that a process takes to start."""
@@ -85,68 +87,92 @@ def places_of(device: torch.device, n_slides: int, workers: int | None, gpus: Se
 
 
 class Process(Member):
-    """A process of this machine that works for this one."""
+    """A process of this machine that works for this one, and ends with it.
+
+    It is a program of its own: what ``multiprocessing`` starts would run a script that calls ``predict`` once more.
+    """
 
     def __init__(self, place: Place, run: str, settings: Settings) -> None:
         super().__init__()
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
         self._given = place, run, settings
-        self.process = context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.pipe, theirs = Pipe()
+        with theirs:
+            number = theirs.fileno()
+            command = [sys.executable, "-c", f"from {__name__} import serve; serve({number})"]
+            # A session of its own: what a terminal interrupts is this process, which then ends it.
+            self._process = subprocess.Popen(
+                command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_same_modules(), start_new_session=True
+            )
+        self.send(self._given)
 
     def again(self) -> Process:
         return Process(*self._given)
 
     @staticmethod
     def wait(members: Sequence[Process]) -> list[Process]:
-        ready = set(wait([each for member in members for each in (member.pipe, member.process.sentinel)]))
-        return [member for member in members if not ready.isdisjoint((member.pipe, member.process.sentinel))]
+        ready = wait([member.pipe for member in members])
+        return [member for member in members if member.pipe in ready]
 
-    def send(self, task: Task) -> None:
+    def send(self, task: Any) -> None:
         with contextlib.suppress(OSError):  # it died, and its end is seen next
             self.pipe.send(task)
 
-    def receive(self) -> SlideLine | OutputError | None:
+    def receive(self) -> SlideLine | InputError | Word:
         try:
-            return self.pipe.recv() if self.pipe.poll() else None
+            return self.pipe.recv()
         except (EOFError, OSError):
-            return None
+            return Word.DEAD
 
     def stop(self) -> None:
-        """It removes what it has half written."""
-        self.pipe.close()
-        if self.tasks and self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGINT)
-        self.process.join(SECONDS_TO_STOP)
-        self.process.kill()
-        self.process.join()
+        self.pipe.close()  # by which it ends, whatever it is doing
+        try:
+            self._process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     @property
     def end(self) -> str:
-        self.process.join()
-        code = self.process.exitcode or 0
+        code = self._process.wait()
         if code >= 0:
             return f"exit code {code}"
         name = signal.Signals(-code).name
         return f"{name}: out of memory?" if name == "SIGKILL" else name
 
 
-def _serve(pipe: Connection, place: Place, run: str, settings: Settings) -> None:
-    """A process's work: tasks from the pipe, lines back, until the pipe is closed."""
+def _same_modules() -> dict[str, str]:
+    """The environment of a process that finds the modules that this one does."""
+    paths = [os.environ.get("PYTHONPATH", ""), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def serve(number: int) -> None:
+    """A process's work, by the file descriptor of its pipe: where and by what, then tasks; lines back."""
+    pipe, received = Connection(number), queue.SimpleQueue[Any]()
+    threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
+    place, run, settings = received.get()
     if place.threads is not None:
         torch.set_num_threads(place.threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the run has ended
+    with contextlib.suppress(BrokenPipeError):  # see _receive
         try:
             worker = Worker(load_model(run, place.device), settings)
-            for line in overlapped(worker, _received(pipe)):
+            pipe.send(Word.READY)
+            for line in overlapped(worker, iter(received.get, None)):
                 pipe.send(line)
-        except OutputError as error:
+        except BrokenPipeError:
+            raise
+        except InputError as error:
             pipe.send(error)
+        except Exception as error:  # what it met before the first slide, the next process would meet too
+            pipe.send(
+                InputError(f"{place.device}: a process cannot go on ({type(error).__name__}: {first_line(error)})")
+            )
 
 
-def _received(pipe: Connection) -> Iterator[Task]:
-    with contextlib.suppress(EOFError, OSError):  # closed: there are no more
+def _receive(pipe: Connection, received: queue.SimpleQueue[Any]) -> None:
+    """Until the pipe is closed: then the run is over, and this process too, with what it has half done. Who started it
+    may be gone, and another run be writing there."""
+    with contextlib.suppress(EOFError, OSError):
         while True:
-            yield pipe.recv()
+            received.put(pipe.recv())
+    os._exit(0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,12 +18,15 @@ from ray.exceptions import RayError
 
 from ..errors import InputError, OutputError, first_line
 from ..model import Denoiser
-from .crew import Member, beside_each_other
+from ..sampling import check_precision
+from .crew import Member, Word, beside_each_other
 from .state import SlideLine
 from .worker import Settings, Step, Task, Worker
 
 SECONDS_TO_STOP = 30
 """For what actors are doing when the run ends."""
+
+SECONDS_TO_CONNECT = 5
 
 
 class _Actor:
@@ -34,10 +39,10 @@ class _Actor:
             torch.set_num_threads(1)
         self._worker, self._computing = Worker(model.to(device), settings), threading.Lock()
 
-    def is_there(self) -> bool:
-        return True
+    def is_ready(self) -> Word:
+        return Word.READY
 
-    def predict(self, task: Task) -> SlideLine | OutputError:
+    def predict(self, task: Task) -> SlideLine | InputError:
         """Called by two threads: one reads or writes while the other computes."""
         read = Step(task, task).then(self._worker.read)
         with self._computing:
@@ -55,43 +60,32 @@ class _Remote(Member):
     def __init__(self, start: functools.partial[Any]) -> None:
         super().__init__()
         self._start, self._actor, self._end = start, start(), ""
-        self._lines: deque[Any] = deque()  # references to what comes of the slides
+        self._said = deque([self._actor.is_ready.remote()])  # references to what comes
 
     def again(self) -> _Remote:
         return _Remote(self._start)
 
-    def check(self) -> None:
-        """Wait for it.
-
-        Raises:
-            InputError: it does not start.
-        """
-        try:
-            ray.get(self._actor.is_there.remote())
-        except RayError as error:
-            reason = first_line(getattr(error, "cause", None) or error)
-            raise InputError(f"engine: an actor of the Ray cluster does not start ({reason})") from error
-
     @staticmethod
     def wait(members: Sequence[_Remote]) -> list[_Remote]:
-        ready, _ = ray.wait([line for member in members for line in member._lines])
-        return [member for member in members if not set(ready).isdisjoint(member._lines)]
+        ready, _ = ray.wait([said for member in members for said in member._said])
+        return [member for member in members if not set(ready).isdisjoint(member._said)]
 
     def send(self, task: Task) -> None:
-        self._lines.append(self._actor.predict.remote(task))
+        self._said.append(self._actor.predict.remote(task))
 
-    def receive(self) -> SlideLine | OutputError | None:
-        [line], _ = ray.wait(list(self._lines))
-        self._lines.remove(line)
+    def receive(self) -> SlideLine | InputError | Word:
+        [said], _ = ray.wait(list(self._said))
+        self._said.remove(said)
         try:
-            return ray.get(line)
+            return ray.get(said)
         except RayError as error:
-            self._end = type(error).__name__
-            return None
+            why = getattr(error, "cause", None) or error
+            self._end = f"{type(why).__name__}: {first_line(why)}" if not self.ready else type(error).__name__
+            return Word.DEAD
 
     def stop(self) -> None:
-        if self._lines and not self._end:  # it writes nothing half
-            ray.wait(list(self._lines), num_returns=len(self._lines), timeout=SECONDS_TO_STOP)
+        if self.tasks and not self._end:  # nothing stays half written
+            ray.wait(list(self._said), num_returns=len(self._said), timeout=SECONDS_TO_STOP)
         ray.kill(self._actor)
 
     @property
@@ -100,43 +94,53 @@ class _Remote(Member):
 
 
 def on_cluster(
-    model: Denoiser, settings: Settings, tasks: Sequence[Task], workers: int | None, address: str | None
+    model: Denoiser, settings: Settings, tasks: Sequence[Task], device: str, workers: int | None, address: str | None
 ) -> Iterator[SlideLine]:
     """The lines of slides as they come, from actors that write their predictions themselves: the folder of the results
     and the slides lie where all nodes see them by the same paths.
 
     Args:
-        model: is sent to the cluster once. Where it is on a GPU, each actor gets one, else a core.
-        workers: actors; as many as the cluster has GPUs or cores when None.
+        model: is sent to the cluster once.
+        device: "cuda" for a GPU for each actor, "cpu" for a core, "auto" for GPUs where the cluster has any.
+        workers: actors; as many as the cluster has GPUs or cores when None. Those that it has no room for yet wait.
         address: of a running cluster, or "auto"; see ``ray.init``. When None, and where no cluster is joined yet, one
             is started on this machine for the time of the run.
 
     Raises:
-        InputError: no cluster there, one with fewer GPUs or cores than ``workers``, actors that do not start.
-        OutputError: what would go wrong with every slide.
+        InputError: no cluster there, one with fewer GPUs or cores than ``workers``, actors that do not start, or what
+            would go wrong with every slide.
     """
     joined = ray.is_initialized()
     if not joined:
-        try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"address: no Ray cluster there ({first_line(error)}); see ray status") from error
+        _join(address)
     try:
-        yield from beside_each_other(_actors(model, settings, len(tasks), workers), tasks)
+        yield from beside_each_other(_actors(model, settings, len(tasks), device, workers), tasks)
     finally:
         if not joined:
             ray.shutdown()
 
 
-def _actors(model: Denoiser, settings: Settings, n_slides: int, workers: int | None) -> list[_Remote]:
-    kind = "GPU" if next(model.parameters()).is_cuda else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
-    if not 1 <= (workers or 1) <= there:
-        raise InputError(f"workers: the Ray cluster has {there} {kind}s, {workers or 1} are wanted")
+def _join(address: str | None) -> None:
+    try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and "/" not in host:  # ray.init itself tries for minutes
+            socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        own = {"include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"address: no Ray cluster at {address} ({first_line(error)}); see ray status") from error
+
+
+def _actors(model: Denoiser, settings: Settings, n_slides: int, device: str, workers: int | None) -> list[_Remote]:
+    there = ray.cluster_resources()
+    kind = "GPU" if device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= 1) else "CPU"
+    most = int(there.get(kind, 0))
+    if not 1 <= (workers or 1) <= most:
+        raise InputError(f"workers: the Ray cluster has {most} {kind}s, {workers or 1} are wanted")
+    model = copy.deepcopy(model).cpu()
+    if kind == "CPU":
+        check_precision(settings.sampling.precision, model)
     needs = {"num_cpus": 1, "num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     actor = ray.remote(max_concurrency=2, **needs)(_Actor)
-    start = functools.partial(actor.remote, ray.put(copy.deepcopy(model).cpu()), settings, os.getcwd())
-    members = [_Remote(start) for _ in range(min(workers or there, n_slides))]
-    for member in members:
-        member.check()
-    return members
+    start = functools.partial(actor.remote, ray.put(model), settings, os.getcwd())
+    return [_Remote(start) for _ in range(min(workers or most, n_slides))]

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, SlidesFailed, batch_error
+from ..errors import InputError, OutputError, SlidesFailed, batch_error
 from ..files import check_output, is_same_file, read_json, remove_parts, write_json
 from ..inspection import Finding, finding_of
 from ..model import Denoiser
 from ..outputs import SUFFIXES, OutputConfig, check_replaceable, read_about, remove_prediction
 from ..sampling import check_precision
 from ..slides import ReadOptions, Slide, SlideSource
+from ..slides.genes import other_spelling, some_of
 from .crew import beside_each_other
 from .inputs import Given, described, given_slides, path_of
 from .local import Process, overlapped, places_of
@@ -75,10 +76,11 @@ class RunConfig:
             if value is not None and value < 1:
                 raise InputError(f"{name}: must be 1 at least, not {value}")
         self._check_engine()
-        if self.gpus is not None and (
-            not self.gpus or min(self.gpus) < 0 or max(self.gpus) >= torch.cuda.device_count()
-        ):
-            raise InputError(f"gpus: must be numbers below {torch.cuda.device_count()}, the GPUs here, not {self.gpus}")
+        there = range(torch.cuda.device_count())
+        if self.gpus is not None and (not self.gpus or len({*self.gpus} & {*there}) < len(self.gpus)):
+            raise InputError(f"gpus: must be different numbers below {len(there)}, the GPUs here, not {self.gpus}")
+        if self.gpus is not None and self.workers is not None:
+            raise InputError("workers: each of the gpus has one; leave out one of the two")
 
     def _check_engine(self) -> None:
         if self.engine not in ENGINES:
@@ -92,7 +94,8 @@ class RunConfig:
     def check_maps(self, genes: Sequence[str]) -> tuple[str, ...]:
         """``maps``; raises InputError for a gene that is not written."""
         if missing := [gene for gene in self.maps if gene not in genes]:
-            raise InputError(f"maps: {missing[0]} is not among the {len(genes)} genes that are written")
+            known = f"{len(genes)} genes that are written: {some_of(genes)}"
+            raise InputError(f"maps: {missing[0]} is not among the {known}{other_spelling(missing, genes, None)}")
         return tuple(dict.fromkeys(self.maps))
 
 
@@ -200,29 +203,41 @@ class _Run:
         resume: bool = False,
     ) -> None:
         self.config, self.resume, reading = config or RunConfig(), resume, reading or ReadOptions()
-        self.model, origin = model_and_origin(run, device)
+        self.device = device
+        self.model, origin = model_and_origin(run, "cpu" if self.config.engine == "ray" else device)
         output, sampling = output or OutputConfig(), sampling or SamplingConfig()
-        check_precision(sampling.precision, self.model)
+        if self.config.engine == "local":
+            check_precision(sampling.precision, self.model)
         panel = gene_names(self.model)
         maps = self.config.check_maps(panel if output.genes is None else output.genes)
         self.settings = Settings(out, origin, sampling, output, ignore_encoder, maps)
         self.given = chosen(given_slides(slides, reading, self.config.nested), self.config)
-        if self.given.refused and not self.given.slides:
+        if self.given.refused and not self.given.slides and self.config.shard == WHOLE:
             raise batch_error([reason for _, reason in self.given.refused.values()], 0, out)
+        self._check_memory()
         self.about = {**output.describe(panel), **made_by(self.model, sampling), "reading": described(reading)}
         shares = self.config.shard != WHOLE
         self.out = check_output(out, MANIFEST, reuse=overwrite or resume or shares)
         self.told = {"model": origin, **self.about}  # where the model lay does not decide what it predicts
-        self.earlier = _earlier(self.out, self.about, resume or (shares and not overwrite))
+        self._keeps = resume or (shares and not overwrite)
+        self.earlier = self._earlier()
         for name, slide in self.given.slides.items():
             _check_place(output.path(self.out, name), slide)
         self.total = len(self.given.slides) + len(self.given.refused)
+
+    def _check_memory(self) -> None:
+        """Slides in memory are predicted in this process."""
+        if self.config.engine == "local" and any(isinstance(each, Slide) for each in self.given.slides.values()):
+            for name in ("workers", "gpus"):
+                if getattr(self.config, name) is not None:
+                    raise InputError(f"{name}: slides in memory are predicted in this process; leave it out")
 
     def lines(self) -> Iterator[SlideLine]:
         """See :func:`predict_iter`."""
         if not (self.out / MANIFEST).exists():  # by which a folder is known for one of predictions
             self._write_manifest()
-        with journal(self.out, self.config.shard) as kept:
+        with journal(self.out, self.config.shard) as kept, contextlib.ExitStack() as at_the_end:
+            self.earlier = self._earlier()  # another run may have been here since
             self._write_manifest()
             before = read_lines(self.out)
             attempts = {name: line.attempts for name, line in before.items()}
@@ -238,16 +253,23 @@ class _Run:
                 if name not in there
             ]
             failed = bool(self.given.refused)
+            at_the_end.callback(self._summarize)
             with self._without_parts(tasks), contextlib.closing(self._predicted(tasks)) as predicted:
                 for line in itertools.chain(refused, predicted):
                     failed |= not line.is_done
                     kept.add(line)
                     yield line
-        if (
-            self.earlier and not failed and self.config.shard == WHOLE
-        ):  # another shard may still want to replace its own
-            self._remove_earlier()
-        summarize(self.out)
+            # Of shards, another may still want to replace its own.
+            if self.earlier and not failed and self.config.shard == WHOLE:
+                self._remove_earlier()
+
+    def _summarize(self) -> None:
+        """Also where the run has ended before its time."""
+        with contextlib.suppress(OutputError):  # which then ended it
+            summarize(self.out)
+
+    def _earlier(self) -> set[str]:
+        return _earlier(self.out, self.about, self._keeps)
 
     @contextlib.contextmanager
     def _without_parts(self, tasks: list[Task]) -> Iterator[None]:
@@ -267,6 +289,8 @@ class _Run:
         """Whether this call would make the prediction again that a line of an earlier one is of."""
         if not self.resume or line is None or not line.is_done:
             return False
+        if not line.maps.keys() >= set(self.config.maps):
+            return False
         return line.made == self._digest(self.given.reading[line.slide]) and line.path(self.out).exists()
 
     def _digest(self, reading: dict[str, str]) -> str:
@@ -277,11 +301,12 @@ class _Run:
         if self.config.engine == "ray":
             from .ray_engine import on_cluster
 
-            yield from on_cluster(self.model, self.settings, tasks, self.config.workers, self.config.address)
+            where = self.device, self.config.workers, self.config.address
+            yield from on_cluster(self.model, self.settings, tasks, *where)
             return
         device = next(self.model.parameters()).device
         places = places_of(device, len(tasks), self.config.workers, self.config.gpus)
-        if not places or any(isinstance(task.slide, Slide) for task in tasks):
+        if not places or not all(isinstance(task.slide, SlideSource) for task in tasks):
             yield from overlapped(Worker(self.model, self.settings), tasks)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -308,8 +333,7 @@ class _Run:
 def chosen(given: Given, config: RunConfig) -> Given:
     """Those of the shard, up to the limit."""
     index, count = config.shard
-    found = given.part(lambda number: number % count == index - 1)
-    return found if config.limit is None else found.part(lambda number: number < config.limit)
+    return given.part(slice(index - 1, None, count)).part(slice(config.limit))
 
 
 def _check_place(path: Path, slide: SlideSource | Slide) -> None:

@@ -85,9 +85,10 @@ def read_lines(folder: Path) -> dict[str, SlideLine]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({first_line(error)}); remove it to begin anew") from error
-        for line in filter(None, map(_parsed, text.splitlines())):
-            if line.slide not in found or found[line.slide].when <= line.when:
-                found[line.slide] = line
+        newest = {line.slide: line for line in filter(None, map(_parsed, text.splitlines()))}
+        for name, line in newest.items():
+            if name not in found or found[name].when <= line.when:
+                found[name] = line
     return found
 
 
@@ -145,8 +146,23 @@ def journal(folder: Path, shard: tuple[int, int]) -> Iterator[Journal]:
             ) from error
         except OSError:
             pass  # a file system without locks
+        _check_other_shards(folder, shard[1])
         _end_last_line(file)
         yield Journal(path, file)
+
+
+def _check_other_shards(folder: Path, count: int) -> None:
+    """Raise OutputError where a run of another number of shards is writing: it would do the same slides."""
+    for path in (folder / STATES).glob("*-of-*.jsonl"):
+        if path.stem.rpartition("-")[2] == str(count):
+            continue
+        with contextlib.suppress(OSError), path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"{folder}: a process predicts shard {path.stem} into it; wait for its end, or choose its --shard N"
+                ) from error
 
 
 def _end_last_line(file: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,17 @@ from ..errors import InputError, first_line
 from .options import FEATURES_KEY, SPATIAL_KEY, ReadOptions, section_id
 from .rows import StoredRows, rows_of, stored_rows
 from .slide import Origin, Slide
-from .stores import check_whole, is_array, names_in, opened
+from .stores import (
+    arrays_in,
+    attribute,
+    check_safe,
+    check_size,
+    check_table,
+    is_array,
+    names_in,
+    opened,
+    part_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,25 +81,42 @@ class Table:
         """One element, as anndata reads it.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: it cannot be read, executes something, or claims more than is there.
         """
         import anndata
 
-        part = self.group[key]
         try:
+            part = self.group[key]
+            self._check(key, part)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of encodings that are read all the same
                 values = anndata.io.read_elem(part)
-                return self._categorical(values, part) if "categories" in part.attrs else values
+                if "categories" in part.attrs:
+                    return self._categorical(values, part)
+            if scipy.sparse.issparse(values):  # scipy falls over indices out of range
+                if (np.diff(values.indptr.astype(np.int64)) < 0).any():  # which it does not see in int8, or without nnz
+                    raise ValueError("its indptr decreases")
+                values.check_format(full_check=True)
+            return values
+        except InputError:
+            raise
         except Exception as error:  # whatever anndata raises for what it does not know
-            raise InputError(f"{self.path}: {key} cannot be read ({first_line(error)})") from error
+            raise InputError(f"{self.path}: {key} cannot be read ({first_line(error)}); write it again") from error
+
+    def _check(self, key: str, part: Any) -> None:
+        """Raise InputError for what is not to be read, or claims more than is there."""
+        for name, array in arrays_in(key, part):
+            check_safe(self.path, name, array)
+            check_size(self.path, name, array)
 
     def _categorical(self, codes: np.ndarray, part: Any) -> Any:
         """A column as anndata before 0.8 wrote it: codes, and a reference to their categories."""
         import anndata
         import pandas as pd
 
-        names = anndata.io.read_elem(self.group.file[part.attrs["categories"]])
+        categories = self.group.file[part.attrs["categories"]]
+        self._check("categories", categories)
+        names = anndata.io.read_elem(categories)
         return pd.Categorical.from_codes(codes, list(map(_text, names)))
 
     def names(self, axis: str) -> np.ndarray:
@@ -97,43 +125,69 @@ class Table:
         Raises:
             InputError: it cannot be read.
         """
-        if axis not in self.group:
+        self.size(axis)
+        return np.array(list(map(_text, self.element(self._index(axis)))), dtype=np.str_)
+
+    def _index(self, axis: str) -> str:
+        """The key of the index of ``obs``, ``var`` or ``raw/var``."""
+        if part_of(self.group, axis) is None:
             raise InputError(f"{self.path}: has no {axis}, so it is not AnnData; it has {names_in(self.group)}")
-        index = str(self.group[axis].attrs.get("_index", "_index"))
-        return np.array(list(map(_text, self.element(f"{axis}/{index}"))), dtype=np.str_)
+        return f"{axis}/{attribute(self.group[axis], '_index', '_index')}"
+
+    def size(self, axis: str) -> int:
+        """The number of rows of ``obs``, ``var`` or ``raw/var``.
+
+        Raises:
+            InputError: its index is not there, or there in part.
+        """
+        key = self._index(axis)
+        index = part_of(self.group, key)
+        if index is not None and not is_array(index):
+            key, index = f"{key}/values", part_of(index, "values")  # beside which are missing
+        if not is_array(index) or index.shape is None or len(index.shape) != 1:
+            raise InputError(f"{self.path}: has no {key} with the names of {axis}; write it again with anndata")
+        check_table(self.path, key, index)
+        return index.shape[0]
 
     def columns(self, axis: str) -> list[str]:
         """Names of the columns of ``obs`` or ``var``."""
-        order = self.group[axis].attrs.get("column-order", [])
-        return [str(name) for name in order if str(name) in self.group[axis]]
+        order = map(str, np.ravel(attribute(self.group[axis], "column-order", [])).tolist())
+        return [name for name in order if part_of(self.group[axis], name) is not None]
 
     def frame(self, axis: str, text_only: bool = False) -> tuple[pd.DataFrame, list[str]]:
         """``obs`` or ``var`` without its index, and the columns that cannot be read."""
         import pandas as pd
 
-        found, broken = {}, []
+        n, found, broken = self.size(axis), {}, []
         for name in self.columns(axis):
-            part = self.group[axis][name]
-            if text_only and is_array(part) and np.dtype(part.dtype).kind in "biuf":
+            if text_only and _is_numbers(self.group[axis][name]):
                 continue
             try:
-                found[name] = self.element(f"{axis}/{name}")
+                found[name] = self._values(axis, name, n)
             except InputError:
                 broken.append(name)
         return pd.DataFrame(found), broken
+
+    def _values(self, axis: str, name: str, n: int) -> Any:
+        """[N] one column, as anndata reads it."""
+        values = self.element(f"{axis}/{name}")
+        if np.shape(values) != (n,):
+            found = list(np.shape(values))
+            raise InputError(f"{self.path}: {axis}[{name!r}] must have shape [{n}], as its index, not {found}")
+        return values
 
     def column(self, axis: str, name: str) -> np.ndarray:
         """[N] one column as text.
 
         Raises:
-            InputError: there is none, or it has missing values.
+            InputError: there is none, it is of another size, or it has missing values.
         """
         import pandas as pd
 
         if name not in self.columns(axis):
             known = ", ".join(self.columns(axis)) or "none"
             raise InputError(f"{self.path}: {axis} has no column {name!r}; its columns: {known}")
-        values = pd.Series(self.element(f"{axis}/{name}"))
+        values = pd.Series(self._values(axis, name, self.size(axis)))
         missing = int(values.isna().sum())
         if missing:
             raise InputError(f"{self.path}: {axis}[{name!r}] is missing in {missing} of {len(values)} rows; fill it")
@@ -141,12 +195,8 @@ class Table:
 
     def part(self, key: str) -> Any:
         """A group or array, None where there is none or it is encoded as nothing."""
-        found = self.group
-        for name in key.split("/"):
-            if is_array(found) or name not in found:
-                return None
-            found = found[name]
-        return None if found.attrs.get("encoding-type") == "null" else found
+        found = part_of(self.group, key)
+        return None if found is None or attribute(found, "encoding-type") == "null" else found
 
 
 @contextlib.contextmanager
@@ -165,6 +215,11 @@ def open_table(path: Path) -> Iterator[Table]:
                 "that wrote it, and write it with a newer one"
             )
         yield Table(path, store)
+
+
+def _is_numbers(part: Any) -> bool:
+    """Whether a part of a store is a table of real numbers."""
+    return is_array(part) and np.dtype(part.dtype).kind in "biuf"
 
 
 def _text(value: Any) -> str:
@@ -250,7 +305,7 @@ def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> S
     if options.expression:
         counts, genes, var, notes = read_counts(table, options)
     elif options.gene_names:
-        source = _count_source(table, options, lambda key: _looks_whole(table.part(key)))
+        source = _count_source(table, options, lambda key: _looks_whole(table, key))
         genes, var = ((), None) if source is None else _genes(table, _axis_of(source), options)
     if unread:
         notes = (*notes, f"columns of obs that cannot be read are left out: {', '.join(unread)}")
@@ -264,6 +319,9 @@ def slide_of(table: Table, options: ReadOptions, name: str, placed: Placed) -> S
         "library_id": library,
     }
     if placed.rows is not None:  # before it is a slide: the coordinates of the others may be anything
+        for part, value in slide.items():
+            if value is not None and np.shape(value)[0] != len(barcodes):
+                raise InputError(f"{table.path}: {part} has {np.shape(value)[0]} rows, obs {len(barcodes)}; write both")
         slide = {part: rows_of(value, placed.rows) for part, value in slide.items()}
     return Slide(
         id=name if options.section is None else section_id(name, options.section),
@@ -340,7 +398,7 @@ def _features(table: Table, options: ReadOptions) -> np.ndarray | StoredRows | N
                 f"{_keys(table, 'obsm')} (--features-key KEY, or X)"
             )
         return None
-    if is_array(part) and len(part.shape) > 1 and np.dtype(part.dtype).kind in "biuf":
+    if _is_numbers(part) and len(part.shape) > 1:
         return stored_rows(table.path, f"{table.key}/{key}".lstrip("/"), part)
     return _dense(table, key, np.float32)
 
@@ -371,12 +429,25 @@ def _coords(table: Table, options: ReadOptions) -> np.ndarray:
 
 def _dense(table: Table, key: str, dtype: type) -> np.ndarray:
     """An element as a contiguous array, from an array, a sparse matrix or a data frame."""
-    check_whole(table.path, key, table.part(key))
+    part = table.part(key)
+    if is_array(part):
+        check_table(table.path, key, part)
     values = table.element(key)
+    if scipy.sparse.issparse(values):
+        check_size(table.path, key, part["data"], values.shape)
+        values = values.toarray()
+    if np.asarray(values).dtype.kind in NO_NUMBERS:
+        raise InputError(
+            f"{table.path}: {_said(key)} is not a table of real numbers ({np.asarray(values).dtype}); write it so"
+        )
     try:
-        return np.ascontiguousarray(values.toarray() if scipy.sparse.issparse(values) else values, dtype=dtype)
+        return np.ascontiguousarray(values, dtype=dtype)
     except (ValueError, TypeError) as error:
         raise InputError(f"{table.path}: {_said(key)} is not a table of numbers ({first_line(error)})") from error
+
+
+NO_NUMBERS = "cmMV"
+"""Kinds of dtypes that numpy makes real numbers of, and that mean none: complex numbers, times, records."""
 
 
 COUNT_KEYS = ("layers/counts", "X", "raw/X")
@@ -432,8 +503,11 @@ def _genes(table: Table, axis: str, options: ReadOptions) -> tuple[tuple[str, ..
 
 def _matrix(table: Table, key: str) -> scipy.sparse.csr_matrix | None:
     matrix = table.element(key)
-    if matrix is None or matrix.shape[1] == 0:
+    if matrix is None or matrix.shape[1:] == (0,):
         return None
+    if len(matrix.shape) != 2 or getattr(matrix, "dtype", np.dtype("f4")).kind in NO_NUMBERS:
+        found = f"{getattr(matrix, 'dtype', 'a frame')} of shape {list(matrix.shape)}"
+        raise InputError(f"{table.path}: {_said(key)} must be counts [N, G], not {found}; write it so")
     try:
         return scipy.sparse.csr_matrix(matrix, dtype=np.float32)
     except (ValueError, TypeError) as error:
@@ -444,11 +518,15 @@ def _whole(numbers: np.ndarray) -> bool:
     return bool((numbers == np.rint(numbers)).all())
 
 
-def _looks_whole(matrix: Any) -> bool:
+def _looks_whole(table: Table, key: str) -> bool:
     """Whether the first numbers of a matrix, dense or sparse, are whole."""
-    if not is_array(matrix):
-        return "data" in matrix and _whole(np.asarray(matrix["data"][:LOOKED_AT]))
-    return _whole(np.asarray(matrix[: max(1, LOOKED_AT // max(1, matrix.shape[-1]))]))
+    part = table.part(key)
+    numbers = part if is_array(part) else part_of(part, "data")
+    if numbers is None:
+        return False
+    check_safe(table.path, key, numbers)
+    check_size(table.path, key, numbers)
+    return _whole(np.asarray(numbers[: max(1, LOOKED_AT // max(1, math.prod(numbers.shape[1:])))]))
 
 
 def _pixel_size(table: Table) -> float | None:
@@ -459,7 +537,7 @@ def _pixel_size(table: Table) -> float | None:
 def _scalar(table: Table, key: str) -> float | None:
     """A number, None where there is none."""
     part = table.part(key)
-    if part is None or not is_array(part) or part.shape not in ((), (1,)) or np.dtype(part.dtype).kind not in "iuf":
+    if not _is_numbers(part) or part.shape not in ((), (1,)):
         return None
     value = float(np.asarray(part[()]).reshape(-1)[0])
     return value if np.isfinite(value) else None

@@ -24,8 +24,8 @@ from .patches import (
     read_patch_size,
 )
 from .rows import StoredRows, stored_rows
-from .slide import Origin, Slide
-from .stores import is_array, names_in, opened, read_all
+from .slide import FARTHEST, Origin, Slide
+from .stores import attributes_of, check_safe, is_array, names_in, opened, part_of, read_all
 
 FEATURE_KEYS = ("embeddings", "features")
 BARCODE_KEYS = ("barcodes", "barcode")
@@ -121,41 +121,46 @@ def open_features(path: Path, options: ReadOptions) -> PatchFeatures:
     """All of a file but the features' rows."""
     with opened(path) as store:
         key = _features_key(path, store, options.features_key)
-        barcode_key = next((name for name in BARCODE_KEYS if name in store), None)
+        barcode_key = next((name for name in BARCODE_KEYS if part_of(store, name) is not None), None)
         present = [name for name in (key, COORDS_KEY, barcode_key) if name is not None]
         if not all(is_array(store[name]) for name in present):
-            raise InputError(f"{path}: {', '.join(present)} must be tables, not groups")
-        attributes = dict(store[COORDS_KEY].attrs)
+            raise InputError(f"{path}: {', '.join(present)} must be tables, not groups; write them again")
+        attributes = attributes_of(store[COORDS_KEY])
         features = _rows(path, key, store)
         corners = read_corners(path, store[COORDS_KEY])
-        names = _names(corners) if barcode_key is None else _as_text(path, barcode_key, read_all(store[barcode_key]))
+        names = _names(corners) if barcode_key is None else _as_text(path, barcode_key, store[barcode_key])
         encoder = _encoder_of(path, store, key)
     if not len(features) == len(corners) == len(names):
         shapes = f"{list(features.shape)}, {list(corners.shape)} and {len(names)}"
-        raise InputError(f"{path}: {', '.join(present)} disagree in size ({shapes})")
+        turned = features.columns == len(corners)
+        mend = f"{key} are transposed, write their .T" if turned else "write a row of each for every spot"
+        raise InputError(f"{path}: {', '.join(present)} disagree in size ({shapes}); {mend}")
     return PatchFeatures(path, features, corners, names, patch_size_of(attributes), encoder, _image_size(attributes))
 
 
 def _features_key(path: Path, store: Any, asked: str | None) -> str:
     keys = (asked,) if asked else FEATURE_KEYS
-    key = next((name for name in keys if name in store), None)
-    for name, found in ((" or ".join(f"'{each}'" for each in keys), key), (f"'{COORDS_KEY}'", COORDS_KEY in store)):
-        if not found:
+    key = next((name for name in keys if part_of(store, name) is not None), None)
+    for name, found in ((" or ".join(f"'{each}'" for each in keys), key), (f"'{COORDS_KEY}'", COORDS_KEY)):
+        if found is None or part_of(store, found) is None:
             raise InputError(f"{path}: has no {name}; it has {names_in(store)}")
     return key
 
 
 def _rows(path: Path, key: str, store: Any) -> StoredRows:
-    table = store[key]
-    if 0 in table.shape or 0 in store[COORDS_KEY].shape:  # TRIDENT leaves [0] of a slide without tissue
-        raise InputError(f"{path}: has no spots")
+    table, corners = store[key], store[COORDS_KEY]
+    for name, part in ((key, table), (COORDS_KEY, corners)):
+        check_safe(path, name, part)
+    none = table.shape == (0,) or 0 in table.shape[:-1]  # TRIDENT leaves [0] of a slide without tissue
+    if none or 0 in corners.shape:
+        raise InputError(f"{path}: has no spots; leave it out")
     return stored_rows(path, key, table)
 
 
 def _names(corners: np.ndarray) -> np.ndarray:
     """``{x}_{y}`` [N] of patches that have no barcode, whole numbers without a dot; the second of a name ends in _1."""
     whole = np.rint(corners)
-    if (whole == corners).all():
+    if (whole == corners).all() and (np.abs(whole) <= FARTHEST).all():
         corners = whole.astype(np.int64)
     x, y = corners.T
     names, times = [f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], Counter()
@@ -166,9 +171,9 @@ def _names(corners: np.ndarray) -> np.ndarray:
     return np.array(names, dtype=np.str_)
 
 
-def _as_text(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+def _as_text(path: Path, key: str, table: Any) -> np.ndarray:
     """Barcodes as text [N], from bytes or text, fixed or variable length, [N] or [N, 1]."""
-    flat = np.asarray(values).reshape(-1)
+    flat = np.asarray(read_all(path, key, table)).reshape(-1)
     try:
         return np.array([value.decode() if isinstance(value, bytes) else str(value) for value in flat], dtype=np.str_)
     except UnicodeDecodeError as error:
@@ -177,7 +182,7 @@ def _as_text(path: Path, key: str, values: np.ndarray) -> np.ndarray:
 
 def _encoder_of(path: Path, store: Any, key: str) -> str:
     """As the file says, or its folder: TRIDENT's ``features_{encoder}``, STFlow's ``{encoder}/fp32``."""
-    for attributes in (store[key].attrs, store.attrs):
+    for attributes in map(attributes_of, (store[key], store)):
         told = attributes.get("encoder", "")
         told = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
         if told and told.lower() != "none":

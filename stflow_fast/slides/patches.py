@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from ..errors import InputError
-from .stores import is_array, opened, read_all
+from .stores import attributes_of, is_array, opened, part_of, read_all
 
 SOUGHT = (
     "patch_size_level0, patch_size_src, patch_size with downsample or patch_level 0, or with level0_magnification and "
@@ -78,10 +78,10 @@ def read_patch_size(patches: Path) -> PatchSize:
         InputError: it cannot be read.
     """
     with opened(patches) as store:
-        found = patch_size_of(dict(store[COORDS_KEY].attrs)) if COORDS_KEY in store else PatchSize()
-        images = store.get("img", None)
+        found = patch_size_of(attributes_of(store[COORDS_KEY])) if COORDS_KEY in store else PatchSize()
+        images = part_of(store, "img")
         if found.pixels is None and is_array(images) and len(images.shape) == 4:
-            downsample = above_zero(dict(images.attrs), "downsample")
+            downsample = above_zero(attributes_of(images), "downsample")
             found = found._replace(pixels=downsample and downsample * images.shape[1])
         return found
 
@@ -92,16 +92,19 @@ def read_corners(path: Path, table: Any) -> np.ndarray:
     Raises:
         InputError: another shape, or no numbers.
     """
-    corners = read_all(table)
-    try:
-        corners = np.asarray(corners, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {COORDS_KEY} are not numbers") from error
+    if np.dtype(table.dtype).kind not in "biuf":
+        raise InputError(f"{path}: {COORDS_KEY} are not numbers (their type is {table.dtype}); write x and y")
+    corners = read_all(path, COORDS_KEY, table).astype(np.float64)
     if corners.ndim == 3 and len(corners) == 1:
         corners = corners[0]
     if corners.ndim != 2 or corners.shape[1] != 2:
-        raise InputError(f"{path}: {COORDS_KEY} must have shape [N, 2], not {list(corners.shape)}")
+        raise InputError(f"{path}: {COORDS_KEY} must have shape [N, 2], not {list(corners.shape)}{_mend(corners)}")
     return corners
+
+
+def _mend(corners: np.ndarray) -> str:
+    transposed = corners.ndim == 2 and len(corners) == 2
+    return "; they are transposed, write their .T" if transposed else "; write x and y of each patch"
 
 
 def are_of(patches: Path, corners: np.ndarray) -> bool:

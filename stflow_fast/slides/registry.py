@@ -15,7 +15,7 @@ from . import anndata_file, embeddings, spatialdata_store, stimage, wsidata_stor
 from .match import with_features
 from .options import ReadOptions, section_id
 from .slide import Slide
-from .stores import HDF5_MAGIC, ZARR_MARKS, guarded, is_array, is_zarr, magic, opened
+from .stores import HDF5_MAGIC, ZARR_MARKS, attributes_of, guarded, is_array, is_zarr, magic, opened, part_of
 
 
 class Glance(NamedTuple):
@@ -140,6 +140,15 @@ _USELESS = (
         "is a zip or a NumPy archive; give what it holds as .h5 or .h5ad, with features and places",
     ),
     _Useless(
+        lambda glance: glance.start.startswith(b"\x93NUMPY"),
+        "is a NumPy array, without places; give an .h5 with features and coords",
+    ),
+    _Useless(lambda glance: glance.start.startswith(b"\x1f\x8b"), "is packed with gzip; unpack it: gunzip"),
+    _Useless(
+        lambda glance: glance.kind == "folder" and glance.has("config.json", "model.safetensors"),
+        "is a model; give it first, and then slides",
+    ),
+    _Useless(
         lambda glance: glance.has("img", "coords"),
         "holds images of patches and no features; make them: stflow-fast embed",
     ),
@@ -187,9 +196,11 @@ def look(path: Path) -> Glance:
 
 
 def _look_into(kind: str, store: Any) -> Glance:
-    tables = frozenset(name for name in store.keys() if is_array(store[name]))  # noqa: SIM118
-    coords = dict(store["coords"].attrs) if "coords" in tables else {}
-    return Glance(kind, tables, frozenset(store.keys()) - tables, dict(store.attrs), coords)
+    parts = {name: part_of(store, name) for name in store.keys()}  # noqa: SIM118
+    tables = frozenset(name for name, part in parts.items() if is_array(part))
+    groups = frozenset(name for name, part in parts.items() if part is not None) - tables
+    coords = attributes_of(parts["coords"]) if "coords" in tables else {}
+    return Glance(kind, tables, groups, attributes_of(store), coords)
 
 
 def recognise(path: str | Path) -> str:
@@ -207,12 +218,14 @@ def recognise(path: str | Path) -> str:
         if useless.fits(glance):
             raise InputError(f"{path}: {useless.what}")
     if glance.kind == "file" and path.suffix.lower() in (".h5", ".h5ad", ".hdf5"):
-        raise InputError(f"{path}: is not readable HDF5, or is truncated: it does not begin as such a file does")
+        raise InputError(
+            f"{path}: is not readable HDF5, or is truncated: it does not begin as such a file does; copy it again"
+        )
     if glance.kind == "folder":
-        raise InputError(f"{path}: is a folder, and of no format itself; give the files in it")
-    found = f"; it has {', '.join(sorted(glance.tables | glance.groups))}" if glance.tables or glance.groups else ""
+        raise InputError(f"{path}: is a folder, and of no format itself; give the files in it, or --search-nested")
+    found = ", ".join(sorted(glance.tables | glance.groups))
     titles = ", ".join(each.title for each in FORMATS.values())
-    raise InputError(f"{path}: is of no format that is known ({titles}){found}")
+    raise InputError(f"{path}: is of no format that is known ({titles}); it has {found or 'nothing of them'}")
 
 
 def _format(path: Path, options: ReadOptions) -> str:

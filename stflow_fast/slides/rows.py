@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, first_line
-from .stores import check_whole, open_store, rows_at_once
+from .stores import check_table, open_store, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,19 @@ def stored_rows(path: Path, key: str, table: Any) -> StoredRows:
     """The table [N, F] or [1, N, F] at ``key`` of a store that is open.
 
     Raises:
-        InputError: another shape, or no real numbers.
+        InputError: another shape, no real numbers, or what :func:`.stores.check_table` refuses.
     """
+    check_table(path, key, table)
     shape = tuple(table.shape)
     leading = len(shape) == 3 and shape[0] == 1
     if len(shape) - leading != 2:
-        mend = "; give one slide at a time" if len(shape) == 3 else ""
-        raise InputError(f"{path}: {key} must have shape [N, F], not {list(shape)}{mend}")
+        mend = "give one slide at a time" if len(shape) == 3 else "write a row for every spot"
+        raise InputError(f"{path}: {key} must have shape [N, F], not {list(shape)}; {mend}")
     dtype = np.dtype(table.dtype)
     if dtype.kind not in "fiub":
-        raise InputError(f"{path}: {key} is not a table of numbers (its type is {dtype})")
-    check_whole(path, key, table)
+        raise InputError(f"{path}: {key} is not a table of numbers (its type is {dtype}); make it again")
     n, columns = shape[-2:]
+    if columns == 0:
+        raise InputError(f"{path}: {key} has no columns (its shape is {list(shape)}); make the features again")
     chunk_rows = table.chunks[-2] if getattr(table, "chunks", None) else 0
     return StoredRows(Path(path), key, 0, n, columns, dtype, leading, chunk_rows)

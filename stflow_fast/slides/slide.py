@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 NORMALIZATIONS = ("log1p", "cp10k_log1p", "counts")
 """What a model predicts: log1p of raw counts (the field's default), log1p of counts per 10,000, or raw counts."""
 
+FARTHEST = 1e9
+"""Pixels that a spot lies from the origin, at the most: 100 m of tissue. What is farther is no place, but what programs
+write for a missing one, or no number; distances of 1e11 overflow a model's float32, and it predicts NaN."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -75,8 +79,8 @@ class Slide:
     Raises:
         SeveralSections: spots of several sections lie over one another, see :func:`.places.check_places`.
         InputError: no spots, or all at one place, what is no array of numbers or no name, NaN or infinite features or
-            coordinates (with their number), duplicated barcodes, counts that are negative or not finite, or shapes that
-            disagree.
+            coordinates (with their number), coordinates beyond 1e9, duplicated barcodes, counts that are negative or
+            not finite, or shapes that disagree.
     """
 
     id: str
@@ -111,6 +115,10 @@ class Slide:
             if broken:
                 found = f"{name} of {broken} of {self.n_spots} spots are NaN or infinite"
                 raise InputError(f"slide {self.id}: {found}; remove those spots")
+        far = int((np.abs(self.coords) > FARTHEST).any(axis=1).sum())
+        if far:
+            found = f"coords of {far} of {self.n_spots} spots are beyond {FARTHEST:.0e} pixels"
+            raise InputError(f"slide {self.id}: {found}; remove those spots, or give centres in level-0 pixels")
 
     def _check_barcodes(self) -> None:
         repeated = self.n_spots - len(set(self.barcodes.tolist()))

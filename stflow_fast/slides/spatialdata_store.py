@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .anndata_file import Placed, Table, features_part, placed_by_obsm, rows_of_section, slide_of
 from .options import COORDINATE_SYSTEM, SPATIAL_KEY, ReadOptions
 from .slide import Origin, Slide
-from .stores import names_in, opened
+from .stores import names_in, opened, part_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,7 +207,7 @@ def left_out(kept: np.ndarray, what: str) -> tuple[str, ...]:
 
 def kind_of(store: Any, name: str) -> str | None:
     """The group of the store that has an element of this name."""
-    return next((kind for kind in KINDS if kind in store and name in store[kind]), None)
+    return next((kind for kind in KINDS if part_of(store, f"{kind}/{name}") is not None), None)
 
 
 def _centres(path: Path, kind: str, name: str, system: str) -> pd.DataFrame:
@@ -241,13 +241,20 @@ def read_element(path: Path, kind: str, name: str) -> Any:
     """An element as spatialdata has it: a GeoDataFrame of shapes; what is lazy of the others.
 
     Raises:
-        InputError: spatialdata is not installed.
+        InputError: spatialdata is not installed, or it cannot be read.
     """
     if importlib.util.find_spec("spatialdata") is None:
         raise InputError(
             f"{path}: {kind}/{name} is read by spatialdata, which is not installed; "
             "pip install 'stflow-fast[spatialdata]'"
         )
+    try:
+        return _read_element(path, kind, name)
+    except Exception as error:  # of whatever spatialdata reads with
+        raise InputError(f"{path}: {kind}/{name} cannot be read ({first_line(error)}); copy the store again") from error
+
+
+def _read_element(path: Path, kind: str, name: str) -> Any:
     import spatialdata
 
     if kind == "shapes":

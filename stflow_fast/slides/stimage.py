@@ -149,8 +149,17 @@ def _read_places(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: has no column {' and no '.join(missing)}; its columns: {known}")
     if lines.empty:
         raise InputError(f"{path}: has no spots; copy it again")
+    _check_end(path, len(names))
     places = pd.DataFrame({name: _numbers(path, name, lines[names.index(name)]) for name in ("xaxis", "yaxis")})
     return places.assign(r=pd.to_numeric(lines[names.index("r")], errors="coerce")) if "r" in names[1:] else places
+
+
+def _check_end(path: Path, n_columns: int) -> None:
+    """Raise InputError where the last row is short: the rest of the file is missing."""
+    last = path.read_bytes().rstrip().rpartition(b"\n")[2]
+    found = last.count(b",") + 1  # at least: barcodes may have some
+    if found < n_columns:
+        raise InputError(f"{path}: its last row has {found} of {n_columns} columns; copy it again")
 
 
 def _numbers(path: Path, name: str, column: pd.Series) -> pd.Series:

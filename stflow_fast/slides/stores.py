@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
+import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +32,17 @@ def magic(path: Path, n: int = 8) -> bytes:
     """The first bytes of a file.
 
     Raises:
-        InputError: it is missing, empty, or may not be read.
+        InputError: it is missing, empty, no regular file, or may not be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for who writes into it
+            raise InputError(f"{path}: is a pipe or a device; give a file")
         with path.open("rb") as file:
             start = file.read(n)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: does not exist{_link_target(path)}") from error
+        raise InputError(f"{path}: does not exist{_link_target(path)}; check its path") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+        raise InputError(f"{path}: {_unread(error)}") from error
     if not start:
         raise InputError(f"{path}: is empty (0 bytes); copy or make it again")
     return start
@@ -69,8 +74,8 @@ def _why_not(error: OSError, start: bytes) -> str:
             "(or set HDF5_USE_FILE_LOCKING=FALSE where the file system has no locks)"
         )
     if start.startswith(HDF5_MAGIC):
-        return f"is not readable HDF5, or is truncated ({first_line(error)})"
-    return f"is not readable HDF5: it does not begin as such a file does ({first_line(error)})"
+        return f"is not readable HDF5, or is truncated ({first_line(error)}); copy it again"
+    return f"is not readable HDF5: it does not begin as such a file does ({first_line(error)}); copy it again"
 
 
 def _open_zarr(path: Path) -> Any:
@@ -81,7 +86,7 @@ def _open_zarr(path: Path) -> Any:
     try:
         return zarr.open_group(str(path), mode="r")
     except Exception as error:  # zarr's own classes differ from version to version
-        raise InputError(f"{path}: is not a readable zarr store ({first_line(error)})") from error
+        raise InputError(f"{path}: is not a readable zarr store ({first_line(error)}); copy it again") from error
 
 
 @contextlib.contextmanager
@@ -95,7 +100,7 @@ def opened(path: Path) -> Iterator[Any]:
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read, or is truncated ({_short(error)})") from error
+        raise InputError(f"{path}: cannot be read, or is truncated ({_short(error)}); copy it again") from error
     finally:
         if isinstance(store, h5py.File):
             store.close()
@@ -110,14 +115,25 @@ def guarded(path: Path, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except InputError as error:
-        raise type(error)(with_path(path, error)) from error
+        raise type(error)(_one_line(with_path(path, error))) from error
     except Exception as error:  # of a library below, for a file that nobody here has seen
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from error
+        raise InputError(_one_line(f"{path}: {_unread(error)}")) from error
+
+
+def _unread(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror}); check its path, and your right to read it"
+    return f"cannot be read ({_short(error)}); copy or make it again"
 
 
 def _short(error: Exception) -> str:
     kind = "" if isinstance(error, (OSError, zipfile.BadZipFile)) else f"{type(error).__name__}: "
     return kind + first_line(error)
+
+
+def _one_line(said: str) -> str:
+    """With what moves a terminal's cursor, in names that files have or tell, as Python writes it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], said)
 
 
 READ_AT_ONCE = 8 * 2**20
@@ -137,8 +153,13 @@ def rows_at_once(row_bytes: int, chunk_rows: int) -> int:
     return max(min(rows, CHUNKS_AT_ONCE * chunk_rows), FEWEST_CHUNKS * chunk_rows) if chunk_rows else rows
 
 
-def read_all(table: Any) -> np.ndarray:
-    """A table [N, ...] in memory, read piece by piece."""
+def read_all(path: Path, key: str, table: Any) -> np.ndarray:
+    """A table [N, ...] of a store in memory, read piece by piece.
+
+    Raises:
+        InputError: it is not to be read, claims more than is there, or is there in part.
+    """
+    check_table(path, key, table)
     n = table.shape[0] if table.shape else 0
     chunk_rows = table.chunks[0] if n and getattr(table, "chunks", None) else 0
     size = rows_at_once(np.dtype(table.dtype).itemsize * int(np.prod(table.shape[1:])), chunk_rows)
@@ -152,14 +173,121 @@ def is_array(item: Any) -> bool:
     return hasattr(item, "shape") and hasattr(item, "dtype")
 
 
-def check_whole(path: Path, key: str, table: Any) -> None:
-    """Raise InputError where chunks of a zarr array are missing: it would be read as zeros there."""
-    chunks = getattr(table, "nchunks", None)
-    if chunks is None:  # of HDF5, which is truncated then
+def part_of(group: Any, name: str) -> Any:
+    """A group or a table in a group, None where there is none: a link may lead nowhere, or round in circles."""
+    try:
+        return group.get(name, None)
+    except Exception:  # of HDF5 or of zarr
+        return None
+
+
+def attribute(item: Any, name: str, default: Any = None) -> Any:
+    """One of them, the default where it is not there or cannot be read."""
+    return attributes_of(item).get(name, default)
+
+
+def attributes_of(item: Any) -> dict[str, Any]:
+    """Those that can be read. People hang anything there, also what h5py has no word for."""
+    found = {}
+    for name in item.attrs:
+        with contextlib.suppress(Exception):
+            found[name] = item.attrs[name]
+    return found
+
+
+def arrays_in(key: str, part: Any) -> Iterator[tuple[str, Any]]:
+    """The tables in a part of a store, with their keys: the part itself, or those of a group and of its groups."""
+    if is_array(part):
+        yield key, part
         return
-    there = table.nchunks_initialized
+    for name in part.keys():  # noqa: SIM118
+        yield from arrays_in(f"{key}/{name}", part[name])
+
+
+UNSUSPICIOUS = 2**28
+"""Bytes up to which a table may take whatever its file has."""
+
+MOST_PACKED = 1000
+"""Bytes of a table to one of its file, at the most: so far gzip packs zeros, and no features, places or names."""
+
+
+CHUNK_BYTES = 4096
+"""In which a chunk is described while it is read, by HDF5; zarr takes the time of so many."""
+
+
+def check_table(path: Path, key: str, table: Any) -> None:
+    """Raise InputError for a table of which any value cannot be read as it is meant."""
+    check_safe(path, key, table)
+    check_size(path, key, table)
+    check_whole(path, key, table)
+
+
+def check_safe(path: Path, key: str, table: Any) -> None:
+    """Raise InputError for a table that is not to be read, whatever is in it: one that holds nothing or is in another
+    file than it seems (HDF5 fills with zeros what is not there, and falls over a table that is made of itself), or one
+    that executes what is in it."""
+    if isinstance(table, h5py.Dataset):
+        if table.shape is None:
+            raise InputError(f"{path}: {key} holds nothing (its shape is null); write it again")
+        if table.is_virtual or table.external:
+            raise InputError(f"{path}: {key} has its numbers in other files; write them into one: file[key] = table[:]")
+    elif "pickle" in _codecs(table):
+        raise InputError(f"{path}: {key} is packed by pickle, which can execute anything; write it without")
+
+
+def _codecs(table: Any) -> list[str]:
+    """Names of what a zarr array of format 2 is packed by; format 3 has none that executes."""
+    compressors = table.compressors if hasattr(table, "compressors") else (table.compressor,)  # zarr 3, and before
+    return [getattr(codec, "codec_id", "") for codec in (*(table.filters or ()), *compressors)]
+
+
+def check_size(path: Path, key: str, table: Any, shape: tuple[int, ...] | None = None) -> None:
+    """Raise InputError for a table that claims far more memory than what is stored of it can fill.
+
+    Args:
+        path: of the store.
+        key: of the table, for messages.
+        table: HDF5 or zarr.
+        shape: that it takes in memory, where that is another one.
+    """
+    sizes = math.prod(table.shape if shape is None else shape), math.prod(table.chunks or ())
+    claimed = max(max(sizes) * np.dtype(table.dtype).itemsize, CHUNK_BYTES * _n_chunks(table))
+    if claimed > UNSUSPICIOUS and claimed > MOST_PACKED * stored_bytes(path, table):
+        told = f"claims {claimed / 2**30:.1f} GiB (shape {list(shape or table.shape)})"
+        raise InputError(f"{path}: {key} {told}, and next to none of it is stored; copy it again")
+
+
+def stored_bytes(path: Path, table: Any) -> int:
+    """Of the HDF5 file that a table is in, or of the folder of a zarr array."""
+    if isinstance(table, h5py.Dataset):
+        return os.stat(table.file.filename).st_size
+    return sum(os.stat(file).st_size for file in _files(path, table))
+
+
+def check_whole(path: Path, key: str, table: Any) -> None:
+    """Raise InputError where chunks of a table are missing: it would be read as zeros there."""
+    chunks, there = _n_chunks(table), _chunks_there(path, table)
     if there < chunks:
-        raise InputError(f"{path}: {chunks - there} of {chunks} chunks of {key} are missing; copy the store again")
+        mend = "make it again" if isinstance(table, h5py.Dataset) else "copy the store again"
+        raise InputError(f"{path}: {chunks - there} of {chunks} chunks of {key} are missing; {mend}")
+
+
+def _n_chunks(table: Any) -> int:
+    """How many chunks, or shards of them, a table has; in HDF5 it may be in one piece."""
+    size = getattr(table, "shards", None) or table.chunks or table.shape
+    return math.prod(-(-whole // max(1, part)) for whole, part in zip(table.shape, size, strict=True))
+
+
+def _chunks_there(path: Path, table: Any) -> int:
+    """How many chunks, or shards of them, have been written."""
+    if not isinstance(table, h5py.Dataset):
+        return sum(not file.name.startswith(".") and file.name not in ZARR_MARKS for file in _files(path, table))
+    return table.id.get_num_chunks() if table.chunks else int(table.id.get_storage_size() > 0)
+
+
+def _files(path: Path, table: Any) -> Iterator[Path]:
+    """Those of a zarr array."""
+    return (Path(folder) / name for folder, _, names in os.walk(path / table.path) for name in names)
 
 
 def names_in(group: Any) -> str:

@@ -59,6 +59,9 @@ def read_wsidata(path: Path, options: ReadOptions) -> Slide:
         properties = store.attrs.get("slide_properties")
         features = stored_rows(path, f"{found.table.key}/X", found.table.part("X"))
         names = found.table.column("obs", found.annotated.instance_key)
+    if len(features) != len(names):
+        rows = f"X has {len(features)} rows for {len(names)} tiles of obs"
+        raise InputError(f"{path}: {found.table.key}: {rows}; make its features again")
     tiles = _tiles(path, found.tiles).reindex(names)
     kept = tiles["side"].notna().to_numpy()
     if not kept.any():
