@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stflow_fast.cohort import RunConfig, predict, predict_iter, read_lines
+from stflow_fast.cohort import RunConfig, SamplingConfig, predict, predict_iter, read_lines
 from stflow_fast.errors import InputError, SlidesFailed
 
 from .builders import gene_names, write_model
@@ -18,6 +18,8 @@ from .test_bad_input import cut, slide_file
 from .test_cohort_run import values
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
+
+from stflow_fast.cohort.ray_engine import _join  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,9 @@ def test_what_a_cluster_cannot_do_is_a_line(cluster: None, model: Path, tmp_path
     slide_file(tmp_path, "S0")
     with pytest.raises(InputError, match=r"^workers: the Ray cluster has 2 CPUs, 3 are wanted$"):
         predict(model, tmp_path, tmp_path / "out", config=RunConfig(engine="ray", workers=3))
-    for options, said in (({"engine": "slurm"}, "local or ray"), ({"address": "auto"}, "is of the ray engine")):
-        with pytest.raises(InputError, match=said):
-            RunConfig(**options)
+    with pytest.raises(InputError, match=r"^workers: the Ray cluster has 0 GPUs, 1 are wanted$"):
+        predict(model, tmp_path, tmp_path / "out", config=RunConfig(engine="ray"), device="cuda", overwrite=True)
+    with pytest.raises(InputError, match=r"^precision: tf32 is of NVIDIA GPUs, and the model is on the cpu$"):
+        predict(model, tmp_path, tmp_path / "new", config=ON_RAY, sampling=SamplingConfig(precision="tf32"))
+    with pytest.raises(InputError, match=r"^address: no Ray cluster at 127.0.0.1:1 \(.*refused\); see ray status$"):
+        _join("127.0.0.1:1")

@@ -27,7 +27,7 @@ from stflow_fast.cohort.state import STATES, SlideLine, journal
 from stflow_fast.cohort.worker import Summary
 from stflow_fast.errors import InputError, OutputError, SlidesFailed
 from stflow_fast.sampling import BlockSample, PreparedSlide
-from stflow_fast.slides import ReadOptions
+from stflow_fast.slides import ReadOptions, read
 
 from .builders import arrays, gene_names, write_embeddings, write_model
 from .test_bad_input import cut, say, slide_file
@@ -340,6 +340,13 @@ def test_a_slide_that_is_given_twice_is_one_and_a_broken_namesake_another(
     assert given.refused["S0 (2)"][0] == str(tmp_path / "b" / "S0.h5ad")
 
 
+def test_slides_in_memory_have_no_processes(model: Path, folder: Path, tmp_path: Path) -> None:
+    slide = read(folder / "S0.h5ad")
+    with pytest.raises(InputError, match="^workers: slides in memory are predicted in this process; leave it out$"):
+        predict(model, [slide], tmp_path / "out", config=RunConfig(workers=2))
+    assert len(predict(model, [slide], tmp_path / "out", config=RunConfig(workers=1))) == 1
+
+
 def test_resuming_makes_maps_that_are_missing(model: Path, folder: Path, tmp_path: Path) -> None:
     one, other = gene_names()[4:6]
     for genes in ((one,), (other,)):
@@ -454,6 +461,8 @@ def _refuse(*_: object) -> None:
         ({"workers": -1}, "workers: must be 1 at least"),
         ({"gpus": (99,)}, "gpus: must be different numbers below 0, the GPUs here"),
         ({"engine": "ray", "gpus": (0,)}, "gpus: is of the local engine"),
+        ({"engine": "slurm"}, "engine: must be local or ray"),
+        ({"address": "auto"}, "address: is of the ray engine"),
     ],
 )
 def test_settings_out_of_range_are_named(changed: dict[str, object], said: str) -> None:

@@ -341,7 +341,7 @@ def test_embeddings_of_other_patches_are_not_kept(slides: Path, change: dict[str
     before = made.read_bytes()
     write_patches(slides / "patches" / "A.h5", **{"images": images_of(9), **change})
     with pytest.raises(
-        InputError, match=r"A\.h5: was made with other patches than this call's; choose .*\(1 other slides are in"
+        InputError, match=r"A\.h5: was made with other patches than this call's; choose .*\(1 other slide is in"
     ):
         stflow_fast.embed(slides, small_encoder(), resume=True)
     assert made.read_bytes() == before

@@ -49,8 +49,8 @@ class RunConfig:
         engine: "local", or "ray" for the actors of a Ray cluster.
         address: of the cluster, as ``ray.init`` takes it ("auto"); one on this machine when None.
         workers: processes beside each other on a CPU. When None as many as cores where there are four slides or more
-            for each, else slides are predicted in this process. Of a cluster: actors, as many as it has cores (or GPUs
-            where the model is on one) when None.
+            for each, else slides are predicted in this process. Of a cluster: actors; as many as it has GPUs, or cores
+            where it has none, when None.
         gpus: numbers of GPUs of this machine, each of which gets a process.
         maps: genes that a small picture is drawn of, for every slide.
 
@@ -156,7 +156,8 @@ def predict_iter(
         sampling: how to draw.
         output: what is written of it, and how.
         config: which of the slides, and by what.
-        device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
+        device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is. On a Ray cluster
+            "cuda" for a GPU for each worker, "cpu" for a core, "auto" for GPUs where it has any.
         reading: how to read paths.
         ignore_encoder: predict from features of another encoder than the model's, too.
         overwrite: replace earlier predictions in ``out``; those of other slides, made otherwise, go when all of these
@@ -214,7 +215,7 @@ class _Run:
         self.given = chosen(given_slides(slides, reading, self.config.nested), self.config)
         if self.given.refused and not self.given.slides and self.config.shard == WHOLE:
             raise batch_error([reason for _, reason in self.given.refused.values()], 0, out)
-        self._check_memory()
+        self._check_workers()
         self.about = {**output.describe(panel), **made_by(self.model, sampling), "reading": described(reading)}
         shares = self.config.shard != WHOLE
         self.out = check_output(out, MANIFEST, reuse=overwrite or resume or shares)
@@ -225,12 +226,16 @@ class _Run:
             _check_place(output.path(self.out, name), slide)
         self.total = len(self.given.slides) + len(self.given.refused)
 
-    def _check_memory(self) -> None:
-        """Slides in memory are predicted in this process."""
-        if self.config.engine == "local" and any(isinstance(each, Slide) for each in self.given.slides.values()):
-            for name in ("workers", "gpus"):
-                if getattr(self.config, name) is not None:
-                    raise InputError(f"{name}: slides in memory are predicted in this process; leave it out")
+    def _check_workers(self) -> None:
+        """Raise InputError for processes that there cannot be."""
+        workers, gpus = self.config.workers, self.config.gpus
+        if self.config.engine != "local" or ((workers or 1) == 1 and gpus is None):
+            return
+        name = "workers" if gpus is None else "gpus"
+        if any(isinstance(each, Slide) for each in self.given.slides.values()):
+            raise InputError(f"{name}: slides in memory are predicted in this process; leave it out")
+        if gpus is None and next(self.model.parameters()).is_cuda:
+            raise InputError("workers: are of a CPU (--device cpu); a GPU has one")
 
     def lines(self) -> Iterator[SlideLine]:
         """See :func:`predict_iter`."""

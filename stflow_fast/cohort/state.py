@@ -138,14 +138,9 @@ def journal(folder: Path, shard: tuple[int, int]) -> Iterator[Journal]:
     except OSError as error:
         raise _not_written(path, error) from error
     with contextlib.closing(file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{folder}: another process predicts into it; wait for its end, choose another --out, or --shard I/N"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+        _lock(
+            file, f"{folder}: another process predicts into it; wait for its end, choose another --out, or --shard I/N"
+        )
         _check_other_shards(folder, shard[1])
         _end_last_line(file)
         yield Journal(path, file)
@@ -157,12 +152,17 @@ def _check_other_shards(folder: Path, count: int) -> None:
         if path.stem.rpartition("-")[2] == str(count):
             continue
         with contextlib.suppress(OSError), path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"{folder}: a process predicts shard {path.stem} into it; wait for its end, or choose its --shard N"
-                ) from error
+            _lock(file, f"{folder}: a process predicts shard {path.stem} into it; wait for its end, or choose its N")
+
+
+def _lock(file: Any, busy: str) -> None:
+    """Until it is closed. Raises OutputError, which says ``busy``, where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(busy) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def _end_last_line(file: Any) -> None:
