@@ -31,13 +31,13 @@ def main() -> None:
     for n_genes in map(int, arguments.genes.split(",")):
         model = make_model(arguments.folder / f"model_{n_genes}", n_genes)
         line = {"spots": arguments.spots, "genes": n_genes, "memory_budget": arguments.memory_budget}
-        for name, slide in (("of_a_small_slide", small), ("", large)):
+        for peak, slide in (("peak_gb_of_a_small_slide", small), ("peak_gb", large)):
             command = predict(model, slide, out, "--overwrite", "--memory-budget", arguments.memory_budget)
             code, seconds, memory = watched(command)
             if code:
                 raise SystemExit(f"{' '.join(command)}: exit code {code}")
             written = (out / f"{slide.stem}.h5ad").stat().st_size
-            line |= {f"peak_gb{name and '_'}{name}": round(max(memory), 2)}
+            line[peak] = round(max(memory), 2)
             shutil.rmtree(out)
         line |= {"seconds": round(seconds, 1), "file_gb": round(written / 1e9, 2)}
         print(json.dumps(line), flush=True)

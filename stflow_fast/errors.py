@@ -38,6 +38,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def as_input_error(error: Exception) -> InputError:
+    """What was raised, foreseen or not, as what is said of it in a line."""
+    return error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {first_line(error)}")
+
+
 def with_path(path: str | os.PathLike | None, error: InputError) -> str:
     """What is wrong with a file, in a line that has its path; None is of what is no file."""
     said = str(error)

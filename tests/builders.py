@@ -103,11 +103,16 @@ def write_task(root: Path) -> Path:
     return root
 
 
-def write_model(folder: Path, genes: Sequence[str]) -> Path:
-    """A small model of random weights, for the features and the encoder of :func:`write_task`."""
+def small_model(n_genes: int, genes: Sequence[str], encoder: str) -> Denoiser:
+    """Of random weights, for :data:`FEATURES` features."""
     torch.manual_seed(0)
-    config = DenoiserConfig(PANEL, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    Denoiser(config, Provenance(tuple(genes), ENCODER)).save_pretrained(folder)
+    config = DenoiserConfig(n_genes, FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
+    return Denoiser(config, Provenance(tuple(genes), encoder)).eval()
+
+
+def write_model(folder: Path, genes: Sequence[str]) -> Path:
+    """A small model, for the encoder of :func:`write_task`."""
+    small_model(PANEL, genes, ENCODER).save_pretrained(folder)
     return folder
 
 

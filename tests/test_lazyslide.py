@@ -21,24 +21,20 @@ from hypothesis import strategies as st
 
 from stflow_fast.cohort import SamplingConfig
 from stflow_fast.cohort import predict as predict_cohort
-from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.integrations.lazyslide import STFlowPredictor
 from stflow_fast.model import Denoiser
-from stflow_fast.pretrained import Provenance
 from stflow_fast.sampling import sample
 from stflow_fast.slides import ReadOptions, Slide
 
-from .builders import FEATURES, PATCH, arrays
+from .builders import FEATURES, PATCH, arrays, small_model
 
 GENES = ("ERBB2", "CD3E", "GATA3", "VWF")
 
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    torch.manual_seed(0)
-    config = DenoiserConfig(len(GENES), FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    return Denoiser(config, Provenance(GENES, "uni")).eval()
+    return small_model(len(GENES), GENES, "uni")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -25,26 +24,21 @@ from typer.testing import CliRunner
 from stflow_fast import outputs
 from stflow_fast.cli import app
 from stflow_fast.cohort import MANIFEST, SamplingConfig, predict
-from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError, OutputError
 from stflow_fast.files import atomic_files, write_json
 from stflow_fast.model import Denoiser
 from stflow_fast.outputs import LAYOUT, Expression, OutputConfig, as_dtype, prediction_table, read_about, write_h5ad
-from stflow_fast.pretrained import Provenance
 from stflow_fast.slides import Origin, Slide
 
-from .builders import arrays
+from .builders import arrays, small_model
 from .builders import write_h5ad as write_input
 
 GENES = ("ERBB2", "CD3E", "GATA3", "VWF")
-FEATURES = 16
 
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    torch.manual_seed(0)
-    config = DenoiserConfig(len(GENES), FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    return Denoiser(config, Provenance(GENES, "tiny")).eval()
+    return small_model(len(GENES), GENES, "tiny")
 
 
 def slide(name: str = "S0", n: int = 60, **more: Any) -> Slide:

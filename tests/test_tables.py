@@ -10,27 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import torch
 
 from stflow_fast.cohort import SamplingConfig
-from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
-from stflow_fast.pretrained import Provenance
 from stflow_fast.sampling import sample
 from stflow_fast.slides import SeveralSections, Slide
 from stflow_fast.tables import predict_adata
 
-from .builders import FEATURES, arrays
+from .builders import arrays, small_model
 
 GENES = ("ERBB2", "CD3E", "GATA3", "VWF")
 
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    torch.manual_seed(0)
-    config = DenoiserConfig(len(GENES), FEATURES, hidden_dim=16, pairwise_hidden_dim=16, n_layers=1)
-    return Denoiser(config, Provenance(GENES, "tiny")).eval()
+    return small_model(len(GENES), GENES, "tiny")
 
 
 def table(genes: tuple[str, ...] = GENES, n: int = 60, **more: Any) -> anndata.AnnData:

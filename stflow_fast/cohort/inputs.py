@@ -103,12 +103,12 @@ class _Item(NamedTuple):
 def _apart(items: list[_Item]) -> list[_Item]:
     """What has one name, as it is predicted: several slides of one name are none."""
     slides = [item for item in items if not isinstance(item.slide, str)]
+    refused = [item for item in items if isinstance(item.slide, str)]
     if len(slides) < 2:
-        return [*slides, *(item for item in items if isinstance(item.slide, str))]
-    name, *_ = first = slides[0]
+        return [*slides, *refused]
     where = " and ".join(filter(None, dict.fromkeys(item.path for item in slides)))
-    reason = f"{name}: is the name of several slides{f' ({where})' if where else ''}; rename one, each becomes a file"
-    return [first._replace(slide=reason), *(item for item in items if isinstance(item.slide, str))]
+    told = f"is the name of several slides{f' ({where})' if where else ''}; rename one, each becomes a file"
+    return [slides[0]._replace(slide=f"{slides[0].name}: {told}"), *refused]
 
 
 def described(reading: ReadOptions) -> dict[str, str]:

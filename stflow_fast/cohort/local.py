@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import InputError, first_line
+from ..errors import InputError, as_input_error
 from .crew import Member, Word
 from .settings import load_model
 from .state import SlideLine
@@ -163,10 +163,8 @@ def serve(number: int) -> None:
             raise
         except InputError as error:
             pipe.send(error)
-        except Exception as error:  # what it met before the first slide, the next process would meet too
-            pipe.send(
-                InputError(f"{place.device}: a process cannot go on ({type(error).__name__}: {first_line(error)})")
-            )
+        except Exception as error:  # what is no slide's, the next process would meet too
+            pipe.send(InputError(f"{place.device}: a process cannot go on ({as_input_error(error)})"))
 
 
 def _receive(pipe: Connection, received: queue.SimpleQueue[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import InputError, OutputError, first_line, with_path
+from ..errors import InputError, OutputError, as_input_error, with_path
 from ..inspection import encoder_misfit
 from ..model import Denoiser
 from ..outputs import WRITERS, Expression, OutputConfig, as_dtype, prediction_table
@@ -102,7 +102,8 @@ class Worker:
     def __init__(self, model: Denoiser, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.about = {**settings.output.describe(gene_names(model)), **made_by(model, settings.sampling)}
-        self.genes = np.array(gene_names(model))[settings.output.select(gene_names(model))].tolist()
+        self._columns = settings.output.select(gene_names(model))
+        self.genes = np.array(gene_names(model))[self._columns].tolist()
         self._sampler = settings.sampling.sampler(model)
 
     def read(self, task: Task) -> Slide:
@@ -161,10 +162,9 @@ class Worker:
 
     def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, np.ndarray]]:
         """Of X, as it is written."""
-        output = self.settings.output
-        columns = output.select(gene_names(self.model))
         for rows, part in drawn.sample.blocks():
-            yield rows, as_dtype(drawn.slide.id, part.float().numpy()[:, columns], output.dtype)
+            chosen = part.float().numpy()[:, self._columns]
+            yield rows, as_dtype(drawn.slide.id, chosen, self.settings.output.dtype)
 
     def _map(self, name: str, slide: Slide, gene: str, values: np.ndarray) -> dict[str, Any]:
         number = self.settings.maps.index(gene)  # a gene's name may be no file's
@@ -188,8 +188,7 @@ class Worker:
 def _failed(task: Task, error: Exception) -> SlideLine:
     if isinstance(error, OutputError):
         raise error
-    said = error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {first_line(error)}")
-    return failed_line(task, with_path(path_of(task.slide), said))
+    return failed_line(task, with_path(path_of(task.slide), as_input_error(error)))
 
 
 def failed_line(task: Task, reason: str) -> SlideLine:

@@ -183,7 +183,10 @@ def part_of(group: Any, name: str) -> Any:
 
 def attribute(item: Any, name: str, default: Any = None) -> Any:
     """One of them, the default where it is not there or cannot be read."""
-    return attributes_of(item).get(name, default)
+    try:
+        return item.attrs.get(name, default)
+    except Exception:  # see attributes_of
+        return default
 
 
 def attributes_of(item: Any) -> dict[str, Any]:
