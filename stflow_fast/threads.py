@@ -16,6 +16,7 @@ import contextvars
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 Block = TypeVar("Block")
 
 _local = threading.local()
+_leaving: set[int] = set()  # system ids of threads that ended for Python, and perhaps not yet for the system
 
 
 def thread_count() -> int:
@@ -204,6 +206,8 @@ class _Crew:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+        _leaving.difference_update([leaving for leaving in tuple(_leaving) if not _is_alive(leaving)])
+        _leaving.update(thread.native_id for thread in self._threads)
 
     def _begin(self) -> None:
         for index in range(1, self.size):
@@ -216,3 +220,23 @@ class _Crew:
         while (work := self._jobs.get()) is not None:
             work()
             del work  # it holds the caller's tensors
+
+
+def _is_alive(thread: int) -> bool:
+    return os.path.exists(f"/proc/self/task/{thread}")
+
+
+def _let_them_leave() -> None:
+    """Before a fork: wait until the system has ended the threads that were joined.
+
+    Python's ``join`` returns earlier. While such a thread gives its buffers back it holds a lock of MKL's, which a fork
+    copies as held: one of seven forked processes hung in its first product, where the fork followed a sample.
+    """
+    patience = time.monotonic() + 1.0
+    while any(map(_is_alive, tuple(_leaving))) and time.monotonic() < patience:
+        time.sleep(1e-4)
+    _leaving.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_let_them_leave)

@@ -263,6 +263,16 @@ def test_a_process_forked_amid_the_work_has_no_threads_to_wait_for() -> None:
     assert result() == list(range(9))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_a_fork_finds_no_thread_that_is_still_leaving() -> None:
+    """Such a thread holds locks of the libraries that it computed with, and the forked process waits for them."""
+    for _ in range(30):
+        before = set(os.listdir("/proc/self/task"))
+        in_turn(lambda block: torch.ones(40, 40) @ torch.ones(40, 40), range(9), CPU)
+        start_forked(lambda: None)
+        assert set(os.listdir("/proc/self/task")) <= before
+
+
 @needs_fork
 def test_a_forked_process_samples_too() -> None:
     """As a worker of a DataLoader is one, after its parent has sampled."""
