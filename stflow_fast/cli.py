@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -34,8 +35,8 @@ from .sampling import DEFAULT_MEMORY_BUDGET
 from .slides import FORMATS, NORMALIZATIONS, ReadOptions, Slide, read_genes
 from .slides.options import COORDINATE_SYSTEM, SPATIAL_KEY
 from .slides.stimage import ORGANS
-from .training import fit, load_fold
-from .windows import TrainingConfig
+from .training import SELECTIONS, fit, load_fold
+from .windows import FIXED_EPOCHS, TrainingConfig, selection_words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,7 +131,7 @@ def _root(
 def _parse_settings(pairs: list[str], taken: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """NAME=VALUE pairs as fields of TrainingConfig and of DenoiserConfig, in the types of their defaults."""
     fields = {
-        field.name: (home, type(field.default))
+        field.name: (home, _kind_of(config, field.name))
         for home, config in enumerate((TrainingConfig, DenoiserConfig))
         for field in dataclasses.fields(config)
         if field.default is not dataclasses.MISSING and field.name not in taken
@@ -148,6 +149,12 @@ def _parse_settings(pairs: list[str], taken: Iterable[str]) -> tuple[dict[str, A
         except (ValueError, KeyError) as error:
             raise InputError(f"--set {name}: {text!r} is not a {kind.__name__}") from error
     return found
+
+
+def _kind_of(config: type, field: str) -> type:
+    """Of the values of a field, but for None."""
+    hint = typing.get_type_hints(config)[field]
+    return next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
 
 
 def _print_notes(slides: Iterable[Slide]) -> None:
@@ -172,9 +179,14 @@ def train(
     normalize: Annotated[str, typer.Option(help=f"What to predict: {', '.join(NORMALIZATIONS)}.")] = "log1p",
     select_on: Annotated[
         str,
-        typer.Option(help="Choose the epoch on 'validation' (held out of training) or, as published, on 'test'."),
+        typer.Option(
+            help=f"What the epoch is chosen on: {', '.join(SELECTIONS)}. none: all slides train for a fixed number of "
+            "epochs, and the weights are averaged; validation: held out of training; test: as published."
+        ),
     ] = "validation",
-    epochs: Annotated[int, typer.Option(help="At most.")] = _TRAINING.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"At most; {FIXED_EPOCHS} with --select-on none, else 100, if left out.")
+    ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping.")] = _TRAINING.patience,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = _TRAINING.learning_rate,
     settings: Annotated[
@@ -212,7 +224,8 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks:
         _print_notes((*loaded.train, *loaded.selection))
-    with epochs_bar(config.epochs, loaded.selected_on, quiet=not speaks) as on_epoch:
+    epochs = config.filled_in(loaded.selected_on).epochs
+    with epochs_bar(epochs, loaded.selected_on, quiet=not speaks) as on_epoch:
         run = fit(
             loaded,
             out,
@@ -226,8 +239,9 @@ def train(
     if not speaks:
         return
     report.training_curves(out / CURVES_FILE, run.records, loaded.selected_on)
-    chosen_on = f"{loaded.selected_on} ({', '.join(sorted({slide.id for slide in loaded.selection}))})"
-    typer.echo(f"best epoch {run.best_epoch} of {len(run.records)}, chosen on {chosen_on}; model in {run.folder}")
+    slides = f" ({', '.join(sorted({slide.id for slide in loaded.selection}))})" if loaded.selection else ""
+    chosen = f"{selection_words(loaded.selected_on)}{slides}"
+    typer.echo(f"model of epoch {run.best_epoch} of {len(run.records)}, {chosen}; in {run.folder}")
 
 
 @app.command(name="evaluate")

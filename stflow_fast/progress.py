@@ -38,8 +38,8 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
         def update(record: dict[str, Any]) -> None:
             best.update(record if record["best"] else {})
             reached = best.get("selection_pearson")
-            chosen = "no" if reached is None else f"{reached:.3f}"
-            status = f"loss {record['train_loss']:.3f}, best Pearson {chosen} on {selected_on}"
+            chosen = "" if reached is None else f", best Pearson {reached:.3f} on {selected_on}"
+            status = f"loss {record['train_loss']:.3f}{chosen}"
             progress.update(task, completed=record["epoch"], status=status)
             if not progress.console.is_terminal and not quiet:  # a log has no bar
                 progress.console.print(f"epoch {record['epoch']} of {epochs}: {status}", markup=False)

@@ -24,6 +24,7 @@ from .evaluation import score
 from .files import atomic_path
 from .slides import Slide
 from .slides.places import spacing
+from .windows import NOTHING, selection_words
 
 MODEL_NAME = "stflow-fast"
 DPI = 150
@@ -104,7 +105,7 @@ def check_genes(names: Sequence[str], predicted: Sequence[str]) -> None:
 def _selection(result: Mapping[str, Any]) -> str:
     """What the model's epoch was chosen on: every table and picture of a result says it. Empty where it is unknown."""
     chosen = result.get("selected_on", "unknown")
-    return "" if chosen == "unknown" else f"{MODEL_NAME}: epoch chosen on {chosen}."
+    return "" if chosen == "unknown" else f"{MODEL_NAME}: {selection_words(chosen)}."
 
 
 def _by_gene(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -280,29 +281,33 @@ def training_curves(
     Args:
         records: one dict per epoch: ``epoch, train_loss, selection_mse, selection_pearson, best``. A value may be None
             or absent where it was not measured. The last record whose ``best`` is true is the chosen epoch.
-        selected_on: the spots on which ``selection_*`` were measured and the epoch chosen.
+        selected_on: the spots on which ``selection_*`` were measured and the epoch chosen; "nothing" draws the loss
+            alone.
 
     Raises:
         InputError: there is no record, or the file cannot be written.
     """
     if not records:
         raise InputError("training_curves: no epochs recorded")
-    figure = Figure(figsize=(7.5, 5.8), layout="constrained")
-    losses, pearsons = figure.subplots(2, 1, sharex=True)
-    _draw_curve(losses, records, "train_loss", "training", PLAIN_COLOR)
+    scored = selected_on != NOTHING
+    figure = Figure(figsize=(7.5, 5.8 if scored else 3.4), layout="constrained")
+    panels = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]
     label = textwrap.fill(selected_on, 32)
-    _draw_curve(losses, records, "selection_mse", label, MODEL_COLOR)
-    _draw_curve(pearsons, records, "selection_pearson", label, MODEL_COLOR)
-    losses.set_ylabel("loss (mean squared error)")
-    pearsons.set(ylabel="Pearson, mean over genes", xlabel="epoch")
-    pearsons.set_ylim(bottom=min(0.0, pearsons.get_ylim()[0]))
-    pearsons.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (losses, pearsons):
+    _draw_curve(panels[0], records, "train_loss", "training", PLAIN_COLOR)
+    _draw_curve(panels[0], records, "selection_mse", label, MODEL_COLOR)
+    panels[0].set_ylabel("loss (mean squared error)")
+    if scored:
+        _draw_curve(panels[1], records, "selection_pearson", label, MODEL_COLOR)
+        panels[1].set_ylabel("Pearson, mean over genes")
+        panels[1].set_ylim(bottom=min(0.0, panels[1].get_ylim()[0]))
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     chosen = next((record for record in reversed(records) if record.get("best")), None)
-    title = "No epoch was chosen"
-    if chosen is not None:
+    title = "No epoch was chosen" if scored else f"{len(records)} epochs: {selection_words(selected_on)}"
+    if scored and chosen is not None:
         line = {
             "color": ACCENT_COLOR,
             "linestyle": "--",
@@ -310,13 +315,13 @@ def training_curves(
             "label": "chosen epoch",
             "zorder": 1,
         }
-        for axes in (losses, pearsons):
+        for axes in panels:
             axes.axvline(chosen["epoch"], **line)
         pearson = chosen.get("selection_pearson")
         reached = "" if pearson is None else f": Pearson {pearson:.3f}"
         title = f"Epoch {chosen['epoch']} chosen on {selected_on}{reached}"
     figure.suptitle(textwrap.fill(title, 80), fontsize=12)
-    losses.legend(frameon=False, fontsize=10)
+    panels[0].legend(frameon=False, fontsize=10)
     _save(figure, path)
 
 

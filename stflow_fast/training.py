@@ -33,6 +33,7 @@ from .threads import spread
 from .windows import (
     HELD_OUT_REGIONS,
     HELD_OUT_SLIDES,
+    NOTHING,
     TEST,
     TrainingConfig,
     TrainingData,
@@ -43,6 +44,9 @@ from .windows import (
 )
 
 PRECISIONS = ("no", "bf16", "fp16")
+
+SELECTIONS = ("none", "validation", "test")
+"""What the epoch may be chosen on, see :func:`load_fold`."""
 
 
 class FlowObjective(nn.Module):
@@ -125,9 +129,9 @@ def fit(
             configuration on resume, a truncated checkpoint, or a full disk.
         Diverged: the loss is no longer finite; the best model before that is in ``out``.
     """
-    config = config or TrainingConfig()
+    config = (config or TrainingConfig()).filled_in(data.selected_on)
     out = Path(out)
-    if not (data.train and data.selection):
+    if not (data.train and (data.selection or data.selected_on == NOTHING)):
         raise InputError("train: no slide is left to train on, or none to choose the epoch on; see validation_fraction")
     settings = DenoiserConfig(n_genes=len(data.genes), feature_dim=_feature_dim(data), **(denoiser or {}))
     trainer = _Trainer(data, settings, config, precision)
@@ -218,9 +222,10 @@ def load_fold(
 ) -> TrainingData:
     """The training side of one fold of a HEST-bench task folder, or of an organ of STImage-1K4M.
 
-    The epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one, else on training slides
-    that are held out, or on regions of them where they are few; with ``select_on="test"`` on the test slides, as the
-    published code does.
+    With ``select_on="validation"`` the epoch is chosen on the slides of ``splits/val_{fold}.csv`` where there is one,
+    else on training slides that are held out, or on regions of them where they are few; with "test" on the test slides,
+    as the published code does; with "none" on nothing: all slides but those of the test train, for a fixed number of
+    epochs, and the model is the mean of the weights on the way.
 
     Args:
         data: the task folder.
@@ -229,7 +234,7 @@ def load_fold(
         genes: the gene list, a file in the task folder or elsewhere; see :func:`stflow_fast.slides.read_genes`.
         embeddings: where the embeddings are, if not in the task folder.
         normalize: see ``stflow_fast.slides.NORMALIZATIONS``.
-        select_on: "validation" or "test".
+        select_on: one of :data:`SELECTIONS`.
         gene_key: column of ``var`` with the names of the genes; its index when None.
         organ: of STImage-1K4M, whose folder ``data`` then is; see :class:`stflow_fast.slides.StImageTask`.
         config: its seed and validation_fraction decide the regions.
@@ -237,13 +242,16 @@ def load_fold(
     Raises:
         InputError: as :func:`stflow_fast.slides.open_task` and Slide; another ``select_on``.
     """
-    if select_on not in ("validation", "test"):
-        raise InputError(f"select_on: must be validation or test, not {select_on!r}")
+    if select_on not in SELECTIONS:
+        raise InputError(f"select_on: must be {', '.join(SELECTIONS[:-1])} or {SELECTIONS[-1]}, not {select_on!r}")
     config = config or TrainingConfig()
     task = open_task(data, encoder, embeddings, gene_key, organ)
     split = task.fold(fold)
     train = [task.slide(name) for name in split.train]
-    if select_on == "test":
+    if select_on == "none":
+        train += [task.slide(name) for name in split.val]
+        selection, selected_on = [], NOTHING
+    elif select_on == "test":
         selection, selected_on = [task.slide(name) for name in split.test], TEST
     elif split.val:
         selection, selected_on = [task.slide(name) for name in split.val], HELD_OUT_SLIDES
@@ -310,7 +318,8 @@ class _Trainer:
         [scores] = broadcast_object_list([scores])
         _check_finite(bool(scores), epoch)
         reached = scores["selection_pearson"]
-        improved = reached is not None and reached > progress.best_score
+        fixed = self.data.selected_on == NOTHING  # then the last epoch is the one
+        improved = fixed or (reached is not None and reached > progress.best_score)
         record = {
             "epoch": epoch,
             "train_loss": loss,
@@ -337,19 +346,21 @@ class _Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             done = (epoch - 1) * steps + step
-            # The first steps are soon forgotten, or the mean would long remember the initial weights.
-            _follow(self.average, self.model, min(self.config.ema_decay, (1 + done) / (10 + done)))
+            _follow(self.average, self.model, _share_of_old(self.config.ema_decay, done))
             total += loss.detach()
         loss = float(self.accelerator.reduce(total / steps, "mean"))
         _check_finite(math.isfinite(loss), epoch)
         return loss
 
     def _score(self) -> dict[str, float | None]:
-        """Pearson and mean squared error, means over genes, of sampled expression; empty if that is not finite.
+        """Pearson and mean squared error, means over genes, of sampled expression; empty if that is not finite, None of
+        each where nothing is there to score.
 
         The spots of all TEST slides are pooled, as in the published selection and in HEST-bench. Held-out slides and
         regions are scored one by one: they differ in depth, and pooled they would score that.
         """
+        if self.data.selected_on == NOTHING:
+            return {"selection_mse": None, "selection_pearson": None, "n_constant_genes": None}
         sampler = Sampler(self.average, self.config.n_sample_steps, self.config.source())
         drawn = [sampler.prepare(slide).draw(seed=self.config.seed).expression for slide in self.data.selection]
         drawn = [expression.numpy() for expression in drawn]
@@ -429,6 +440,12 @@ def _accelerator(precision: str | None) -> Accelerator:
 def _check_finite(finite: bool, epoch: int) -> None:
     if not finite:
         raise Diverged(f"learning_rate: training diverged in epoch {epoch}; lower it")
+
+
+def _share_of_old(ema_decay: float, done: int) -> float:
+    """In a running mean of the weights behind ``done`` + 1 steps. A uniform one has those of all steps alike; else the
+    first steps are soon forgotten, or the mean would long remember the initial weights."""
+    return done / (1 + done) if ema_decay == 1 else min(ema_decay, (1 + done) / (10 + done))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class TrainingConfig:
     """How to train; the defaults are the published ones where the paper or its code states one.
 
     Attributes:
-        epochs: at most.
+        epochs: at most; when None 100, or :data:`FIXED_EPOCHS` with nothing to choose the epoch on.
         patience: epochs without a better selection score before stopping.
         batch_size: windows per step and process.
         windows_per_slide: windows of each slide per epoch; a window is the nearest uniform(0, 1) fraction of the
@@ -35,14 +35,15 @@ class TrainingConfig:
         validation_fraction: share of the training slides that is held out to choose the epoch by; with too few
             slides for that, one region of every slide, this share of its spots.
         ema_decay: the model that is scored and kept is a running mean of the weights, with this share of the old per
-            step (less in the first steps); 0, as published, is the weights themselves.
+            step (less in the first steps); 0, as published, is the weights themselves, 1 their uniform mean from the
+            first step on. When None 0, or 1 with nothing to choose the epoch on.
         seed: of the initial weights, the windows, the noise and the dropout.
 
     Raises:
         InputError: a value out of its range, with the field's name.
     """
 
-    epochs: int = 100
+    epochs: int | None = None
     patience: int = 20
     batch_size: int = 2
     windows_per_slide: int = 10
@@ -54,31 +55,52 @@ class TrainingConfig:
     prior_zi_logits: float = Prior.zi_logits
     n_sample_steps: int = DEFAULT_SAMPLE_STEPS
     validation_fraction: float = 0.15
-    ema_decay: float = 0.0
+    ema_decay: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in ("epochs", "patience", "batch_size", "windows_per_slide"):
-            if getattr(self, field) < 1:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise InputError(f"{field}: must be at least 1, not {getattr(self, field)}")
         for field in ("learning_rate", "clip_norm"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
                 raise InputError(f"{field}: must be above 0, not {getattr(self, field)}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay: must be in [0, 1), not {self.ema_decay}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
+            raise InputError(f"ema_decay: must be in [0, 1], not {self.ema_decay}")
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
         time_grid(self.n_sample_steps)
         check_seed(self.seed)
         self.source()
 
+    def filled_in(self, selected_on: str) -> TrainingConfig:
+        """With what is None as it is where the epoch is chosen on ``selected_on``."""
+        epochs, decay = (FIXED_EPOCHS, 1.0) if selected_on == NOTHING else (100, 0.0)
+        return dataclasses.replace(
+            self,
+            epochs=epochs if self.epochs is None else self.epochs,
+            ema_decay=decay if self.ema_decay is None else self.ema_decay,
+        )
+
     def source(self) -> Prior:
         """The distribution of x_0."""
         return Prior.of_training(dataclasses.asdict(self))
 
 
-TEST, HELD_OUT_SLIDES, HELD_OUT_REGIONS = "TEST", "held-out slides", "held-out regions"
-"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals."""
+TEST, HELD_OUT_SLIDES, HELD_OUT_REGIONS, NOTHING = "TEST", "held-out slides", "held-out regions", "nothing"
+"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals. With nothing, the number
+of epochs is fixed beforehand, and the model is the mean of the weights on the way."""
+
+FIXED_EPOCHS = 8
+"""Fixed before any fold was scored with it (benchmarks/results/her2st_notes.md, "The rule")."""
+
+
+def selection_words(selected_on: str) -> str:
+    """How the weights of a model were chosen."""
+    chosen = selected_on != NOTHING
+    return (
+        f"epoch chosen on {selected_on}" if chosen else "no epoch chosen: weights averaged over a fixed number of them"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,8 +109,8 @@ class TrainingData:
 
     Attributes:
         train: slides with counts.
-        selection: slides with counts, disjoint from ``train`` in spots.
-        selected_on: what ``selection`` is: HELD_OUT_REGIONS, HELD_OUT_SLIDES or TEST (the published way).
+        selection: slides with counts, disjoint from ``train`` in spots; none with NOTHING.
+        selected_on: what ``selection`` is: HELD_OUT_REGIONS, HELD_OUT_SLIDES, TEST (the published way) or NOTHING.
         genes: the panel, in the order of the model's output.
         encoder: name of the patch encoder.
         normalize: see ``stflow_fast.slides.NORMALIZATIONS``.

@@ -15,7 +15,7 @@ from ..evaluation import compare
 from ..model import Denoiser
 from ..slides import Slide, open_task
 from ..windows import TEST
-from .settings import SamplingConfig, model_and_origin
+from .settings import SamplingConfig, model_and_origin, selection_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def evaluate_slides(
     result = compare(train, test, np.concatenate(predicted), genes, normalize)
     result.update(
         {
-            "selected_on": model.provenance.training.get("selected_on", "unknown"),
+            **selection_of(model),
             "encoder": model.provenance.encoder,
             "normalize": normalize,
             **sampling.describe(model),

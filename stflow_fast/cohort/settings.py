@@ -89,12 +89,20 @@ def gene_names(model: Denoiser) -> tuple[str, ...]:
     return model.provenance.genes or tuple(f"gene_{i}" for i in range(model.config.n_genes))
 
 
+def selection_of(model: Denoiser) -> dict[str, Any]:
+    """How the weights of a model were chosen (plain types)."""
+    about = model.provenance.training
+    told = {"selected_on": str(about.get("selected_on", "unknown"))}
+    named = {"ema_decay": about.get("training", {}).get("ema_decay"), "epoch": about.get("best_epoch")}
+    return {**told, **{name: value for name, value in named.items() if value is not None}}
+
+
 def made_by(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
     """What decides the numbers of a prediction, beside the slide (plain types)."""
     return {
         "weights_sha256": fingerprint(model),
         "version": __version__,
-        "selected_on": str(model.provenance.training.get("selected_on", "unknown")),
+        **selection_of(model),
         **sampling.describe(model),
     }
 
