@@ -88,8 +88,8 @@ class TrainingConfig:
 
 
 TEST, HELD_OUT_SLIDES, HELD_OUT_REGIONS, NOTHING = "TEST", "held-out slides", "held-out regions", "nothing"
-"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals. With nothing, the number
-of epochs is fixed beforehand, and the model is the mean of the weights on the way."""
+"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals. With nothing, their number
+is fixed beforehand, and the model is the mean of the weights on the way."""
 
 FIXED_EPOCHS = 8
 """Fixed before any fold was scored with it (benchmarks/results/her2st_notes.md, "The rule")."""
@@ -97,10 +97,7 @@ FIXED_EPOCHS = 8
 
 def selection_words(selected_on: str) -> str:
     """How the weights of a model were chosen."""
-    chosen = selected_on != NOTHING
-    return (
-        f"epoch chosen on {selected_on}" if chosen else "no epoch chosen: weights averaged over a fixed number of them"
-    )
+    return "no epoch chosen, weights averaged" if selected_on == NOTHING else f"epoch chosen on {selected_on}"
 
 
 @dataclass(frozen=True)
