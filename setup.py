@@ -50,6 +50,7 @@ setup(
         "huggingface_hub>=0.26",
         "accelerate>=1.0",
         "scikit-learn>=1.3",
+        "scoringrules>=0.9",
         "matplotlib>=3.7",
         "pillow>=9.1",
         "typer>=0.12",

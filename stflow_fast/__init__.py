@@ -28,6 +28,7 @@ _HOMES = {
     "SpotGraph": "graph",
     "TrainingConfig": "windows",
     "accelerate": "checkpoints",
+    "calibrate": "calibration",
     "convert": "checkpoints",
     "embed": "embedding",
     "evaluate": "cohort",

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from . import report
 from ._version import __version__
+from .calibration import calibrate
 from .checkpoints import convert as convert_checkpoint
 from .cohort import PAGE, RunConfig, SamplingConfig, SlideLine, evaluate, load_model, predict, summarize, would_do
 from .config import DenoiserConfig
@@ -29,8 +30,9 @@ from .errors import InputError, SlidesFailed, others_written
 from .files import check_output, write_json
 from .inspection import Finding, inspect, remarks_of, table_of
 from .outputs import DTYPES, SUFFIXES, OutputConfig
-from .progress import epochs_bar, patches_bar, paths_bar, slides_bar
-from .runs import CURVES_FILE, EVALUATION_FOLDER, RUN_FILE
+from .progress import cases_bar, epochs_bar, groups_bar, patches_bar, paths_bar, slides_bar
+from .protocol import PAGE_FILE, Plan, cells_of, hest_tasks, notes_of, read_patients, run_protocol, stimage_tasks
+from .runs import CURVES_FILE, EVALUATION_FOLDER, MODEL_FOLDER, RUN_FILE
 from .sampling import DEFAULT_MEMORY_BUDGET
 from .slides import FORMATS, NORMALIZATIONS, ReadOptions, Slide, read_genes
 from .slides.options import COORDINATE_SYSTEM, SPATIAL_KEY
@@ -63,6 +65,12 @@ Steps = Annotated[
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 Budget = Annotated[str, typer.Option(help="Memory to keep edge messages in between flow steps.")]
 Precision = Annotated[str, typer.Option(help="Of matrix products: float32, on a GPU tf32, or bf16 (error some 1 %).")]
+Smooth = Annotated[float, typer.Option(help="Share of the mean over a spot's neighbours to mix in, such as 0.25.")]
+Draws = Annotated[
+    int | None,
+    typer.Option(help="Predict the mean of so many samples, with its standard deviation by the observation model."),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="One denoiser call from a source of zeros: a quarter of the work.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
 FeaturesKey = Annotated[
     str | None,
@@ -183,7 +191,7 @@ def train(
             help=f"What the epoch is chosen on: {', '.join(SELECTIONS)}. none: all slides train for a fixed number of "
             "epochs, and the weights are averaged; validation: held out of training; test: as published."
         ),
-    ] = "validation",
+    ] = "none",
     epochs: Annotated[
         int | None, typer.Option(help=f"At most; {FIXED_EPOCHS} with --select-on none, else 100, if left out.")
     ] = None,
@@ -244,6 +252,23 @@ def train(
     typer.echo(f"model of epoch {run.best_epoch} of {len(run.records)}, {chosen}; in {run.folder}")
 
 
+@app.command(name="calibrate")
+def calibrate_command(
+    run: Annotated[Path, PathArgument(help="Folder of a run of train.")],
+    data: Annotated[
+        Path | None, PathArgument(help="The task folder it was trained on; where it was then if left out.")
+    ] = None,
+    embeddings: Embeddings = None,
+) -> None:
+    """Fit how sure the model of a run is: networks are trained without some of the slides each, and the errors that
+    they make there are given a law. ``predict --draws`` and ``evaluate`` use it. An interrupted call goes on."""
+    with groups_bar() as on_epoch:
+        observation = calibrate(run, data, embeddings=embeddings, on_epoch=on_epoch)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(report.observation_table(observation))
+    console.print(f"written into {run / MODEL_FOLDER}", markup=False)
+
+
 @app.command(name="evaluate")
 def evaluate_command(
     run: Annotated[str, typer.Argument(help="Folder of a run or of a model.")],
@@ -254,7 +279,7 @@ def evaluate_command(
     ] = None,
     json_file: Annotated[Path | None, PathOption("--json", help="Write the scores here.")] = None,
     maps: Annotated[Path | None, PathOption(help="Folder of the pictures; RUN/evaluation when left out.")] = None,
-    biomarkers: Annotated[str | None, typer.Option(help="Genes to show one by one, with commas between.")] = None,
+    biomarkers: Annotated[str, typer.Option(help="Genes to show one by one, with commas between.")] = "",
     embeddings: Embeddings = None,
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
@@ -262,10 +287,15 @@ def evaluate_command(
     device: Device = "auto",
     memory_budget: Budget = DEFAULT_MEMORY_BUDGET,
     precision: Precision = "float32",
+    smooth: Smooth = 0.0,
+    draws: Draws = None,
+    fast: Fast = False,
 ) -> None:
-    """Score a model on the test slides of a fold, beside the baselines."""
-    sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision)
-    names = [name.strip() for name in biomarkers.split(",") if name.strip()] if biomarkers else []
+    """Score a model on the test slides of a fold, beside the baselines; of one that ``calibrate`` has treated, also how
+    sure it is."""
+    n_sample_steps, prior = _solver(n_sample_steps, prior, fast)
+    sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision, smooth, draws)
+    names = _words(biomarkers)
     if names:  # before the slides are sampled
         report.check_genes(names, load_model(run, device).provenance.genes)
     with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
@@ -273,6 +303,8 @@ def evaluate_command(
     _print_notes(found.slides)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(report.results_table(found.result))
+    if "certainty" in found.result:
+        console.print(report.certainty_table(found.result))
     if names:
         console.print(report.biomarker_table(found.result, names))
     if json_file:
@@ -280,6 +312,48 @@ def evaluate_command(
     folder = maps or (Path(run) if Path(run).is_dir() else Path()) / EVALUATION_FOLDER
     for path in report.evaluation_pictures(folder, found.result, found.slides, found.truth, found.predicted):
         console.print(f"wrote {path}", markup=False)
+
+
+@app.command(name="protocol")
+def protocol_command(
+    name: Annotated[str, typer.Argument(help="hest, or stimage.")],
+    root: Annotated[Path, PathArgument(help="HEST-bench's folder of tasks, or one such; or that of STImage-1K4M.")],
+    encoder: Annotated[str, typer.Option(help="Patch encoder: the name of its embeddings' folder.")],
+    out: Annotated[Path, PathOption(help="Folder of the runs and of results.json, results.md.")],
+    tasks: Annotated[str, typer.Option(help="With commas between; all if left out.")] = "",
+    seeds: Annotated[str, typer.Option(help="With commas between; stimage: each has a split of its own.")] = "0,1,2",
+    selections: Annotated[
+        str, typer.Option(help=f"What the epoch is chosen on, of {', '.join(SELECTIONS)}.")
+    ] = "none,validation,test",
+    genes: Annotated[str, typer.Option(help=f"{GENE_LIST}; in each task, or elsewhere.")] = "var_50genes.json",
+    embeddings: Embeddings = None,
+    patients: Annotated[
+        Path | None, PathOption(help="CSV of sample_id (or id) and patient; slides.csv of a task if left out.")
+    ] = None,
+    certainty: Annotated[
+        bool, typer.Option("--certainty", help="Calibrate each run too, which trains it some five times more.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any field of TrainingConfig or DenoiserConfig; repeatable."),
+    ] = None,
+) -> None:
+    """Run a benchmark of the field: all tasks, folds, seeds and selections, beside every baseline. A call that was
+    interrupted goes on."""
+    place = None if embeddings is None else str(embeddings)
+    chosen, numbers = tuple(_words(tasks)), _numbers("seeds", seeds)
+    training, denoiser = _parse_settings(settings or [], taken={"seed"})
+    if name not in ("hest", "stimage"):
+        raise InputError(f"protocol: must be hest or stimage, not {name!r}")
+    found = hest_tasks(root, encoder, place, chosen) if name == "hest" else stimage_tasks(root, numbers, chosen)
+    selected = tuple(_words(selections))
+    plan = Plan(found, encoder, numbers, selected, place, genes, certainty, training, denoiser)
+    known = None if patients is None else read_patients(patients)
+    with cases_bar() as (on_case, on_epoch):
+        result = run_protocol(plan, out, known, lambda case, *place: on_case(case.path, *place), on_epoch)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.protocol_table(*cells_of(result), notes_of(result)))
+    console.print(f"wrote {out / PAGE_FILE}", markup=False)
 
 
 @app.command(name="predict")
@@ -327,6 +401,15 @@ def predict_command(
     genes: Annotated[
         Path | None, PathOption(help="List of the genes to write: one a line, or JSON. All if left out.")
     ] = None,
+    draws: Draws = None,
+    quantiles: Annotated[
+        str, typer.Option(help="Percentiles to write with --draws, such as 5,50,95: layers q5, q50, q95.")
+    ] = "",
+    keep_draws: Annotated[
+        bool, typer.Option("--keep-draws", help="Write the draws too: layers draw_0, draw_1, ...")
+    ] = False,
+    smooth: Smooth = 0.0,
+    fast: Fast = False,
     n_sample_steps: Steps = None,
     prior: Annotated[str | None, typer.Option(help="As trained when left out.")] = None,
     seed: Seed = 0,
@@ -354,7 +437,8 @@ def predict_command(
         table=table,
         embeddings=embeddings,
     )
-    names = tuple(name.strip() for name in maps.split(",") if name.strip())
+    names = tuple(_words(maps))
+    solver, percents = _solver(n_sample_steps, prior, fast), _numbers("quantiles", quantiles, float)
     config = RunConfig(
         shard=_shard(shard),
         limit=limit,
@@ -381,8 +465,8 @@ def predict_command(
                 run,
                 slides,
                 out,
-                sampling=SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision),
-                output=OutputConfig(to, dtype, read_genes(genes) if genes else None),
+                sampling=SamplingConfig(*solver, seed, memory_budget, precision, smooth, draws),
+                output=OutputConfig(to, dtype, read_genes(genes) if genes else None, percents, keep_draws),
                 config=config,
                 device=device,
                 reading=reading,
@@ -404,11 +488,24 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _numbers(name: str, text: str) -> tuple[int, ...]:
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(name: str, text: str, kind: type = int) -> tuple[Any, ...]:
     try:
-        return tuple(int(each) for each in text.split(",")) if text else ()
+        return tuple(kind(each) for each in text.split(",")) if text else ()
     except ValueError:
-        raise InputError(f"{name}: must be whole numbers, not {text!r}") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{name}: must be {what} with commas between, not {text!r}") from None
+
+
+def _solver(n_sample_steps: int | None, prior: str | None, fast: bool) -> tuple[int | None, str | None]:
+    """Steps and prior. With ``--fast`` a single call from zero: what x_t tells beyond the image is little."""
+    if fast and not (n_sample_steps is None and prior is None):
+        raise InputError("fast: is --n-sample-steps 2 --prior zero; give either")
+    return (2, "zero") if fast else (n_sample_steps, prior)
 
 
 def _show(found: list[Finding]) -> None:

@@ -523,6 +523,10 @@ class Denoiser(nn.Module, Pretrained):
 
     Parameters have the published names and shapes: ``load_state_dict(torch.load(published, weights_only=True))``
     works with ``strict=True``, and the other way round.
+
+    Attributes:
+        observation: the law of x_1 around what is predicted (:mod:`.priors.observation`); None where none was fitted.
+        source: what x_0 is drawn from, where that was fitted (:mod:`.priors.sources`).
     """
 
     def __init__(self, config: DenoiserConfig, provenance: Provenance | None = None) -> None:
@@ -530,6 +534,7 @@ class Denoiser(nn.Module, Pretrained):
         super().__init__()
         self.config = config
         self.provenance = provenance or Provenance()
+        self.observation, self.source = None, None
         if self.provenance.genes and len(self.provenance.genes) != config.n_genes:
             raise InputError(f"genes: {len(self.provenance.genes)} names for {config.n_genes} predicted genes")
         self.backbone = SpatialTransformer(config)

@@ -56,6 +56,8 @@ class OutputConfig:
         to: "h5ad", or "spatialdata" for a zarr folder.
         dtype: of X, "float32" or "float16", which keeps three digits of a number in half of the space.
         genes: the genes to write, in this order; all that the model predicts when None. Sampling needs all of them.
+        quantiles: percentiles of x_1 to write of a prediction with draws, 0 to 100; layers "q5", "q50", ...
+        keep_draws: write the draws themselves too; layers "draw_0", "draw_1", ...
 
     Raises:
         InputError: a value out of its range, with the field's name, or a spatialdata that cannot be imported.
@@ -64,6 +66,8 @@ class OutputConfig:
     to: str = "h5ad"
     dtype: str = "float32"
     genes: Sequence[str] | None = None
+    quantiles: tuple[float, ...] = ()
+    keep_draws: bool = False
 
     def __post_init__(self) -> None:
         for field, known in (("to", SUFFIXES), ("dtype", DTYPES)):
@@ -74,6 +78,23 @@ class OutputConfig:
             _check_spatialdata()
         if self.genes is not None:
             object.__setattr__(self, "genes", _checked_genes(self.genes))
+        beyond = [each for each in self.quantiles if not 0 < each < 100]
+        if beyond:
+            raise InputError(f"quantiles: must be percentiles between 0 and 100, such as 5,50,95, not {beyond[0]:g}")
+
+    def layers(self, draws: int | None) -> tuple[str, ...]:
+        """Names of what is written beside X of a prediction with so many draws.
+
+        Raises:
+            InputError: layers are wanted that only draws have.
+        """
+        if draws is None:
+            if self.quantiles or self.keep_draws:
+                name = "quantiles" if self.quantiles else "keep_draws"
+                raise InputError(f"{name}: are of predictions with --draws; give it too")
+            return ()
+        kept = draws if self.keep_draws else 0
+        return ("std", *(f"q{each:g}" for each in self.quantiles), *(f"draw_{number}" for number in range(kept)))
 
     def select(self, panel: Sequence[str]) -> np.ndarray | slice:
         """The columns to write of a prediction of the genes ``panel``.
@@ -96,7 +117,9 @@ class OutputConfig:
         """What decides what is written of a prediction of the genes ``panel`` (plain JSON types)."""
         names = np.array(panel)[self.select(panel)].tolist()
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        return {"layout": LAYOUT, "to": self.to, "dtype": self.dtype, "genes_sha256": digest}
+        layers = {"quantiles": list(self.quantiles)} if self.quantiles else {}
+        layers |= {"keep_draws": True} if self.keep_draws else {}
+        return {"layout": LAYOUT, "to": self.to, "dtype": self.dtype, "genes_sha256": digest, **layers}
 
     def path(self, folder: Path, slide: str) -> Path:
         """Where the prediction of a slide goes."""
@@ -114,17 +137,24 @@ def _checked_genes(genes: Sequence[str]) -> tuple[str, ...]:
 
 
 class Expression(NamedTuple):
-    """The X of a prediction, which is written as it is made.
+    """The X and the layers of a prediction, which are written as they are made.
 
     Attributes:
-        shape: (N, G).
+        shape: (N, G) of each.
         dtype: "float32" or "float16".
-        blocks: slices of the spots, one behind the other, and their X [n, G]; gone through once.
+        blocks: slices of the spots, one behind the other, and their X and layers [n, G]; gone through once.
+        layers: their names.
     """
 
     shape: tuple[int, int]
     dtype: str
-    blocks: Iterable[tuple[slice, np.ndarray]]
+    blocks: Iterable[tuple[slice, Sequence[np.ndarray]]]
+    layers: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> list[str]:
+        """Of X and the layers in a file."""
+        return ["X", *(f"layers/{name}" for name in self.layers)]
 
 
 def prediction_table(slide: Slide, genes: Sequence[str], about: dict[str, Any]) -> anndata.AnnData:
@@ -336,22 +366,24 @@ def write_h5ad(path: Path, table: anndata.AnnData, expression: Expression) -> No
         with growing_hdf5(temporary) as (file, reserve):
             # Shuffled, predictions take 77 % of their bytes at 43 MB/s of a core; by gzip alone 89 % at 20 MB/s.
             packed = {"compression": "gzip", "shuffle": True}
-            _fill(file.create_dataset(**_stored(expression), **packed), expression, reserve)
+            _fill([file.create_dataset(**how, **packed) for how in _stored(expression)], expression, reserve)
 
 
-def _stored(expression: Expression) -> dict[str, Any]:
-    """How HDF5 and zarr are to store it."""
+def _stored(expression: Expression) -> list[dict[str, Any]]:
+    """How HDF5 and zarr are to store X and layers."""
     shape = expression.shape
     chunk = tuple(max(1, min(each)) for each in zip(shape, CHUNK, strict=True))
-    return {"name": "X", "shape": shape, "dtype": expression.dtype, "chunks": chunk}
+    return [{"name": name, "shape": shape, "dtype": expression.dtype, "chunks": chunk} for name in expression.places]
 
 
-def _fill(array: Any, expression: Expression, reserve: Callable[[int], None]) -> None:
-    """Write X into an array of HDF5 or zarr; ``reserve`` is called with the bytes that come next."""
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for rows, part in expression.blocks:
-        reserve(part.nbytes)
-        array[rows] = part
+def _fill(arrays: Sequence[Any], expression: Expression, reserve: Callable[[int], None]) -> None:
+    """Write X and layers into arrays of HDF5 or zarr; ``reserve`` is called with the bytes that come next."""
+    for array in arrays:
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    for rows, parts in expression.blocks:
+        for array, part in zip(arrays, parts, strict=True):
+            reserve(part.nbytes)
+            array[rows] = part
 
 
 def write_spatialdata(path: Path, table: anndata.AnnData, expression: Expression) -> None:
@@ -373,7 +405,7 @@ def write_spatialdata(path: Path, table: anndata.AnnData, expression: Expression
         warnings.simplefilter("ignore")  # of libraries about each other's next versions
         _as_spatialdata(table).write(temporary / path.name, update_sdata_path=False)
         annotation = zarr.open_group(temporary / path.name / f"tables/{TABLE}", mode="r+", use_consolidated=False)
-        _fill(annotation.create_array(**_stored(expression)), expression, lambda n_bytes: None)
+        _fill([annotation.create_array(**how) for how in _stored(expression)], expression, lambda n_bytes: None)
         zarr.consolidate_metadata(temporary / path.name)
         if path.exists():
             os.replace(path, aside)

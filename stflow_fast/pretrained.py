@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub import (
@@ -25,8 +27,10 @@ from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .config import DenoiserConfig
-from .errors import InputError, first_line
+from .errors import InputError, first_line, with_path
 from .files import atomic_files, atomic_path, read_json, write_json
+from .priors.observation import ObservationModel, load_observation
+from .priors.sources import FittedSource, load_source
 from .slides import NORMALIZATIONS
 
 CONFIG_FILE = "config.json"
@@ -98,6 +102,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
 
     config: DenoiserConfig
     provenance: Provenance
+    observation: ObservationModel | None
+    source: FittedSource | None
 
     def save_pretrained(
         self,
@@ -118,8 +124,14 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_tensors(Path(save_directory) / WEIGHTS_FILE, state)
         content = {"denoiser": self.config.to_dict(), "provenance": dataclasses.asdict(self.provenance)}
+        for kind in LAWS_BESIDE:
+            law = getattr(self, kind)
+            if law is not None:
+                content[kind] = law.to_dict()
+                for name, array in law.tensors().items():
+                    state[f"{kind}.{name}"] = torch.from_numpy(np.array(array, order="C"))
+        save_tensors(Path(save_directory) / WEIGHTS_FILE, state)
         write_json(Path(save_directory) / CONFIG_FILE, content)
 
     @classmethod
@@ -151,8 +163,29 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
             raise InputError(f"{config_file}: has no 'denoiser' section; it is not a stflow-fast model")
         model = cls(DenoiserConfig.from_dict(content["denoiser"]), Provenance.from_dict(content.get("provenance", {})))
         state, _ = load_tensors(weights_file)
+        arrays = {kind: _taken(state, f"{kind}.") for kind in LAWS_BESIDE}
         load_state(model, state, weights_file)
+        for kind, load in LAWS_BESIDE.items():
+            if kind in content:
+                try:
+                    setattr(model, kind, load(content[kind], arrays[kind], model.provenance.genes))
+                except InputError as error:
+                    raise InputError(with_path(config_file, error)) from error
         return model.to(map_location).eval()
+
+
+LAWS_BESIDE: dict[str, Callable[[Any, dict[str, np.ndarray], tuple[str, ...]], Any]] = {
+    "observation": load_observation,
+    "source": load_source,
+}
+"""What a model may have beside its parameters: sections of config.json, whose arrays have these words before their
+names in model.safetensors; and what reads them."""
+
+
+def _taken(state: dict[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
+    """What begins so, taken out of a state."""
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state.pop(name).numpy() for name in names}
 
 
 def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:

@@ -48,6 +48,43 @@ def epochs_bar(epochs: int, selected_on: str, quiet: bool = False) -> Iterator[C
 
 
 @contextlib.contextmanager
+def cases_bar() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[dict[str, Any]], None]]]:
+    """A bar over the runs of a benchmark; yields what to call with the name of each that begins, its number and how
+    many there are, and what to call with the record of each epoch."""
+    with _progress() as progress:
+        task = progress.add_task("run", total=None, status="")
+        name = ""
+
+        def begin(path: str, number: int, total: int) -> None:
+            nonlocal name
+            name = path
+            progress.update(task, completed=number, total=total, status=name)
+            if not progress.console.is_terminal:  # a log has no bar
+                progress.console.print(f"run {number + 1} of {total}: {name}", markup=False)
+
+        def epoch(record: dict[str, Any]) -> None:
+            progress.update(task, status=f"{name}, epoch {record['epoch']}, loss {record['train_loss']:.3f}")
+
+        yield begin, epoch
+
+
+@contextlib.contextmanager
+def groups_bar() -> Iterator[Callable[[int, int, dict[str, Any]], None]]:
+    """A bar over groups of slides that are left out in turn; yields what to call with the number of each, how many
+    there are, and the record of each epoch."""
+    with _progress() as progress:
+        task = progress.add_task("left out", total=None, status="")
+
+        def update(number: int, total: int, record: dict[str, Any]) -> None:
+            status = f"epoch {record['epoch']}, loss {record['train_loss']:.3f}"
+            progress.update(task, completed=number, total=total, status=status)
+            if not progress.console.is_terminal:  # a log has no bar
+                progress.console.print(f"left out {number + 1} of {total}: {status}", markup=False)
+
+        yield update
+
+
+@contextlib.contextmanager
 def slides_bar() -> Iterator[Callable[[str, tuple[str, ...], int, int], None]]:
     """A bar over slides; yields what to call with the id of each that is done, its notes (each different one is printed
     once), the number of its spots, and how many slides there are."""

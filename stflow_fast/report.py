@@ -22,6 +22,7 @@ from rich.text import Text
 from .errors import InputError
 from .evaluation import score
 from .files import atomic_path
+from .priors.observation import ObservationModel
 from .slides import Slide
 from .slides.places import spacing
 from .windows import NOTHING, selection_words
@@ -35,12 +36,20 @@ LABELS = {
     "train_mean": "train mean",
     "hest_ridge": "HEST ridge",
     "ridge_alpha_1e4": "ridge alpha 1e4",
+    "ridge": "ridge",
+    "ridge_smoothed": "ridge, smoothed",
+    "ridge_neighbors": "ridge, own and neighbours' features",
     "depth_oracle": "depth oracle",
     "shuffled_spots": "spots shuffled",
 }
 """How a reader meets the baselines of :func:`stflow_fast.evaluation.baselines`, and the demo's control."""
 
 CONSTANT_NOTE = "const: genes without Pearson, truth or prediction being the same everywhere."
+CERTAINTY_KEYS = ("crps_mean", "coverage_50", "coverage_90", "spread_ratio")
+CERTAINTY_NOTE = (
+    "CRPS: the lower the better. in 50 %, 90 %: share of the truth within such intervals of the draws; an interval\n"
+    "that begins at zero holds every zero. spread: of the draws, over the error of their mean."
+)
 UNITS = {"log1p": "log1p counts", "cp10k_log1p": "log1p counts per 10,000"}
 ORACLE_NOTE = "depth oracle: reads the true total count of each test spot, nothing else."
 _COMPACT: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
@@ -90,6 +99,80 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
         gene = own[name]
         table.add_row(Text(name), _number(gene["pearson"]), *others, _number(gene["mse"]), _number(gene["r2"]))
     return table
+
+
+def certainty_table(result: Mapping[str, Any], model: str = MODEL_NAME) -> Table:
+    """How much the draws of the model, and of the baselines that have some, are worth.
+
+    Args:
+        result: with ``certainty``, as :func:`stflow_fast.evaluate` gives it of a model with an observation model.
+    """
+    table = Table(title="Certainty", caption=CERTAINTY_NOTE, caption_justify="left", **_COMPACT)
+    table.add_column("predictor", no_wrap=True)
+    for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
+        table.add_column(column, justify="right")
+    for name, scores in _with_certainty(result, model).items():
+        row = (_number(scores["certainty"][key]) for key in CERTAINTY_KEYS)
+        table.add_row(Text(name), *row, style="bold" if scores is result else None)
+    return table
+
+
+def protocol_table(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
+    """That of :func:`stflow_fast.protocol.cells_of`, with what a reader must know below it."""
+    caption = "\n".join(textwrap.fill(note, 120) for note in notes)
+    table = Table(title="Mean Pearson over genes", caption=caption, caption_justify="left", **_COMPACT)
+    table.add_column(head[0], no_wrap=True)
+    for column in head[1:]:
+        table.add_column(Text(column), justify="right")
+    for name, *cells in lines:
+        table.add_row(Text(LABELS.get(name, name)), *cells)
+    return table
+
+
+def observation_table(observation: ObservationModel) -> Table:
+    """What the laws reached on groups of slides that they were not fitted on; the one that is kept first."""
+    about = observation.about
+    title = f"Law of x_1 around the mean: {observation.law.name} ({about['spots']:,} spots, {about['groups']} groups)"
+    table = Table(title=title, caption=CERTAINTY_NOTE, caption_justify="left", **_COMPACT)
+    table.add_column("law", no_wrap=True)
+    for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
+        table.add_column(column, justify="right")
+    for name, found in sorted(about["out_of_fold"].items(), key=lambda each: each[1]["crps_mean"]):
+        table.add_row(name, *(_number(found[key]) for key in CERTAINTY_KEYS))
+    return table
+
+
+def _with_certainty(result: Mapping[str, Any], model: str) -> dict[str, Mapping[str, Any]]:
+    """The model and the baselines that have draws, by what those are called."""
+    labels = {**LABELS, "train_mean": "random training spots"}
+    scored = {model: result, **result.get("baselines", {})}
+    return {labels.get(name, name): scores for name, scores in scored.items() if "certainty" in scores}
+
+
+def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str = MODEL_NAME) -> None:
+    """Draw how often the truth lies within central intervals, against how often it should, as PNG.
+
+    Args:
+        result: with ``certainty``.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1, linestyle=":", label="as it should be")
+    colors = {model: MODEL_COLOR}
+    for name, scores in _with_certainty(result, model).items():
+        nominal, observed = zip(*scores["certainty"]["reliability"], strict=True)
+        style = {"color": colors.get(name, PLAIN_COLOR), "marker": "o", "markersize": 4}
+        axes.plot(np.multiply(nominal, 100), np.multiply(observed, 100), label=name, **style)
+    axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    axes.set_xlabel("central interval of the draws, %")
+    axes.set_ylabel("spots and genes whose truth is within, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=10, loc="upper left")
+    _save(figure, path)
 
 
 def check_genes(names: Sequence[str], predicted: Sequence[str]) -> None:
@@ -148,6 +231,9 @@ def evaluation_pictures(
     """
     written = [Path(folder) / "scores.png"]
     score_bars(written[0], result)
+    if "certainty" in result:
+        written.append(Path(folder) / "reliability.png")
+        reliability(written[-1], result)
     if result["pearson_mean"] is None:
         return written
     names = pick_genes(result)

@@ -18,6 +18,9 @@ RUN_FILE, METRICS_FILE, CHECKPOINT_FILE, MODEL_FOLDER = (
 CURVES_FILE, EVALUATION_FOLDER = "training.png", "evaluation"
 """What the command line adds to a run."""
 
+LEFT_OUT_FOLDER = "left_out"
+"""Of networks that ``calibrate`` trained without some of the slides each."""
+
 
 def open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Make sure that a run may be written into ``out``, and write its description where that loses nothing.
@@ -38,7 +41,7 @@ def retire_last_run(out: Path, description: dict[str, Any]) -> None:
     """The first epoch of this run is on the disk: what was left of an overwritten one goes."""
     write_json(out / RUN_FILE, description)
     (out / CURVES_FILE).unlink(missing_ok=True)
-    for folder in (MODEL_FOLDER, EVALUATION_FOLDER):
+    for folder in (MODEL_FOLDER, EVALUATION_FOLDER, LEFT_OUT_FOLDER):
         shutil.rmtree(out / folder, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from .errors import InputError
 from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, Predict, time_grid
 from .graph import SpotGraph
 from .model import Denoiser, EncoderState
-from .priors import Prior, check_seed, slide_seed
+from .priors import PRIORS, SOURCES, Prior, Source, check_seed, slide_seed
+from .priors.observation import ObservationModel
 from .slides import Slide, StoredRows
 from .threads import blocks_of, in_turn, spread
 
@@ -43,14 +45,19 @@ class Sample:
     """What :func:`sample` returns.
 
     Attributes:
-        expression: [N, G] the sampled x_1, spots in the caller's order, on the CPU.
+        expression: [N, G] the sampled x_1, spots in the caller's order, on the CPU; with ``draws`` the mean of so many
+            samples.
         nfe: denoiser calls made.
         trajectory: [nfe, N, G] the target predicted by each call, if asked for.
+        std: [N, G] standard deviation of x_1 by the model's observation model, with ``draws``.
+        draws: [draws, N, G] of x_1 by the model's observation model, if asked for.
     """
 
     expression: Tensor
     nfe: int
     trajectory: Tensor | None = None
+    std: Tensor | None = None
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class BlockSample:
     nfe: int
     _read: Tensor  # [N, R] what the expression is made of
     _leave: Callable[[Tensor], Tensor]
+
+    @property
+    def expression(self) -> Tensor:
+        """[N, G] on the CPU."""
+        return torch.cat([part for _, part in self.blocks()]) if self.shape[0] else torch.empty(self.shape)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of spots in the caller's order, and their expression [n, G] on the CPU. Each begins at a multiple of
@@ -85,16 +97,18 @@ class Sampler:
         self,
         model: Denoiser,
         n_sample_steps: int | None = None,
-        prior: Prior | str | None = None,
+        prior: Source | str | None = None,
         memory_budget: int | str = DEFAULT_MEMORY_BUDGET,
         cuda_graph: bool = True,
         precision: str | None = None,
+        smooth: float = 0.0,
     ) -> None:
         """
         Args:
             model: the network.
             n_sample_steps: times S of the grid, at least 2; NFE is S - 1. When None, as the model was trained, or 5.
-            prior: a Prior or its name. When None or of that name, as the model was trained, or ZINB as published.
+            prior: what x_0 is drawn from, or its name. When None or of that name, as the model was trained, or ZINB
+                as published.
             memory_budget: bytes that each slide may spend on keeping edge messages from one flow step to the next, or
                 text such as "4GiB".
             cuda_graph: on a GPU, capture the refinement loop of a slide at its second draw, and replay it from then on.
@@ -104,11 +118,13 @@ class Sampler:
                 float32 without one. tf32 is of NVIDIA GPUs: while the sampler runs, it is torch's setting for all
                 threads. bf16 pays on a GPU and on processors that multiply it (avx512_bf16, amx); what it changes is
                 in ``benchmarks/results/cpu_notes.md``.
+            smooth: share of the mean over a spot's neighbours that is mixed into its sample, 0 to 1.
 
         Raises:
             InputError: a setting out of range.
         """
-        self.model = model
+        check_smooth(smooth)
+        self.model, self.smooth = model, smooth
         self.n_sample_steps, self.prior = resolve(model, n_sample_steps, prior)
         self.solver = EulerSolver(time_grid(self.n_sample_steps))
         self.memory_budget = parse_bytes(memory_budget)
@@ -183,12 +199,15 @@ class PreparedSlide:
             self.graph = graph = model.build_graph(coords)
             self.image = _embed(model, graph, features, _where(slide_id))
             self.states = model.backbone.keep_messages(sampler.states, graph, sampler.memory_budget)
+        # A disk's are read again at every draw.
+        self._features = features if sampler.prior.reads_features else None
         make_call = _plain_call if self.states.heads is None else _folded_call
         messages = [layer.messages for layer in self.states.layers]
         self._call = call = make_call(sampler, graph, self.image, lambda: sampler.cast_states().with_messages(messages))
 
         def loop(x_0: Tensor) -> Tensor:  # no method: a cycle would keep the memory of a slide
-            return call.leave(solver.solve(call.target, graph.to_rows(call.enter(x_0)), last=call.read))
+            read = solver.solve(call.target, graph.to_rows(call.enter(x_0)), last=call.read)
+            return call.leave(graph.to_spots(smoothed(graph, read, sampler.smooth)))
 
         self._loop = _Captured(loop, sampler.stream) if sampler.stream is not None and graph.n_spots else loop
 
@@ -223,10 +242,12 @@ class PreparedSlide:
             x_1 = self._loop(self._source(x_0, seed))
             return Sample(_to_host(x_1), self.sampler.solver.nfe)
 
-    def draw_blocks(self, seed: int = 0) -> BlockSample:
+    def draw_blocks(self, seed: int = 0, draws: int = 1) -> BlockSample:
         """One sample, that of :meth:`draw` (its very bits on the CPU), in memory that does not depend on the genes:
         where they are more than the gene heads read of a spot, n_layers * hidden_dim, the source is drawn by blocks,
         and the last product is made by blocks as the sample is read. Such a draw replays no CUDA graph.
+
+        With ``draws`` the mean of the samples of as many seeds, from ``seed`` on.
 
         Heads with a ReLU behind them (``non_negative``) are not linear: of such a model [N, G] is kept, and several
         times while it is drawn.
@@ -239,8 +260,10 @@ class PreparedSlide:
         """
         call, shape = self._call, (self.graph.n_spots, self.sampler.model.config.n_genes)
         weight = self.sampler.model.image_transform.weight
+        check_seed(seed)
+        check_seed(seed + check_draws(draws) - 1)
         with self.sampler.running():
-            read = self.sampler.solver.solve(call.target, self._drawn_terms(shape, seed), last=call.read)
+            read = self.graph.to_spots(smoothed(self.graph, self._mean_read(shape, seed, draws), self.sampler.smooth))
             autocast = ops.present_precision(weight.device.type)
             if weight.is_cuda:  # another thread may read it, on another stream
                 torch.cuda.current_stream().synchronize()
@@ -250,13 +273,22 @@ class PreparedSlide:
             with torch.no_grad(), autocast(), products():
                 return expression_of(read)
 
-        return BlockSample(shape, self.sampler.solver.nfe, read, leave)
+        return BlockSample(shape, draws * self.sampler.solver.nfe, read, leave)
+
+    def _mean_read(self, shape: tuple[int, int], seed: int, draws: int) -> Tensor:
+        """[N, R] what the mean of samples is made of, rows of the graph: heads that are read so are linear, and others
+        are read behind them."""
+        call, mean = self._call, None
+        for number in range(draws):
+            read = self.sampler.solver.solve(call.target, self._drawn_terms(shape, seed + number), last=call.read)
+            mean = read if mean is None else mean.lerp_(read, 1 / (number + 1))
+        return mean
 
     def _drawn_terms(self, shape: tuple[int, int], seed: int) -> Tensor:
         """[N, P] all that the network reads of the source that ``seed`` decides, rows of the graph."""
         check_seed(seed)
         weight = self.sampler.model.image_transform.weight
-        draw = self.sampler.prior.spots(shape[1], slide_seed(seed, self.slide_id))
+        draw = self.sampler.prior.spots(shape[1], slide_seed(seed, self.slide_id), self._features)
         terms = ops.Gathered(shape[0])
         for rows in _expression_blocks(shape) or [slice(0, 0)]:
             x_0 = torch.from_numpy(draw(rows.stop - rows.start))
@@ -265,7 +297,7 @@ class PreparedSlide:
 
     def _predicted(self, x_t: Tensor, t: float) -> Tensor:
         """x_t [N, G] to the x_1 [N, G] that one call predicts."""
-        return self._call.leave(self._call.read(self.graph.to_rows(self._call.enter(x_t)), t))
+        return self._call.leave(self.graph.to_spots(self._call.read(self.graph.to_rows(self._call.enter(x_t)), t)))
 
     def _trajectory(self, source: Tensor) -> Sample:
         kept = []
@@ -283,8 +315,8 @@ class PreparedSlide:
         model, graph = self.sampler.model, self.graph
         check_seed(seed)
         if x_0 is None:
-            drawn = self.sampler.prior.draw(graph.n_spots, model.config.n_genes, slide_seed(seed, self.slide_id))
-            x_0 = torch.from_numpy(drawn)
+            size, of_slide = (graph.n_spots, model.config.n_genes), slide_seed(seed, self.slide_id)
+            x_0 = torch.from_numpy(self.sampler.prior.draw(*size, of_slide, self._features))
         x_0 = _checked_source(x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
         weight = model.image_transform.weight
         if weight.is_cuda and not x_0.is_cuda:
@@ -298,7 +330,7 @@ class _Call(NamedTuple):
 
     enter: Callable[[Tensor], Tensor]  # x_t [n, G] of some spots to all that the network reads of it, [n, P]
     target: Predict  # that of all spots [N, P], rows of the graph, and t to that of the x_1 that is predicted
-    read: Predict  # that of all spots, and t, to what this x_1 is made of, [N, R]
+    read: Predict  # that of all spots, and t, to what this x_1 is made of, [N, R], rows of the graph
     leave: Callable[[Tensor], Tensor]  # this, of some spots, to their x_1 [n, G]
 
 
@@ -312,7 +344,7 @@ def _plain_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: State
     def target(x_t: Tensor, t: float) -> Tensor:
         return sampler.model.denoise_at(graph, x_t, image, sampler.embed_time(t), states())
 
-    return _Call(_as_it_is, target, lambda x_t, t: graph.to_spots(target(x_t, t)), _as_it_is)
+    return _Call(_as_it_is, target, target, _as_it_is)
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -330,7 +362,7 @@ def _folded_call(sampler: Sampler, graph: SpotGraph, image: Tensor, states: Stat
     return _Call(
         lambda x_t: backbone.gene_terms(x_t, states()),
         lambda terms, t: F.linear(read(terms, t), *states().heads.to_first),
-        lambda terms, t: graph.to_spots(read(terms, t)),
+        read,
         lambda read: backbone.mean_of_heads(read, sampler.cast_states()).to(dtype),
     )
 
@@ -411,11 +443,13 @@ def sample(
     slide: Slide | tuple[Tensor | np.ndarray, Tensor | np.ndarray],
     x_0: Tensor | None = None,
     n_sample_steps: int | None = None,
-    prior: Prior | str | None = None,
+    prior: Source | str | None = None,
     seed: int = 0,
     trajectory: bool = False,
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET,
     precision: str | None = None,
+    smooth: float = 0.0,
+    draws: int | None = None,
 ) -> Sample:
     """Sample the expression of a whole slide in one pass: a :class:`Sampler` for one draw of one slide.
 
@@ -423,18 +457,45 @@ def sample(
     rounding.
 
     Args:
-        model, n_sample_steps, prior, memory_budget, precision: see :class:`Sampler`.
+        model, n_sample_steps, prior, memory_budget, precision, smooth: see :class:`Sampler`.
         slide: see :meth:`Sampler.prepare`.
         x_0, seed, trajectory: see :meth:`PreparedSlide.draw`.
+        draws: of the model's observation model (:mod:`.priors.observation`), for what the network cannot know: the
+            expression is then the mean of samples of as many seeds, from ``seed`` on, and ``draws`` are of x_1 around
+            it. Samples of the network itself hardly differ, and tell nothing about certainty.
 
     Raises:
         InputError: features of another size than the model's, NaN or infinite features or coordinates, shapes that
-            disagree, or a setting out of range.
+            disagree, a setting out of range; draws of a model without observation model, or beside x_0 or trajectory.
     """
     check_seed(seed)
     # A single draw replays nothing.
-    sampler = Sampler(model, n_sample_steps, prior, memory_budget, cuda_graph=False, precision=precision)
-    return sampler.prepare(slide).draw(x_0, seed, trajectory)
+    sampler = Sampler(model, n_sample_steps, prior, memory_budget, False, precision, smooth)
+    if draws is None:
+        return sampler.prepare(slide).draw(x_0, seed, trajectory)
+    if x_0 is not None or trajectory:
+        raise InputError("draws: are of the model's own source, and have no trajectory; leave x_0 and trajectory out")
+    law = observation_of(model)
+    prepared = sampler.prepare(slide)
+    mean = prepared.draw_blocks(seed, draws)
+    expression = mean.expression
+    around = expression.float().numpy()
+    std, drawn = law.std(around), law.drawer(seed, prepared.slide_id, draws)(around)
+    return Sample(expression, mean.nfe, None, torch.from_numpy(std), torch.from_numpy(drawn))
+
+
+def observation_of(model: Denoiser) -> ObservationModel:
+    """That of the model.
+
+    Raises:
+        InputError: it has none.
+    """
+    if model.observation is None:
+        raise InputError(
+            "draws: the model has no observation model, and its own samples say nothing about certainty; fit one with "
+            "stflow-fast calibrate RUN, or leave draws out"
+        )
+    return model.observation
 
 
 class _Tf32:
@@ -498,6 +559,24 @@ def _evaluating(model: Denoiser) -> Iterator[None]:
         model.train(was_training)
 
 
+def check_draws(draws: int) -> int:
+    """Raise InputError unless it is a whole number above 0."""
+    if not isinstance(draws, numbers.Integral) or draws < 1:
+        raise InputError(f"draws: must be a whole number of at least 1, not {draws!r}")
+    return int(draws)
+
+
+def check_smooth(smooth: float) -> None:
+    """Raise InputError unless it is a share."""
+    if not 0 <= smooth <= 1:
+        raise InputError(f"smooth: must be a share from 0 to 1, not {smooth!r}")
+
+
+def smoothed(graph: SpotGraph, read: Tensor, share: float) -> Tensor:
+    """What a sample is made of, rows of the graph, with ``share`` of the neighbours' mixed in."""
+    return graph.smoothed(read, share) if share else read
+
+
 def check_precision(precision: str, model: Denoiser | None = None) -> None:
     """Raise InputError unless it is one of :data:`PRECISIONS`, and of the model."""
     if precision not in PRECISIONS:
@@ -511,12 +590,22 @@ def check_precision(precision: str, model: Denoiser | None = None) -> None:
         raise InputError(f"precision: tf32 is of NVIDIA GPUs, and the model is on the {weight.device.type}")
 
 
-def resolve(model: Denoiser, n_sample_steps: int | None, prior: Prior | str | None) -> tuple[int, Prior]:
-    """Steps and prior; what is None is what the model was trained with, or else the published default."""
+def resolve(model: Denoiser, n_sample_steps: int | None, prior: Source | str | None) -> tuple[int, Source]:
+    """Steps and prior; what is None is what the model was trained with, or else the published default.
+
+    Raises:
+        InputError: the name of a source that is fitted, and the model has none of that name.
+    """
     trained = model.provenance.training.get("training", {})
     if n_sample_steps is None:
         n_sample_steps = trained.get("n_sample_steps", DEFAULT_SAMPLE_STEPS)
-    of_training = Prior.of_training(trained)
+    if model.source is not None and prior in (None, model.source.name):
+        return n_sample_steps, model.source
+    if isinstance(prior, str) and prior in SOURCES and prior not in PRIORS:
+        raise InputError(
+            f"prior: the model has no source {prior!r}; train it with --set prior={prior}, or take another"
+        )
+    of_training = Prior() if model.source is not None else Prior.of_training(trained)
     if prior is None or prior == of_training.name:
         prior = of_training
     return n_sample_steps, Prior(prior) if isinstance(prior, str) else prior

@@ -26,6 +26,7 @@ from .files import atomic_path
 from .flow import CondOTPath
 from .model import Denoiser
 from .pretrained import Provenance, load_state, load_tensors, save_tensors
+from .priors import FittedSource
 from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
 from .sampling import Sampler
 from .slides import open_task
@@ -140,7 +141,7 @@ def fit(
         open_run(out, trainer.description, resume, overwrite)
     trainer.accelerator.wait_for_everyone()
     progress, diverged = _run_epochs(trainer, out, resume, on_epoch)
-    model = _finished_model(settings, data, trainer.description, progress)
+    model = _finished_model(settings, data, trainer, progress)
     if speaks:
         model.save_pretrained(out / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
@@ -180,7 +181,7 @@ def train(
     *,
     embeddings: str | Path | None = None,
     normalize: str = "log1p",
-    select_on: str = "validation",
+    select_on: str = "none",
     gene_key: str | None = None,
     organ: str | None = None,
     denoiser: dict[str, Any] | None = None,
@@ -215,7 +216,7 @@ def load_fold(
     *,
     embeddings: str | Path | None = None,
     normalize: str = "log1p",
-    select_on: str = "validation",
+    select_on: str = "none",
     gene_key: str | None = None,
     organ: str | None = None,
     config: TrainingConfig | None = None,
@@ -361,7 +362,7 @@ class _Trainer:
         """
         if self.data.selected_on == NOTHING:
             return {"selection_mse": None, "selection_pearson": None, "n_constant_genes": None}
-        sampler = Sampler(self.average, self.config.n_sample_steps, self.config.source())
+        sampler = Sampler(self.average, self.config.n_sample_steps, self.windows.source)
         drawn = [sampler.prepare(slide).draw(seed=self.config.seed).expression for slide in self.data.selection]
         drawn = [expression.numpy() for expression in drawn]
         pairs = list(zip(self.truth, drawn, strict=True))
@@ -461,11 +462,13 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _finished_model(
     settings: DenoiserConfig,
     data: TrainingData,
-    description: dict[str, Any],
+    trainer: _Trainer,
     progress: Progress,
 ) -> Denoiser:
-    training = {key: value for key, value in description.items() if key not in ("genes", "denoiser", "encoder")}
+    apart = ("genes", "denoiser", "encoder")
+    training = {key: value for key, value in trainer.description.items() if key not in apart}
     training["best_epoch"] = progress.best_epoch
     model = Denoiser(settings, Provenance(data.genes, data.encoder, data.normalize, training))
     model.load_state_dict(progress.best)
+    model.source = trainer.windows.source if isinstance(trainer.windows.source, FittedSource) else None
     return model.eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import InputError
 from .flow import DEFAULT_SAMPLE_STEPS, time_grid
 from .graph import SpotGraph
-from .priors import Prior, check_seed
+from .priors import PRIORS, SOURCES, Prior, Source, check_seed, fit_source
 from .slides import Slide
 
 
@@ -30,7 +30,8 @@ class TrainingConfig:
             slide's spots around a random spot, at least K + 1 of them.
         learning_rate: of Adam.
         clip_norm: largest norm of the gradient.
-        prior: name of the source distribution; the three after it are the parameters of ``zinb``, see Prior.
+        prior: name of the source distribution, one of :data:`.priors.SOURCES`; what is to be fitted is fitted on the
+            slides that train. The three after it are the parameters of ``zinb``, see Prior.
         n_sample_steps: times S of the sampler that scores an epoch.
         validation_fraction: share of the training slides that is held out to choose the epoch by; with too few
             slides for that, one region of every slide, this share of its spots.
@@ -71,7 +72,9 @@ class TrainingConfig:
             raise InputError(f"validation_fraction: must be between 0 and 1, not {self.validation_fraction}")
         time_grid(self.n_sample_steps)
         check_seed(self.seed)
-        self.source()
+        if self.prior not in SOURCES:
+            raise InputError(f"prior: must be one of {', '.join(SOURCES)}, not {self.prior!r}")
+        Prior.of_training({**dataclasses.asdict(self), "prior": Prior.name})
 
     def filled_in(self, selected_on: str) -> TrainingConfig:
         """With what is None as it is where the epoch is chosen on ``selected_on``."""
@@ -82,14 +85,10 @@ class TrainingConfig:
             ema_decay=decay if self.ema_decay is None else self.ema_decay,
         )
 
-    def source(self) -> Prior:
-        """The distribution of x_0."""
-        return Prior.of_training(dataclasses.asdict(self))
-
 
 TEST, HELD_OUT_SLIDES, HELD_OUT_REGIONS, NOTHING = "TEST", "held-out slides", "held-out regions", "nothing"
-"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals. With nothing, their number
-is fixed beforehand, and the model is the mean of the weights on the way."""
+"""What an epoch is chosen on, as it is called wherever it shows: the published way in capitals. With nothing, the
+number of epochs is fixed beforehand, and the model is the mean of the weights on the way."""
 
 FIXED_EPOCHS = 8
 """Fixed before any fold was scored with it (benchmarks/results/her2st_notes.md, "The rule")."""
@@ -121,6 +120,13 @@ class TrainingData:
     encoder: str
     normalize: str = "log1p"
     description: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def source_of(config: TrainingConfig, data: TrainingData) -> Source:
+    """The distribution of x_0; fitted on the slides that train, where it is one that is fitted."""
+    if config.prior in PRIORS:
+        return Prior.of_training(dataclasses.asdict(config))
+    return fit_source(config.prior, data.train, data.genes, data.normalize)
 
 
 def hold_out_slides(slides: list[Slide], fraction: float, seed: int) -> tuple[list[Slide], list[Slide]]:
@@ -181,11 +187,16 @@ class WindowBatch(NamedTuple):
 
 
 class Windows:
-    """The windows of an epoch. Each is a function of (seed, epoch, slide, number), whatever the batches."""
+    """The windows of an epoch. Each is a function of (seed, epoch, slide, number), whatever the batches.
+
+    Attributes:
+        source: what x_0 is drawn from.
+    """
 
     def __init__(self, data: TrainingData, config: TrainingConfig, n_neighbors: int) -> None:
         self._slides = data.train
-        self._targets = [slide.expression(data.genes, data.normalize) for slide in data.train]
+        self._targets = [slide.panel(data.genes, data.normalize) for slide in data.train]
+        self.source = source_of(config, data)
         self._config = config
         self._n_neighbors = n_neighbors
 
@@ -199,7 +210,7 @@ class Windows:
         return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]
 
     def make(self, epoch: int, batch: list[tuple[int, int]]) -> WindowBatch:
-        prior, k = self._config.source(), self._n_neighbors
+        k = self._n_neighbors
         coords, features, x_0, x_1, t, seeds = [], [], [], [], [], []
         for index, number in batch:
             slide = self._slides[index]
@@ -212,7 +223,7 @@ class Windows:
             coords.append(slide.coords[spots])
             features.append(slide.features[spots])
             x_1.append(self._targets[index][spots])
-            x_0.append(prior.draw(size, x_1[-1].shape[1], for_noise))
+            x_0.append(self.source.draw(size, x_1[-1].shape[1], for_noise, features[-1]))
             t.append(rng.uniform())
             seeds.append(int(for_dropout.generate_state(1, np.uint64)[0] >> np.uint64(2)))
         slide_ptr = np.cumsum([0, *map(len, coords)])

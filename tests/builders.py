@@ -20,6 +20,16 @@ from stflow_fast.pretrained import Provenance
 GENE_LIST = "var_50genes.json"
 ENCODER = "tiny"
 SLIDES = ("S0", "S1", "S2")
+BASELINES = {
+    "train_mean",
+    "hest_ridge",
+    "ridge_alpha_1e4",
+    "ridge",
+    "ridge_smoothed",
+    "ridge_neighbors",
+    "depth_oracle",
+}
+"""Names of those that stand beside a model."""
 N_SPOTS, N_GENES, PANEL, FEATURES, PATCH = 60, 30, 8, 16, 40
 
 

@@ -189,7 +189,7 @@ def test_training_on_broken_data(say: Callable[..., str], task: Path, tmp_path: 
         (["--set", "width=5"], "--set width: is not a setting"),
         (["--set", "n_layers=two"], "--set n_layers: 'two' is not a int"),
         (["--normalize", "sqrt"], "normalize: must be one of"),
-        (["--select-on", "luck"], "select_on: must be validation or test"),
+        (["--select-on", "luck"], "select_on: must be none, validation or test, not 'luck'"),
         (["--fold", "4"], "fold: 4 is not in"),
         (["--learning-rate", "0"], "learning_rate: must be above 0"),
         (["--precision", "fp7"], "precision: must be one of no, bf16, fp16"),

@@ -25,9 +25,10 @@ from benchmarks.baselines.eager_stflow import EagerDenoiser
 from stflow_fast import cli, doctor
 from stflow_fast.cli import app
 from stflow_fast.errors import InputError
+from stflow_fast.model import Denoiser
 from stflow_fast.synthetic import make_cohort
 
-from .builders import GENE_LIST, write_task
+from .builders import BASELINES, GENE_LIST, write_task
 
 
 def run(*arguments: object) -> str:
@@ -40,7 +41,10 @@ def test_train_evaluate_predict(tmp_path: Path) -> None:
     task, out = write_task(tmp_path / "task"), tmp_path / "run"
     small = [option for pair in ("hidden_dim=16", "pairwise_hidden_dim=16", "n_layers=1") for option in ("--set", pair)]
     said = run("train", task, "--encoder", "tiny", "--out", out, "--epochs", 2, *small)
-    assert "chosen on held-out regions" in said
+    assert "model of epoch 2 of 2, no epoch chosen, weights averaged; in " in said
+    chosen = ["--select-on", "validation", "--overwrite", "--set", "ema_decay=0.5"]
+    assert "chosen on held-out regions" in run("train", task, "--encoder", "tiny", "--out", out, "--epochs", 2, *chosen)
+    assert Denoiser.from_pretrained(out / "model").provenance.training["training"]["ema_decay"] == 0.5
     assert (out / "training.png").stat().st_size > 10_000
     genes = stflow_fast.HestTask(task, "tiny").genes(GENE_LIST)
     scores = tmp_path / "scores.json"
@@ -49,7 +53,7 @@ def test_train_evaluate_predict(tmp_path: Path) -> None:
     assert "ridge alpha 1e4" in said
     written = json.loads(scores.read_text())
     assert -1 <= written["pearson_mean"] <= 1
-    assert set(written["baselines"]) == {"train_mean", "hest_ridge", "ridge_alpha_1e4", "depth_oracle"}
+    assert set(written["baselines"]) == BASELINES
     assert sorted(path.suffix for path in (out / "evaluation").iterdir()) == [".png", ".png"]
     embeddings = sorted((task / "embeddings" / "tiny" / "fp32").glob("*.h5"))
     run("predict", out, *embeddings, "--out", tmp_path / "predicted", "--seed", 3)

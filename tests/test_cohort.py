@@ -36,6 +36,7 @@ from stflow_fast.training import fit, load_fold
 from stflow_fast.windows import TrainingConfig, TrainingData
 
 from .builders import (
+    BASELINES,
     ENCODER,
     FEATURES,
     PANEL,
@@ -340,7 +341,7 @@ def test_an_evaluation_scores_the_predictions_of_the_test_slides(cohort: Cohort,
     truth = slide.expression(cohort.genes)
     for gene, scores in enumerate(found.result["genes"]):
         assert scores["pearson"] == pytest.approx(np.corrcoef(truth[:, gene], predicted[:, gene])[0, 1], abs=1e-5)
-    assert set(found.result["baselines"]) == {"train_mean", "hest_ridge", "ridge_alpha_1e4", "depth_oracle"}
+    assert set(found.result["baselines"]) == BASELINES
     assert found.result["nfe"] == 3
     json.dumps(found.result, allow_nan=False)
 

@@ -19,14 +19,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stflow_fast import ops, priors, sampling, use_backend
+from stflow_fast import ops, sampling, use_backend
 from stflow_fast.arrays import as_array, as_tensor
 from stflow_fast.config import DenoiserConfig, parse_bytes
 from stflow_fast.errors import InputError
 from stflow_fast.flow import CondOTPath, EulerSolver, time_grid
+from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser, EncoderState
 from stflow_fast.pretrained import Provenance
-from stflow_fast.priors import PRIORS, Prior, slide_seed
+from stflow_fast.priors import PRIORS, Prior, slide_seed, sources
 from stflow_fast.sampling import PreparedSlide, Sampler, sample
 from stflow_fast.slides import Slide
 from stflow_fast.slides.rows import stored_rows
@@ -106,7 +107,7 @@ def test_a_sample_by_blocks_is_the_sample(
 ) -> None:
     """To the bit, in whatever thread it is read, in blocks of one piece of rows; also when the slide is gone."""
     monkeypatch.setattr(sampling, "EXPRESSION_BYTES", 1)
-    monkeypatch.setattr(priors, "PIECE", 1000)
+    monkeypatch.setattr(sources, "PIECE", 1000)
     config = dataclasses.replace(model(n_genes).config, non_negative=non_negative)
     prepared = Sampler(Denoiser(config), precision=precision).prepare(slide(n))
     expected = prepared.draw(seed=3).expression
@@ -125,6 +126,32 @@ def test_a_sample_by_blocks_is_the_sample(
     reader.join()
     assert torch.equal(found, expected)
     assert drawn.nfe == 4
+
+
+@pytest.mark.parametrize(("n_genes", "non_negative"), [(5, False), (40, False), (40, True)])
+@pytest.mark.parametrize("n", [1, 3, 300])
+def test_a_share_of_the_neighbours_is_mixed_in(n: int, n_genes: int, non_negative: bool) -> None:
+    config = dataclasses.replace(model(n_genes).config, non_negative=non_negative)
+    network, places = Denoiser(config), slide(n)
+    plain = Sampler(network).prepare(places)
+    sharp = plain.draw(seed=3).expression
+    expected, near = sharp.clone(), knn_graph(places.coords, config.n_neighbors)
+    for spot, row in enumerate(near):
+        row = row[row >= 0]
+        if len(row):
+            expected[spot] = 0.75 * sharp[spot] + 0.25 * sharp[row].mean(dim=0)
+    prepared = Sampler(network, smooth=0.25).prepare(places)
+    torch.testing.assert_close(prepared.draw(seed=3).expression, expected)
+    torch.testing.assert_close(prepared.draw_blocks(seed=3).expression, expected)
+    source = torch.zeros(n, n_genes, dtype=sharp.dtype)
+    assert torch.equal(prepared.denoise(source, 0.5), plain.denoise(source, 0.5))
+    assert torch.equal(Sampler(network, smooth=0.0).prepare(places).draw(seed=3).expression, sharp)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_between_none_and_all(share: float) -> None:
+    with pytest.raises(InputError, match="smooth: must be a share from 0 to 1"):
+        Sampler(model(5), smooth=share)
 
 
 def test_memory_of_a_sample_by_blocks_does_not_depend_on_the_genes() -> None:

@@ -51,7 +51,7 @@ def table_of(one: Slide) -> anndata.AnnData:
 
 
 def zeros(table: anndata.AnnData) -> Expression:
-    return Expression(table.shape, "float32", [(slice(0, table.n_obs), np.zeros(table.shape, np.float32))])
+    return Expression(table.shape, "float32", [(slice(0, table.n_obs), [np.zeros(table.shape, np.float32)])])
 
 
 def reread(table: anndata.AnnData, path: Path) -> anndata.AnnData:

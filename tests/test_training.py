@@ -24,6 +24,8 @@ from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.training import Diverged, Run, fit, load_fold
 from stflow_fast.windows import (
+    FIXED_EPOCHS,
+    NOTHING,
     TEST,
     TrainingConfig,
     TrainingData,
@@ -253,6 +255,37 @@ def test_the_running_mean_follows_the_weights(decay: float, expected: float) -> 
     assert model.weight.item() == 3.0
 
 
+def test_with_nothing_to_choose_on_the_model_is_the_mean_of_all_steps(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dataclasses.replace(data, train=[*data.train, *data.selection], selection=[], selected_on=NOTHING)
+    steps, follow = [], training._follow
+
+    def seen(average: torch.nn.Module, model: torch.nn.Module, share_of_old: float) -> None:
+        steps.append([value.detach().clone() for value in model.parameters()])
+        follow(average, model, share_of_old)
+
+    monkeypatch.setattr(training, "_follow", seen)
+    config = TrainingConfig(windows_per_slide=2)
+    run = fit(whole, tmp_path / "run", TINY, config)
+    assert len(run.records) == run.best_epoch == FIXED_EPOCHS
+    assert {record["selection_pearson"] for record in run.records} == {None}
+    for value, *of_steps in zip(run.model.parameters(), *steps, strict=True):
+        torch.testing.assert_close(value, torch.stack(of_steps).mean(dim=0))
+    about = Denoiser.from_pretrained(run.folder / "model").provenance.training
+    assert (about["selected_on"], about["training"]["epochs"], about["training"]["ema_decay"]) == ("nothing", 8, 1.0)
+    fit(whole, tmp_path / "part", TINY, dataclasses.replace(config, epochs=3))
+    again = fit(whole, tmp_path / "part", TINY, config, resume=True)
+    assert all(map(torch.equal, weights(run), weights(again)))
+
+
+def test_what_is_left_open_depends_on_what_the_epoch_is_chosen_on() -> None:
+    assert dataclasses.astuple(TrainingConfig().filled_in(TEST))[0] == 100
+    assert TrainingConfig().filled_in(TEST).ema_decay == 0.0
+    given = TrainingConfig(epochs=5, ema_decay=0.9).filled_in(NOTHING)
+    assert (given.epochs, given.ema_decay) == (5, 0.9)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_precisions_train(data: TrainingData, tmp_path: Path, precision: str) -> None:
     from accelerate.state import AcceleratorState
@@ -372,7 +405,7 @@ def test_window_sizes_are_uniform_fractions(data: TrainingData) -> None:
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
-        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"ema_decay": 1.5}, "ema_decay"),
         ({"n_sample_steps": 1}, "n_sample_steps"),
         ({"prior": "none"}, "prior"),
         ({"seed": -1}, "seed"),
@@ -385,7 +418,10 @@ def test_impossible_settings_are_refused(settings: dict[str, object], field: str
 
 def test_selecting_on_the_test_fold_is_named_everywhere(shared: object, tmp_path: Path) -> None:
     root = shared("data/her2st")
-    honest = load_fold(root, "efficientnet_lite0", 1)
+    honest = load_fold(root, "efficientnet_lite0", 1, select_on="validation")
+    whole = load_fold(root, "efficientnet_lite0", 1)
+    assert (whole.selected_on, whole.selection) == (NOTHING, [])
+    assert {slide.id for slide in whole.train} == {slide.id for slide in honest.train + honest.selection}
     published = load_fold(root, "efficientnet_lite0", 1, select_on="test")
     assert honest.selected_on == "held-out slides"
     assert len(honest.selection) == 1

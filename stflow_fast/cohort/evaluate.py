@@ -11,11 +11,15 @@ import numpy as np
 
 from .._version import __version__
 from ..errors import InputError
-from ..evaluation import compare
+from ..evaluation import certainty, compare, random_training_spots, structure
 from ..model import Denoiser
+from ..priors.observation import ObservationModel
 from ..slides import Slide, open_task
 from ..windows import TEST
 from .settings import SamplingConfig, model_and_origin, selection_of
+
+CERTAINTY_DRAWS = 100
+"""Of each spot, that intervals and CRPS are of."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,11 @@ def evaluate_slides(
     drawn = list(map(sampling.drawer(model), test))
     seconds = time.perf_counter() - started
     predicted = [one.expression.float().numpy() for one in drawn]
+    truth = [slide.expression(genes, normalize) for slide in test]
     result = compare(train, test, np.concatenate(predicted), genes, normalize)
+    if model.observation is not None:
+        known = np.concatenate([slide.expression(genes, normalize) for slide in train])
+        _add_certainty(result, model.observation, known, test, truth, predicted, sampling.seed)
     result.update(
         {
             **selection_of(model),
@@ -107,5 +115,25 @@ def evaluate_slides(
             "version": __version__,
         }
     )
-    truth = [slide.expression(genes, normalize) for slide in test]
     return Evaluation(result, test, truth, predicted, genes)
+
+
+def _add_certainty(
+    result: dict[str, Any],
+    law: ObservationModel,
+    known: np.ndarray,
+    slides: list[Slide],
+    truth: list[np.ndarray],
+    predicted: list[np.ndarray],
+    seed: int,
+) -> None:
+    """What the law's draws are worth, and beside the baselines what those of random training spots (``known`` [M, G])
+    are: the image must add to these."""
+    expected, mean = np.concatenate(truth), np.concatenate(predicted)
+    result["observation"] = law.law.name
+    result["certainty"] = certainty(expected, mean, law.drawn(mean, seed, "", CERTAINTY_DRAWS))
+    one = [law.drawer(seed, slide.id, 1)(made)[0] for slide, made in zip(slides, predicted, strict=True)]
+    result["structure_of_draws"] = structure([slide.coords for slide in slides], truth, one)
+    anywhere = random_training_spots(known, CERTAINTY_DRAWS, seed)
+    middle = np.broadcast_to(known.mean(axis=0, dtype=np.float64).astype(np.float32), expected.shape)
+    result["baselines"]["train_mean"]["certainty"] = certainty(expected, middle, anywhere)

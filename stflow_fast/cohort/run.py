@@ -209,6 +209,7 @@ class _Run:
         output, sampling = output or OutputConfig(), sampling or SamplingConfig()
         if self.config.engine == "local":
             check_precision(sampling.precision, self.model)
+        output.layers(sampling.draws)
         panel = gene_names(self.model)
         maps = self.config.check_maps(panel if output.genes is None else output.genes)
         self.settings = Settings(out, origin, sampling, output, ignore_encoder, maps)

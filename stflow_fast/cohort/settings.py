@@ -14,9 +14,18 @@ from ..errors import InputError
 from ..flow import time_grid
 from ..model import Denoiser
 from ..pretrained import fingerprint
-from ..priors import Prior, check_seed
+from ..priors import SOURCES, Source, check_seed
 from ..runs import MODEL_FOLDER, RUN_FILE
-from ..sampling import DEFAULT_MEMORY_BUDGET, BlockSample, Sample, Sampler, check_precision, resolve
+from ..sampling import (
+    DEFAULT_MEMORY_BUDGET,
+    BlockSample,
+    Sampler,
+    check_draws,
+    check_precision,
+    check_smooth,
+    observation_of,
+    resolve,
+)
 from ..slides import Slide
 
 
@@ -28,41 +37,56 @@ class SamplingConfig:
         n_sample_steps: times S of the flow's grid, at least 2; S - 1 denoiser calls.
         prior: the source distribution or its name.
         seed: with the slide's id, decides the noise; 0 or larger.
-        memory_budget, precision: see :class:`stflow_fast.Sampler`.
+        memory_budget, precision, smooth: see :class:`stflow_fast.Sampler`.
+        draws: samples whose mean is predicted, with what the model's observation model says around it; see
+            :func:`stflow_fast.sample`. One sample and nothing more when None.
 
     Raises:
         InputError: a value out of its range, with the field's name.
     """
 
     n_sample_steps: int | None = None
-    prior: Prior | str | None = None
+    prior: Source | str | None = None
     seed: int = 0
     memory_budget: int | str = DEFAULT_MEMORY_BUDGET
     precision: str = "float32"
+    smooth: float = 0.0
+    draws: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_sample_steps is not None:
             time_grid(self.n_sample_steps)
-        if isinstance(self.prior, str):
-            Prior(self.prior)
+        if isinstance(self.prior, str) and self.prior not in SOURCES:
+            raise InputError(f"prior: must be one of {', '.join(SOURCES)}, not {self.prior!r}")
         check_seed(self.seed)
         parse_bytes(self.memory_budget)
         check_precision(self.precision)
+        check_smooth(self.smooth)
+        if self.draws is not None:
+            check_draws(self.draws)
 
     def sampler(self, model: Denoiser) -> Sampler:
-        """What samples one slide after another by ``model``, whose weights are folded once."""
-        return Sampler(model, self.n_sample_steps, self.prior, self.memory_budget, precision=self.precision)
+        """What samples one slide after another by ``model``, whose weights are folded once.
 
-    def drawer(self, model: Denoiser) -> Callable[[Slide], Sample]:
+        Raises:
+            InputError: draws of a model without observation model.
+        """
+        if self.draws is not None:
+            observation_of(model)
+        steps, prior, budget = self.n_sample_steps, self.prior, self.memory_budget
+        return Sampler(model, steps, prior, budget, precision=self.precision, smooth=self.smooth)
+
+    def drawer(self, model: Denoiser) -> Callable[[Slide], BlockSample]:
         """What draws one slide after another by ``model``."""
         sampler = self.sampler(model)
-        return lambda slide: sampler.prepare(slide).draw(seed=self.seed)
+        return lambda slide: sampler.prepare(slide).draw_blocks(self.seed, self.draws or 1)
 
     def describe(self, model: Denoiser) -> dict[str, Any]:
         """What decides the draws of ``model``, with its own settings filled in (plain JSON types)."""
         steps, prior = resolve(model, self.n_sample_steps, self.prior)
-        decided = {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.to_dict()}
-        return {**decided, "precision": self.precision}
+        decided = {"seed": int(self.seed), "n_sample_steps": steps, "prior": prior.named()}
+        told = {"draws": self.draws, **observation_of(model).named()} if self.draws else {}
+        return {**decided, "precision": self.precision, "smooth": float(self.smooth), **told}
 
 
 def load_model(run: str | Path, device: str = "auto") -> Denoiser:
@@ -107,7 +131,7 @@ def made_by(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def drawn_by(model: Denoiser, drawn: Sample | BlockSample) -> dict[str, Any]:
+def drawn_by(model: Denoiser, drawn: BlockSample) -> dict[str, Any]:
     """How a prediction was drawn, and what its numbers are (plain types)."""
     return {
         "nfe": drawn.nfe,

@@ -18,7 +18,7 @@ from ..errors import InputError, OutputError, as_input_error, with_path
 from ..inspection import encoder_misfit
 from ..model import Denoiser
 from ..outputs import WRITERS, Expression, OutputConfig, as_dtype, prediction_table
-from ..sampling import BlockSample
+from ..sampling import BlockSample, observation_of
 from ..slides import Slide, SlideSource
 from .inputs import path_of
 from .maps import draw_map
@@ -102,6 +102,7 @@ class Worker:
     def __init__(self, model: Denoiser, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.about = {**settings.output.describe(gene_names(model)), **made_by(model, settings.sampling)}
+        self.layers = settings.output.layers(settings.sampling.draws)
         self._columns = settings.output.select(gene_names(model))
         self.genes = np.array(gene_names(model))[self._columns].tolist()
         self._sampler = settings.sampling.sampler(model)
@@ -129,7 +130,8 @@ class Worker:
         """None where the device has too little memory. Who called this may try again: in here, the error still holds
         what was there."""
         try:
-            return self._sampler.prepare(slide).draw_blocks(self.settings.sampling.seed)
+            sampling = self.settings.sampling
+            return self._sampler.prepare(slide).draw_blocks(sampling.seed, sampling.draws or 1)
         except torch.OutOfMemoryError:
             if self._sampler.memory_budget == 0:
                 raise
@@ -143,7 +145,8 @@ class Worker:
         about = {"model": self.settings.origin, **told, **drawn_by(self.model, sample)}
         path = output.path(self.settings.out, task.id)
         seen = Summary(genes, self.settings.maps, slide.n_spots)
-        expression = Expression((slide.n_spots, len(genes)), output.dtype, seen.of(self._blocks(drawn)))
+        shape = slide.n_spots, len(genes)
+        expression = Expression(shape, output.dtype, seen.of(self._blocks(drawn)), self.layers)
         WRITERS[output.to](path, prediction_table(slide, genes, about), expression)
         return SlideLine(
             task.id,
@@ -160,11 +163,25 @@ class Worker:
             statistics=seen.statistics(),
         )
 
-    def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, np.ndarray]]:
-        """Of X, as it is written."""
+    def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, list[np.ndarray]]]:
+        """Of X and the layers, as they are written."""
+        layers_of = self._layers(drawn.slide.id) if self.layers else lambda mean: []
         for rows, part in drawn.sample.blocks():
-            chosen = part.float().numpy()[:, self._columns]
-            yield rows, as_dtype(drawn.slide.id, chosen, self.settings.output.dtype)
+            mean = part.float().numpy()
+            parts = (each[:, self._columns] for each in (mean, *layers_of(mean)))
+            yield rows, [as_dtype(drawn.slide.id, each, self.settings.output.dtype) for each in parts]
+
+    def _layers(self, slide_id: str) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+        """What makes the layers [n, all genes] of the mean of the next n spots of a slide."""
+        law, sampling, output = observation_of(self.model), self.settings.sampling, self.settings.output
+        draw = law.drawer(sampling.seed, slide_id, sampling.draws if output.keep_draws else 0)
+
+        def layers(mean: np.ndarray) -> Iterator[np.ndarray]:
+            yield law.std(mean)
+            yield from (law.quantile(mean, percent) for percent in output.quantiles)
+            yield from draw(mean)
+
+        return layers
 
     def _map(self, name: str, slide: Slide, gene: str, values: np.ndarray) -> dict[str, Any]:
         number = self.settings.maps.index(gene)  # a gene's name may be no file's
@@ -213,9 +230,10 @@ class Summary:
         self._n, self._sums = n_spots, np.zeros((3, len(self._columns)))
         self._first = np.zeros(len(self._columns))
 
-    def of(self, blocks: Iterator[tuple[slice, np.ndarray]]) -> Iterator[tuple[slice, np.ndarray]]:
-        """The blocks, as they pass."""
-        for rows, part in blocks:
+    def of(self, blocks: Iterator[tuple[slice, list[np.ndarray]]]) -> Iterator[tuple[slice, list[np.ndarray]]]:
+        """The blocks of X and layers, as they pass; X is looked at."""
+        for rows, parts in blocks:
+            part = parts[0]
             for values, column in zip(self.maps.values(), self._of_maps, strict=True):
                 values[rows] = part[:, column]
             numbers = part[:, self._columns].astype(np.float64)
@@ -224,7 +242,7 @@ class Summary:
                 self._first = numbers[0].copy()
             numbers -= self._first  # so that numbers which hardly differ lose no digits in a difference of squares
             self._sums += numbers.sum(axis=0), np.square(numbers).sum(axis=0), zeros
-            yield rows, part
+            yield rows, parts
 
     def statistics(self) -> dict[str, list[Any]]:
         """Of each gene over the spots: mean, standard deviation, and the share of spots that are exactly zero."""

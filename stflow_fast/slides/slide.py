@@ -194,7 +194,11 @@ class Slide:
         return np.asarray(self._known_counts().sum(axis=1, dtype=np.float64)).ravel()
 
     def expression(self, genes: Sequence[str], normalize: str = "log1p") -> np.ndarray:
-        """Expression [N, G] float32 of ``genes``, in their order.
+        """Expression [N, G] float32 of ``genes``, in their order. Raises InputError as :meth:`panel`."""
+        return self.panel(genes, normalize)[:]
+
+    def panel(self, genes: Sequence[str], normalize: str = "log1p") -> Panel:
+        """The expression of ``genes`` [N, G], whose rows are made as they are asked for.
 
         Raises:
             InputError: no counts, genes that the slide lacks or has twice, or an unknown normalisation.
@@ -210,8 +214,8 @@ class Slide:
             twice = [name for name in genes if self.gene_names.count(name) > 1]
             if twice:
                 raise InputError(f"slide {self.id}: gene {twice[0]} stands in several columns; make gene names unique")
-        panel = counts[:, [column[name] for name in genes]].toarray()
-        return normalize_counts(panel, self.total_counts, normalize)
+        check_normalize(normalize)
+        return Panel(counts[:, [column[name] for name in genes]], self.total_counts, normalize)
 
     def subset(self, index: np.ndarray) -> Slide:
         """The spots of ``index`` (whole numbers or booleans), as a slide of the same id."""
@@ -224,6 +228,31 @@ class Slide:
         if self.counts is None:
             raise InputError(f"slide {self.id}: has no expression; give its counts")
         return self.counts
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The expression of some genes [N, G] of a slide: counts stay sparse until rows are asked for.
+
+    Attributes:
+        counts: [N, G] raw, CSR.
+        total: [N] counts over all genes of the slide.
+        normalize: the unit, one of :data:`NORMALIZATIONS`.
+    """
+
+    counts: scipy.sparse.csr_matrix
+    total: np.ndarray
+    normalize: str
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """[n, G] float32 of these spots."""
+        return normalize_counts(self.counts[rows].toarray(), self.total[rows], self.normalize)
+
+
+def check_normalize(normalize: str) -> None:
+    """Raise InputError unless it is one of :data:`NORMALIZATIONS`."""
+    if normalize not in NORMALIZATIONS:
+        raise InputError(f"normalize: must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
 
 
 def normalize_counts(counts: np.ndarray, total: np.ndarray, normalize: str) -> np.ndarray:
@@ -240,10 +269,9 @@ def normalize_counts(counts: np.ndarray, total: np.ndarray, normalize: str) -> n
     Raises:
         InputError: an unknown normalisation.
     """
+    check_normalize(normalize)
     if normalize == "counts":
         return counts.astype(np.float32)
     if normalize == "log1p":
         return np.log1p(counts).astype(np.float32)
-    if normalize == "cp10k_log1p":
-        return np.log1p(counts * (1e4 / np.maximum(total, 1.0))[:, None]).astype(np.float32)
-    raise InputError(f"normalize: must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
+    return np.log1p(counts * (1e4 / np.maximum(total, 1.0))[:, None]).astype(np.float32)

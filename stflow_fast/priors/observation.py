@@ -1,0 +1,294 @@
+"""Observation models: what x_1 may be around the network's mean, gene by gene.
+
+Samples of the network hardly differ, so their spread says nothing about how sure a prediction is. A law of x_1 around
+its mean, fitted on spots that the network did not train on, does. Two are known:
+
+* ``gaussian``: x_1 = max(0, m + sigma e) with e standard normal and one sigma for each gene, by maximum likelihood. m
+  is such that x_1 has the network's mean: with m the mean itself (censored regression, Tobin 1958) the many zeros of
+  shallow counts raise sigma, and draws are too high by .29 on fold 2 of her2st;
+* ``zinb``: counts of a zero-inflated negative binomial with mean ``scale`` * the mean's counts, where x_1 are log1p of
+  counts or counts (:mod:`.zinb`).
+
+A draw is a function of (seed, slide id, number of the draw, spot) and of the mean, whatever is drawn beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from scipy.special import digamma, log_ndtr, ndtr, ndtri, polygamma
+
+from ..errors import InputError
+from . import zinb
+from .sources import check_same_genes
+from .streams import fingerprint, slide_seed, streams
+
+LEAST_SIGMA, MOST_SIGMA, SECTIONS = 1e-2, 1e3, 40
+"""In the unit of x_1, and how often the range between them is divided: to 1e-7 of it."""
+
+STREAM = 7
+"""Of a slide's randomness, beside that of its source."""
+
+GENES_AT_ONCE = 512
+"""Genes whose laws are fitted together."""
+
+LEAST = 0.02
+"""What a mean of none, or below, is taken for: x_1 may be above zero there too."""
+
+TABLE = np.geomspace(1e-3, 200.0, 96)
+TABLE_STEP = np.log(TABLE[1] / TABLE[0])
+"""Mean counts whose moments are tabulated; between them a standard deviation is within 0.1 %."""
+
+NEGLIGIBLE, MOST_COUNTED = 1e-6, 20_000
+"""Probability of the counts that are left out of a sum, and how many are in it at most."""
+
+
+class Law(Protocol):
+    """One law for each of G genes."""
+
+    name: ClassVar[str]
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The constructor's arguments, [G] float32 each."""
+
+    def std(self, mean: np.ndarray) -> np.ndarray:
+        """[n, G] standard deviation of x_1 around the mean [n, G]."""
+
+    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
+        """[n, G] of x_1 around the mean [n, G]."""
+
+    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+        """[n, G] one draw around the mean [n, G], by three streams."""
+
+
+@dataclass(frozen=True)
+class CensoredGaussian:
+    """x_1 = max(0, m + sigma e), where the mean of x_1 is the network's; sigma [G] in the unit of x_1."""
+
+    name: ClassVar[str] = "gaussian"
+    sigma: np.ndarray
+
+    @classmethod
+    def fit(cls, mean: np.ndarray, truth: np.ndarray, normalize: str) -> CensoredGaussian:
+        """Of the means [N, G] and what was measured [N, G]."""
+        blocks = range(0, mean.shape[1], GENES_AT_ONCE)
+        parts = [slice(first, first + GENES_AT_ONCE) for first in blocks]
+        return cls(np.concatenate([_likeliest_sigma(mean[:, genes], truth[:, genes]) for genes in parts]))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {"sigma": self.sigma}
+
+    def std(self, mean: np.ndarray) -> np.ndarray:
+        ratio = _centre(mean / self.sigma, self.sigma)
+        above = ndtr(ratio)
+        first = ratio * above + _density(ratio)
+        second = (np.square(ratio) + 1) * above + ratio * _density(ratio)
+        return (self.sigma * np.sqrt(np.maximum(second - np.square(first), 0.0))).astype(np.float32)
+
+    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
+        found = self.sigma * (_centre(mean / self.sigma, self.sigma) + ndtri(probability))
+        return np.maximum(found, 0.0).astype(np.float32)
+
+    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+        noise = generators[0].standard_normal(mean.shape, dtype=np.float32)
+        noise += _centre(mean / self.sigma, self.sigma).astype(np.float32)
+        noise *= self.sigma
+        return np.maximum(noise, 0.0, out=noise)
+
+
+def _density(ratio: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * np.square(ratio)) / np.sqrt(2 * np.pi)
+
+
+CENTRES = np.linspace(-6.0, 6.0, 4097)
+LOG_MEANS = np.log(CENTRES * ndtr(CENTRES) + _density(CENTRES))
+"""Of max(0, m + e): the logarithm of its mean, by m. Behind the last m the mean is m to 1e-10."""
+
+
+def _centre(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """m, in units of sigma, by the mean of x_1 in units of sigma. It is sought in a table, linearly, to 1e-5."""
+    least = np.maximum(mean, LEAST / sigma)
+    return np.where(least > CENTRES[-1], least, np.interp(np.log(least), LOG_MEANS, CENTRES))
+
+
+def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[G] of the largest likelihood, by golden section on its logarithm."""
+    mean, truth = mean.astype(np.float64), truth.astype(np.float64)
+    measured = truth > 0
+
+    def loss(log_sigma: np.ndarray) -> np.ndarray:
+        sigma = np.exp(log_sigma)
+        centre = _centre(mean / sigma, sigma)
+        return np.where(measured, log_sigma + 0.5 * np.square(truth / sigma - centre), -log_ndtr(-centre)).sum(axis=0)
+
+    golden = (np.sqrt(5) - 1) / 2
+    low, high = (np.full(mean.shape[1], np.log(bound)) for bound in (LEAST_SIGMA, MOST_SIGMA))
+    for _ in range(SECTIONS):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        is_left = loss(left) < loss(right)
+        low, high = np.where(is_left, low, left), np.where(is_left, right, high)
+    return np.exp((low + high) / 2).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ZinbCounts:
+    """Counts of a zero-inflated negative binomial: its mean is scale [G] times the mean's counts, theta [G] its inverse
+    dispersion, pi [G] the share of excess zeros. x_1 are log1p of counts where ``log`` is 1, else counts."""
+
+    name: ClassVar[str] = "zinb"
+    scale: np.ndarray
+    theta: np.ndarray
+    pi: np.ndarray
+    log: np.ndarray
+
+    @classmethod
+    def fit(cls, mean: np.ndarray, truth: np.ndarray, normalize: str) -> ZinbCounts:
+        """As of :class:`CensoredGaussian`."""
+        log = np.float32(normalize == "log1p")
+        counts = np.round(np.expm1(truth)) if log else truth
+        found = zinb.fit(counts, _counts(mean, log))
+        return cls(*(np.asarray(part, dtype=np.float32) for part in (found.scale, found.theta, found.pi, log)))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {"scale": self.scale, "theta": self.theta, "pi": self.pi, "log": self.log}
+
+    def std(self, mean: np.ndarray) -> np.ndarray:
+        counts = self.scale * _counts(mean, self.log)
+        if not self.log:
+            variance = (1 - self.pi) * counts * (1 + counts / self.theta + self.pi * counts)
+            return np.sqrt(variance).astype(np.float32)
+        first, second = self._moments_of_log(counts)
+        first, second = (1 - self.pi) * first, (1 - self.pi) * second
+        return np.sqrt(np.maximum(second - np.square(first), 0.0)).astype(np.float32)
+
+    def _moments_of_log(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n, G] mean and mean square of log1p of the negative binomial with means [n, G]: between those of a table,
+        and where counts are many, those of the logarithm of a gamma."""
+        place = np.clip(np.log(counts / TABLE[0]) / TABLE_STEP, 0, len(TABLE) - 1)
+        below = np.minimum(place.astype(np.int64), len(TABLE) - 2)
+        share, gene = place - below, np.arange(counts.shape[1])
+        found = [(1 - share) * table[below, gene] + share * table[below + 1, gene] for table in self._table]
+        first = np.log(counts) + digamma(self.theta) - np.log(self.theta)
+        many = counts > TABLE[-1]
+        second = np.square(first) + polygamma(1, self.theta) + 1 / counts
+        return np.where(many, first, found[0]), np.where(many, second, found[1])
+
+    @functools.cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """[T, G] mean and mean square of log1p of counts whose means are :data:`TABLE`: sums over the counts there may
+        be, one after another."""
+        theta = self.theta.astype(np.float64)
+        share = TABLE[:, None] / (TABLE[:, None] + theta)
+        probability = (1 - share) ** theta
+        first, second, total, count = np.zeros_like(share), np.zeros_like(share), probability.copy(), 0
+        while (total < 1 - NEGLIGIBLE).any() and count < MOST_COUNTED:
+            probability = probability * (count + theta) / (count + 1) * share
+            count += 1
+            first += np.log1p(count) * probability
+            second += np.log1p(count) ** 2 * probability
+            total += probability
+        return first, second
+
+    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
+        counts = self.scale * _counts(mean, self.log)
+        return self._unit(zinb.quantile(probability, counts, self.theta, self.pi))
+
+    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+        return self._unit(zinb.draw(self.scale * _counts(mean, self.log), self.theta, self.pi, generators))
+
+    def _unit(self, counts: np.ndarray) -> np.ndarray:
+        """Counts as x_1."""
+        return (np.log1p(counts) if self.log else counts).astype(np.float32)
+
+
+def _counts(mean: np.ndarray, log: np.ndarray) -> np.ndarray:
+    """Counts that a mean of x_1 stands for: never none, or none could be drawn."""
+    return np.maximum(np.expm1(mean) if log else mean, LEAST)
+
+
+LAWS: dict[str, type[CensoredGaussian] | type[ZinbCounts]] = {law.name: law for law in (CensoredGaussian, ZinbCounts)}
+
+
+def laws_of(normalize: str) -> tuple[str, ...]:
+    """Those that x_1 in this unit may follow: counts per 10,000 are no counts."""
+    return ("gaussian",) if normalize == "cp10k_log1p" else tuple(LAWS)
+
+
+@dataclass(frozen=True)
+class ObservationModel:
+    """The law of x_1 around a network's mean, kept with the network.
+
+    Attributes:
+        genes: what it was fitted for, G names.
+        law: of each.
+        about: what it was fitted on, and what it reached there (plain JSON types).
+    """
+
+    genes: tuple[str, ...]
+    law: Law
+    about: Mapping[str, Any]
+
+    def std(self, mean: np.ndarray) -> np.ndarray:
+        """[n, G] float32 standard deviation of x_1 around the mean [n, G]."""
+        return self.law.std(mean)
+
+    def quantile(self, mean: np.ndarray, percent: float) -> np.ndarray:
+        """[n, G] float32 percentile of x_1 around the mean [n, G]."""
+        return self.law.quantile(mean, percent / 100)
+
+    def drawer(self, seed: int, slide_id: str, n_draws: int) -> Callable[[np.ndarray], np.ndarray]:
+        """What draws x_1 of a slide by blocks: the mean [n, G] of the next n spots, from the first on, to draws
+        [n_draws, n, G] float32."""
+        root = slide_seed(seed, slide_id)
+        of_draws = [_streams(root, number) for number in range(n_draws)]
+
+        def draw(mean: np.ndarray) -> np.ndarray:
+            drawn = np.empty((n_draws, *mean.shape), dtype=np.float32)
+            for one, generators in zip(drawn, of_draws, strict=True):
+                one[:] = self.law.draw(mean, generators)
+            return drawn
+
+        return draw
+
+    def drawn(self, mean: np.ndarray, seed: int, slide_id: str, n_draws: int) -> Callable[[slice], np.ndarray]:
+        """Draws [n_draws, n, G] of slices of a slide's spots, asked for one behind the other, by its mean [N, G]."""
+        draw = self.drawer(seed, slide_id, n_draws)
+        return lambda rows: draw(mean[rows])
+
+    def named(self) -> dict[str, str]:
+        """What tells it from others, for outputs."""
+        return {"observation": self.law.name, "observation_sha256": fingerprint(self.tensors())}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"law": self.law.name, "genes": list(self.genes), **self.about}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return self.law.parameters()
+
+
+def load_observation(described: Any, tensors: Mapping[str, np.ndarray], genes: Sequence[str]) -> ObservationModel:
+    """The inverse of :meth:`ObservationModel.to_dict` and :meth:`ObservationModel.tensors`, for a model of ``genes``.
+
+    Raises:
+        InputError: an unknown law, one fitted for other genes, or numbers that are missing or out of range.
+    """
+    if not isinstance(described, Mapping) or described.get("law") not in LAWS:
+        raise InputError(f"observation: must describe one of {', '.join(LAWS)}, not {described!r}")
+    about = dict(described)
+    law, fitted_for = LAWS[about.pop("law")], tuple(about.pop("genes", ()))
+    check_same_genes("observation", fitted_for, genes)
+    wanted = [field for field in law.__dataclass_fields__ if field != "name"]
+    for name in wanted:
+        shape = () if name == "log" else (len(genes),)
+        values = tensors.get(name)
+        if values is None or values.shape != shape or not np.isfinite(values).all() or (values < 0).any():
+            raise InputError(f"observation: {name} must be {list(shape)} numbers of at least 0; fit it again")
+    return ObservationModel(fitted_for, law(**{name: tensors[name] for name in wanted}), about)
+
+
+def _streams(root: np.random.SeedSequence, number: int) -> list[np.random.Generator]:
+    return streams(np.random.SeedSequence(root.entropy, spawn_key=(*root.spawn_key, STREAM, number)), 3)

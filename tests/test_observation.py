@@ -1,0 +1,219 @@
+"""The law of x_1 around a mean: what is fitted, what is drawn of it, and what is kept with the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+import stflow_fast
+from stflow_fast.errors import InputError
+from stflow_fast.model import Denoiser
+from stflow_fast.pretrained import CONFIG_FILE
+from stflow_fast.priors.observation import (
+    CensoredGaussian,
+    Law,
+    ObservationModel,
+    ZinbCounts,
+    laws_of,
+    load_observation,
+)
+from stflow_fast.sampling import Sampler
+
+from .builders import FEATURES, small_model
+
+GENES = ("A", "B", "C")
+SIGMA = np.array([0.3, 1.0, 2.0], np.float32)
+
+
+def zinb(log: bool = True) -> ZinbCounts:
+    scale, theta, pi = ([1.0, 1.5, 0.7], [0.5, 2.0, 8.0], [0.0, 0.3, 0.6])
+    return ZinbCounts(*(np.array(values, np.float32) for values in (scale, theta, pi)), np.float32(log))
+
+
+LAWS = [CensoredGaussian(SIGMA), zinb(), zinb(log=False)]
+
+
+def means(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).gamma(1.0, 1.2, (n, 3)).astype(np.float32)
+
+
+def test_sigma_is_the_likeliest() -> None:
+    centres = means(4000).astype(np.float64) - 0.5
+    truth = np.maximum(centres + SIGMA * np.random.default_rng(1).standard_normal(centres.shape), 0.0)
+    assert 0.2 < (truth == 0).mean() < 0.8
+    mean = centres * norm.cdf(centres / SIGMA) + SIGMA * norm.pdf(centres / SIGMA)
+    found = CensoredGaussian.fit(mean, truth, "log1p").sigma
+    np.testing.assert_allclose(found, SIGMA, rtol=0.05)
+    for gene in range(3):
+
+        def loss(log_sigma: float, gene: int = gene) -> float:
+            s = np.exp(log_sigma)
+            grid = s * np.linspace(-6, 60, 200_001)
+            m = np.interp(mean[:, gene], grid * norm.cdf(grid / s) + s * norm.pdf(grid / s), grid)
+            y = truth[:, gene]
+            return -np.where(y > 0, norm.logpdf(y, m, s), norm.logcdf(0, m, s))[mean[:, gene] > 0.02].sum()
+
+        near = [loss(np.log(found[gene]) + step) for step in (-0.1, 0.0, 0.1)]
+        assert near[1] == min(near)
+
+
+def test_a_gene_that_is_predicted_exactly_or_never_expressed_has_a_sigma() -> None:
+    mean = np.column_stack([np.ones(50), np.full(50, 0.1), np.zeros(50)]).astype(np.float32)
+    truth = np.column_stack([np.ones(50), np.zeros(50), np.zeros(50)]).astype(np.float32)
+    law = CensoredGaussian.fit(mean, truth, "log1p")
+    assert np.isfinite(law.sigma).all()
+    assert (law.sigma > 0).all()
+    assert np.isfinite(law.std(mean)).all()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=["gaussian", "zinb", "zinb of counts"])
+def test_numbers_of_a_law_are_those_of_its_draws(law: Law) -> None:
+    mean = means(4, seed=3)
+    drawn = ObservationModel(GENES, law, {}).drawer(0, "S", 20_000)(mean).astype(np.float64)
+    assert (drawn >= 0).all()
+    np.testing.assert_allclose(law.std(mean), drawn.std(axis=0), rtol=0.05, atol=0.02)
+    for probability in (0.05, 0.5, 0.95):
+        below = (drawn < law.quantile(mean, probability) - 1e-4).mean(axis=0)
+        upto = (drawn <= law.quantile(mean, probability) + 1e-4).mean(axis=0)
+        assert (below <= probability + 0.02).all()
+        assert (upto >= probability - 0.02).all()
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 3.0])
+def test_the_mean_of_draws_is_the_mean_that_was_predicted(sigma: float) -> None:
+    mean = np.array([[0.02, 0.1, 0.5, 2.0, 40.0]], np.float32)
+    law = CensoredGaussian(np.full(5, sigma, np.float32))
+    drawn = ObservationModel((), law, {}).drawer(0, "S", 200_000)(mean).astype(np.float64)
+    np.testing.assert_allclose(drawn.mean(axis=0), mean, rtol=0.02, atol=0.01 * sigma)
+
+
+@pytest.mark.parametrize("counts", [0.5, 30.0, 190.0, 210.0, 5000.0])
+def test_spread_of_many_counts_and_of_few(counts: float) -> None:
+    """From the table, and beyond it."""
+    law = ZinbCounts(*(np.full(3, value, np.float32) for value in (1.0, 2.0, 0.2)), np.float32(1))
+    mean = np.full((1, 3), np.log1p(counts), np.float32)
+    drawn = ObservationModel(GENES, law, {}).drawer(1, "S", 40_000)(mean)
+    np.testing.assert_allclose(law.std(mean), drawn.std(axis=0), rtol=0.03)
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(1, 40), first=st.integers(0, 40), draws=st.integers(1, 3), law=st.sampled_from(LAWS))
+def test_a_draw_is_of_its_seed_slide_number_and_spot(n: int, first: int, draws: int, law: Law) -> None:
+    first = min(first, n)
+    model, mean = ObservationModel(GENES, law, {}), means(40)
+    whole = model.drawer(5, "S", 3)(mean[:n])
+    by_blocks = model.drawer(5, "S", draws)
+    parts = [by_blocks(mean[:first]), by_blocks(mean[first:n])]
+    assert np.array_equal(np.concatenate(parts, axis=1), whole[:draws])
+
+
+def test_draws_differ_by_seed_slide_and_number() -> None:
+    model, mean = ObservationModel(GENES, LAWS[0], {}), means(50)
+    one = model.drawer(5, "S", 2)(mean)
+    for other in (one[::-1], model.drawer(6, "S", 2)(mean), model.drawer(5, "T", 2)(mean)):
+        assert not np.array_equal(other, one)
+
+
+def test_counts_per_ten_thousand_are_no_counts() -> None:
+    assert laws_of("cp10k_log1p") == ("gaussian",)
+    assert laws_of("log1p") == laws_of("counts") == ("gaussian", "zinb")
+
+
+def test_counts_are_fitted_around_their_mean() -> None:
+    law, mean = zinb(), np.log1p(np.random.default_rng(0).gamma(2.0, 3.0, (6000, 3))).astype(np.float32)
+    truth = ObservationModel(GENES, law, {}).drawer(0, "S", 1)(mean)[0]
+    found = ZinbCounts.fit(mean, truth, "log1p")
+    np.testing.assert_allclose(found.scale * (1 - found.pi), law.scale * (1 - law.pi), rtol=0.1)
+    np.testing.assert_allclose(found.pi, law.pi, atol=0.08)
+    np.testing.assert_allclose(found.theta[:2], law.theta[:2], rtol=0.25)
+
+
+@pytest.fixture
+def model() -> Denoiser:
+    made = small_model(3, GENES, "uni")
+    made.observation = ObservationModel(GENES, CensoredGaussian(SIGMA), {"spots": 9, "groups": 2})
+    return made
+
+
+@pytest.fixture
+def slide() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(70, FEATURES), 1000 * torch.rand(70, 2)
+
+
+@pytest.mark.parametrize("law", LAWS[:2], ids=["gaussian", "zinb"])
+def test_a_law_is_kept_with_the_model(model: Denoiser, law: Law, tmp_path: Path) -> None:
+    model.observation = ObservationModel(GENES, law, {"spots": 9, "groups": 2})
+    model.save_pretrained(tmp_path / "model")
+    again = Denoiser.from_pretrained(tmp_path / "model")
+    assert again.observation.to_dict() == model.observation.to_dict()
+    for name, values in law.parameters().items():
+        assert np.array_equal(again.observation.tensors()[name], values)
+    assert set(again.state_dict()) == set(model.state_dict())
+    small_model(3, GENES, "uni").save_pretrained(tmp_path / "plain")
+    assert Denoiser.from_pretrained(tmp_path / "plain").observation is None
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"law": "poisson"}, "observation: must describe one of gaussian, zinb"),
+        ({"genes": ["A", "B", "D"]}, "observation: .*D"),
+        ({"genes": ["A"]}, "observation: "),
+        ({"law": "zinb"}, "observation: scale must be"),
+    ],
+)
+def test_a_law_of_other_genes_or_of_none_is_refused(
+    model: Denoiser, tmp_path: Path, change: dict[str, object], complaint: str
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / CONFIG_FILE
+    content = json.loads(path.read_text())
+    content["observation"] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=complaint) as error:
+        Denoiser.from_pretrained(tmp_path / "model")
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_broken_numbers_are_refused() -> None:
+    described = {"law": "gaussian", "genes": list(GENES)}
+    for broken in ([1.0, np.nan, 1.0], [1.0, -1.0, 1.0], [1.0]):
+        with pytest.raises(InputError, match="observation: sigma must be"):
+            load_observation(described, {"sigma": np.array(broken, np.float32)}, GENES)
+
+
+def test_draws_stand_around_the_mean_of_samples(model: Denoiser, slide: tuple[torch.Tensor, torch.Tensor]) -> None:
+    drawn = stflow_fast.sample(model, slide, seed=4, draws=3)
+    prepared = Sampler(model).prepare(slide)
+    samples = torch.stack([prepared.draw(seed=seed).expression for seed in (4, 5, 6)])
+    torch.testing.assert_close(drawn.expression, samples.mean(dim=0))
+    assert (drawn.nfe, drawn.draws.shape) == (12, (3, 70, 3))
+    assert np.array_equal(drawn.std.numpy(), model.observation.std(drawn.expression.numpy()))
+    assert np.array_equal(drawn.draws.numpy(), model.observation.drawer(4, "", 3)(drawn.expression.numpy()))
+    plain = stflow_fast.sample(model, slide, seed=4)
+    assert (plain.std, plain.draws) == (None, None)
+    assert torch.equal(plain.expression, samples[0])
+    none = stflow_fast.sample(model, (torch.zeros(0, FEATURES), torch.zeros(0, 2)), draws=2)
+    assert (none.expression.shape, none.draws.shape) == ((0, 3), (2, 0, 3))
+
+
+def test_draws_that_cannot_be_are_refused(model: Denoiser, slide: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for draws in (0, -1, 1.5):
+        with pytest.raises(InputError, match="draws: must be a whole number"):
+            stflow_fast.sample(model, slide, draws=draws)
+    with pytest.raises(InputError, match="seed: "):
+        stflow_fast.sample(model, slide, seed=2**63 - 1, draws=2)
+    with pytest.raises(InputError, match="draws: .*leave x_0 and trajectory out"):
+        stflow_fast.sample(model, slide, draws=2, trajectory=True)
+    model.observation = None
+    with pytest.raises(InputError, match="draws: the model has no observation model.*calibrate"):
+        stflow_fast.sample(model, slide, draws=2)
