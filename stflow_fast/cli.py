@@ -296,10 +296,17 @@ def evaluate_command(
     n_sample_steps, prior = _solver(n_sample_steps, prior, fast)
     sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision, smooth, draws)
     names = _words(biomarkers)
-    if names:  # before the slides are sampled
-        report.check_genes(names, load_model(run, device).provenance.genes)
     with Console(stderr=True).status("sampling the test slides and fitting the baselines"):
-        found = evaluate(run, data, fold, embeddings=embeddings, gene_key=gene_key, sampling=sampling, device=device)
+        found = evaluate(
+            run,
+            data,
+            fold,
+            embeddings=embeddings,
+            gene_key=gene_key,
+            sampling=sampling,
+            device=device,
+            biomarkers=names,
+        )
     _print_notes(found.slides)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(report.results_table(found.result))
@@ -307,10 +314,12 @@ def evaluate_command(
         console.print(report.certainty_table(found.result))
     if names:
         console.print(report.biomarker_table(found.result, names))
+        console.print(report.hotspot_table(found.result["biomarkers"]))
     if json_file:
         write_json(json_file, found.result)
     folder = maps or (Path(run) if Path(run).is_dir() else Path()) / EVALUATION_FOLDER
-    for path in report.evaluation_pictures(folder, found.result, found.slides, found.truth, found.predicted):
+    shown = found.result, found.slides, found.truth, found.predicted
+    for path in report.evaluation_pictures(folder, *shown, biomarkers=names):
         console.print(f"wrote {path}", markup=False)
 
 

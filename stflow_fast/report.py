@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import InputError
-from .evaluation import score
+from .evaluation import check_biomarkers, score
 from .files import atomic_path
 from .priors.observation import ObservationModel
 from .slides import Slide
@@ -38,7 +38,7 @@ LABELS = {
     "ridge_alpha_1e4": "ridge alpha 1e4",
     "ridge": "ridge",
     "ridge_smoothed": "ridge, smoothed",
-    "ridge_neighbors": "ridge, own and neighbours' features",
+    "ridge_neighbors": "ridge, neighbours",
     "depth_oracle": "depth oracle",
     "shuffled_spots": "spots shuffled",
 }
@@ -84,13 +84,15 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
     """Pearson of single genes, the model beside the baselines that have one, and the model's MSE and R2.
 
     Raises:
-        InputError: as :func:`check_genes`.
+        InputError: as :func:`.evaluation.check_biomarkers`.
     """
     baselines = result.get("baselines", {})
     scored = {key: _by_gene(scores) for key, scores in baselines.items() if scores["pearson_mean"] is not None}
     own = _by_gene(result)
-    check_genes(names, tuple(own))
-    table = Table(title="Pearson of chosen genes", caption=_selection(result) or None, **_COMPACT)
+    check_biomarkers(names, tuple(own))
+    table = Table(
+        title="Pearson of chosen genes", caption=_selection(result) or None, caption_justify="left", **_COMPACT
+    )
     table.add_column("gene")
     for column in (model, *(LABELS.get(key, key) for key in scored), "MSE", "R2"):
         table.add_column(Text(column), justify="right")
@@ -101,13 +103,33 @@ def biomarker_table(result: Mapping[str, Any], names: Sequence[str], model: str 
     return table
 
 
+def hotspot_table(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """What :func:`.cohort.evaluate.of_biomarkers` says of chosen genes."""
+    chance = next(iter(found.values()))["top_chance"]
+    caption = (
+        "highest tenth: share of the tenth of a slide's spots where the gene is\n"
+        f"highest that is among the tenth where it is predicted to be; by chance {chance:.3f}.\n"
+        "interval: of 90 %, its mean width and how often it holds the truth; of a model\n"
+        "that calibrate has treated."
+    )
+    look = {"caption": caption, "caption_justify": "left", "min_width": 76, **_COMPACT}
+    table = Table(title="Where chosen genes are high", **look)
+    table.add_column("gene")
+    for column in ("highest tenth", "interval", "holds"):
+        table.add_column(column, justify="right")
+    for name, told in found.items():
+        keys = ("top_overlap", "interval_width", "interval_coverage")
+        table.add_row(Text(name), *(_number(told.get(key)) for key in keys))
+    return table
+
+
 def certainty_table(result: Mapping[str, Any], model: str = MODEL_NAME) -> Table:
     """How much the draws of the model, and of the baselines that have some, are worth.
 
     Args:
         result: with ``certainty``, as :func:`stflow_fast.evaluate` gives it of a model with an observation model.
     """
-    table = Table(title="Certainty", caption=CERTAINTY_NOTE, caption_justify="left", **_COMPACT)
+    table = Table(title="Certainty", caption=CERTAINTY_NOTE, caption_justify="left", min_width=76, **_COMPACT)
     table.add_column("predictor", no_wrap=True)
     for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
         table.add_column(column, justify="right")
@@ -133,7 +155,7 @@ def observation_table(observation: ObservationModel) -> Table:
     """What the laws reached on groups of slides that they were not fitted on; the one that is kept first."""
     about = observation.about
     title = f"Law of x_1 around the mean: {observation.law.name} ({about['spots']:,} spots, {about['groups']} groups)"
-    table = Table(title=title, caption=CERTAINTY_NOTE, caption_justify="left", **_COMPACT)
+    table = Table(title=title, caption=CERTAINTY_NOTE, caption_justify="left", min_width=76, **_COMPACT)
     table.add_column("law", no_wrap=True)
     for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
         table.add_column(column, justify="right")
@@ -175,16 +197,6 @@ def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str =
     _save(figure, path)
 
 
-def check_genes(names: Sequence[str], predicted: Sequence[str]) -> None:
-    """Raise InputError where a gene to show is not among the predicted ones."""
-    absent = [name for name in names if name not in predicted]
-    if absent:
-        raise InputError(
-            f"biomarkers: {', '.join(absent)} not among the {len(predicted)} predicted genes; "
-            "leave out, or train with a gene list that has them"
-        )
-
-
 def _selection(result: Mapping[str, Any]) -> str:
     """What the model's epoch was chosen on: every table and picture of a result says it. Empty where it is unknown."""
     chosen = result.get("selected_on", "unknown")
@@ -219,8 +231,10 @@ def evaluation_pictures(
     slides: Sequence[Slide],
     truth: Sequence[np.ndarray],
     predicted: Sequence[np.ndarray],
+    biomarkers: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw ``scores.png`` and, per slide, ``maps_ID.png`` of the best, median and worst gene of all slides.
+    """Draw ``scores.png`` and, per slide, ``maps_ID.png`` of the best, median and worst gene of all slides and
+    ``biomarkers_ID.png``, if any are named; ``reliability.png`` where the result has ``certainty``.
 
     Args:
         folder: where they go.
@@ -234,20 +248,26 @@ def evaluation_pictures(
     if "certainty" in result:
         written.append(Path(folder) / "reliability.png")
         reliability(written[-1], result)
-    if result["pearson_mean"] is None:
-        return written
-    names = pick_genes(result)
     order = [gene["name"] for gene in result["genes"]]
-    columns = [order.index(name) for name in names]
-    normalize = result.get("normalize", "log1p")
-    for slide, measured, made in zip(slides, truth, predicted, strict=True):
-        measured, made = measured[:, columns], made[:, columns]
-        pearsons = [gene["pearson"] for gene in score(measured, made, names)["genes"]]  # of this slide alone
-        written.append(Path(folder) / f"maps_{slide.id}.png")
-        title = f"{slide.id}: {slide.n_spots:,} spots, best, median and worst of {len(order)} genes"
-        title = "\n".join(filter(None, (title, _selection(result))))
-        size, unit = slide.micron_per_pixel, UNITS.get(normalize, normalize)
-        gene_maps(written[-1], slide.coords, measured, made, names, pearsons, title, size, unit=unit)
+    unit = UNITS.get(result.get("normalize", "log1p"), result.get("normalize", "log1p"))
+    panels = {}
+    if result["pearson_mean"] is not None:
+        panels["maps"] = (
+            pick_genes(result),
+            ("best", "median", "worst"),
+            f"best, median and worst of {len(order)} genes",
+        )
+    if biomarkers:
+        panels["biomarkers"] = (tuple(biomarkers), (), f"{len(biomarkers)} chosen of {len(order)} genes")
+    for kind, (names, labels, what) in panels.items():
+        columns = [order.index(name) for name in names]
+        for slide, measured, made in zip(slides, truth, predicted, strict=True):
+            measured, made = measured[:, columns], made[:, columns]
+            pearsons = [gene["pearson"] for gene in score(measured, made, names)["genes"]]  # of this slide alone
+            title = "\n".join(filter(None, (f"{slide.id}: {slide.n_spots:,} spots, {what}", _selection(result))))
+            written.append(Path(folder) / f"{kind}_{slide.id}.png")
+            size = slide.micron_per_pixel
+            gene_maps(written[-1], slide.coords, measured, made, names, pearsons, title, size, labels, unit)
     return written
 
 

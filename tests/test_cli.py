@@ -54,7 +54,10 @@ def test_train_evaluate_predict(tmp_path: Path) -> None:
     written = json.loads(scores.read_text())
     assert -1 <= written["pearson_mean"] <= 1
     assert set(written["baselines"]) == BASELINES
-    assert sorted(path.suffix for path in (out / "evaluation").iterdir()) == [".png", ".png"]
+    pictures = sorted(path.name for path in (out / "evaluation").iterdir())
+    assert pictures == ["biomarkers_S2.png", "maps_S2.png", "scores.png"]
+    assert set(written["biomarkers"]) == {genes[0], genes[2]}
+    assert all(0 <= told["top_overlap"] <= 1 for told in written["biomarkers"].values())
     embeddings = sorted((task / "embeddings" / "tiny" / "fp32").glob("*.h5"))
     run("predict", out, *embeddings, "--out", tmp_path / "predicted", "--seed", 3)
     for path in embeddings:

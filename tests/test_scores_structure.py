@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import stflow_fast.evaluation.scores as scores
-from stflow_fast.evaluation import gene_correlation_error, morans_i, neighbor_weights, structure, zero_fraction
+from stflow_fast.evaluation import (
+    gene_correlation_error,
+    morans_i,
+    neighbor_weights,
+    structure,
+    top_overlap,
+    zero_fraction,
+)
 from stflow_fast.graph import MISSING, knn_graph
 
 room = importlib.import_module("stflow_fast.evaluation.structure")  # the package has a function of this name
@@ -125,3 +132,24 @@ def test_slides_without_structure_are_left_out_and_nothing_is_none() -> None:
 def test_what_is_constant_depends_on_the_precision(dtype: type, expected: bool) -> None:
     rows = np.array([[10**7, 10**7 + 1]], dtype=dtype)
     assert scores.is_constant(rows).tolist() == [expected]
+
+
+def test_the_highest_spots_are_found_or_not():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(200, 4))
+    made = np.column_stack([truth[:, 0] ** 3, -truth[:, 1], rng.normal(size=200), np.zeros(200)])
+    overlap, chance = top_overlap(truth, made)
+    assert chance == 0.1
+    assert overlap[:2].tolist() == [1.0, 0.0]
+    assert 0 <= overlap[2] <= 0.4
+    assert overlap[3] == pytest.approx(0.1)  # all are equal: each is among the highest by a tenth
+
+
+def test_ties_at_the_border_count_in_part():
+    truth = np.array([3.0, 1.0, 1.0, 0.0])[:, None]
+    made = np.array([2.0, 0.0, 2.0, 2.0])[:, None]
+    overlap, chance = top_overlap(truth, made, share=0.5)
+    assert chance == 0.5
+    # The truth's two: the first, and half of each of the next two; the prediction's: two thirds of each of three.
+    assert overlap == pytest.approx([(2 / 3 + 0.5 * 2 / 3) / 2])
+    assert top_overlap(truth, truth, share=0.01)[0] == pytest.approx([1.0])

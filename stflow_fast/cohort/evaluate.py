@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,19 @@ import numpy as np
 
 from .._version import __version__
 from ..errors import InputError
-from ..evaluation import certainty, compare, random_training_spots, structure
+from ..evaluation import (
+    certainty,
+    check_biomarkers,
+    compare,
+    random_training_spots,
+    structure,
+    top_overlap,
+)
 from ..model import Denoiser
 from ..priors.observation import ObservationModel
 from ..slides import Slide, open_task
 from ..windows import TEST
-from .settings import SamplingConfig, model_and_origin, selection_of
+from .settings import SamplingConfig, gene_names, model_and_origin, selection_of
 
 CERTAINTY_DRAWS = 100
 """Of each spot, that intervals and CRPS are of."""
@@ -50,6 +58,7 @@ def evaluate(
     gene_key: str | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
+    biomarkers: Sequence[str] = (),
 ) -> Evaluation:
     """Score a model on the test slides of a HEST-bench task folder, beside the baselines.
 
@@ -61,12 +70,14 @@ def evaluate(
         gene_key: column of ``var`` with the names of the genes; as the model was trained when None.
         sampling: how to draw.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
+        biomarkers: genes of which more is said, in ``result["biomarkers"]``: see :func:`of_biomarkers`.
 
     Raises:
-        InputError: a test slide that the model was trained on, a model without gene names, or what
-            :func:`stflow_fast.slides.open_task`, Slide and sample refuse.
+        InputError: a test slide that the model was trained on, a model without gene names, a biomarker that it does not
+            predict, or what :func:`stflow_fast.slides.open_task`, Slide and sample refuse.
     """
     model, origin = model_and_origin(run, device)
+    check_biomarkers(biomarkers, model.provenance.genes or gene_names(model))
     if not model.provenance.genes or not model.provenance.encoder:
         raise InputError(
             f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"
@@ -84,6 +95,8 @@ def evaluate(
     train, test = [task.slide(name) for name in split.train], [task.slide(name) for name in split.test]
     evaluation = evaluate_slides(model, train, test, sampling)
     evaluation.result.update({"run": origin, "data": str(data), "fold": fold})
+    if biomarkers:
+        evaluation.result["biomarkers"] = of_biomarkers(evaluation, biomarkers, model.observation)
     return evaluation
 
 
@@ -137,3 +150,33 @@ def _add_certainty(
     anywhere = random_training_spots(known, CERTAINTY_DRAWS, seed)
     middle = np.broadcast_to(known.mean(axis=0, dtype=np.float64).astype(np.float32), expected.shape)
     result["baselines"]["train_mean"]["certainty"] = certainty(expected, middle, anywhere)
+
+
+def of_biomarkers(
+    evaluation: Evaluation, names: Sequence[str], law: ObservationModel | None
+) -> dict[str, dict[str, Any]]:
+    """What a pathologist asks of single genes.
+
+    Returns:
+        Of each: ``top_overlap``, the share of the tenth of the spots where the gene is highest that is among the tenth
+        where it is predicted to be, by slide and averaged by their spots, and ``top_chance``, what chance would give.
+        With a law ``interval_width``, the mean width of the central 90 % interval in the unit of the prediction, and
+        ``interval_coverage``, how often the truth lies in it, bounds included.
+    """
+    columns = [evaluation.genes.index(name) for name in names]
+    spots = [slide.n_spots for slide in evaluation.slides]
+    pairs = list(zip(evaluation.truth, evaluation.predicted, strict=True))
+    found = [top_overlap(truth[:, columns], made[:, columns]) for truth, made in pairs]
+    overlap = np.average([share for share, _ in found], axis=0, weights=spots)
+    chance = float(np.average([each for _, each in found], weights=spots))
+    told = {
+        name: {"top_overlap": float(share), "top_chance": chance} for name, share in zip(names, overlap, strict=True)
+    }
+    if law is not None:
+        truth, mean = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        low, high = (law.quantile(mean, percent) for percent in (5, 95))
+        inside = (low <= truth) & (truth <= high)
+        for name, column in zip(names, columns, strict=True):
+            width = float((high[:, column] - low[:, column]).mean(dtype=np.float64))
+            told[name] |= {"interval_width": width, "interval_coverage": float(inside[:, column].mean())}
+    return told
