@@ -34,8 +34,9 @@ from .progress import cases_bar, epochs_bar, groups_bar, patches_bar, paths_bar,
 from .protocol import PAGE_FILE, Plan, cells_of, hest_tasks, notes_of, read_patients, run_protocol, stimage_tasks
 from .runs import CURVES_FILE, EVALUATION_FOLDER, MODEL_FOLDER, RUN_FILE
 from .sampling import DEFAULT_MEMORY_BUDGET
-from .slides import FORMATS, NORMALIZATIONS, ReadOptions, Slide, read_genes
+from .slides import FORMATS, NORMALIZATIONS, HestTask, ReadOptions, Slide, read_genes
 from .slides.options import COORDINATE_SYSTEM, SPATIAL_KEY
+from .slides.panels import variable_genes_of
 from .slides.stimage import ORGANS
 from .training import SELECTIONS, fit, load_fold
 from .windows import FIXED_EPOCHS, TrainingConfig, selection_words
@@ -321,6 +322,34 @@ def evaluate_command(
     shown = found.result, found.slides, found.truth, found.predicted
     for path in report.evaluation_pictures(folder, *shown, biomarkers=names):
         console.print(f"wrote {path}", markup=False)
+
+
+@app.command(name="genes")
+def genes_command(
+    data: Data,
+    out: Annotated[Path, PathOption(help="Gene list to write: JSON.")],
+    n: Annotated[int, typer.Option(help="Genes wanted.")] = 50,
+    fold: Annotated[int | None, typer.Option(help="Pick by the training slides of this split.")] = None,
+    all_slides: Annotated[
+        bool, typer.Option("--all", help="Pick by all slides, those of the test too, as HEST-bench does.")
+    ] = False,
+    gene_key: GeneKey = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pick the most variable genes of a task folder, as HEST-bench does (detected in a tenth of the spots of each
+    slide), from the training slides of a split, or as published from all."""
+    if all_slides == (fold is not None):
+        raise InputError("genes: wants --fold K, for the training slides of a split, or --all")
+    if n < 1:
+        raise InputError(f"n: must be at least 1, not {n}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
+    task = HestTask(data, gene_key=gene_key)
+    splits = [task.fold(number) for number in (task.folds() if fold is None else [fold])]
+    sides = [(*split.train, *split.val, *(split.test if all_slides else ())) for split in splits]
+    names = sorted({name for side in sides for name in side})
+    write_json(out, {"genes": list(variable_genes_of(map(task.measured, names), n))})
+    typer.echo(f"{n} genes by {len(names)} slides ({', '.join(names)}) in {out}")
 
 
 @app.command(name="protocol")

@@ -44,7 +44,7 @@ class HestTask:
 
     Attributes:
         root: the folder.
-        encoder: name of the embeddings' folder.
+        encoder: name of the embeddings' folder; empty where only expression is read.
         embeddings: where the encoders' folders are, if not in ``root/embeddings``.
         gene_key: column of ``var`` with the names of the genes; the index when None.
 
@@ -53,7 +53,7 @@ class HestTask:
     """
 
     root: str | Path
-    encoder: str
+    encoder: str = ""
     embeddings: str | Path | None = None
     gene_key: str | None = None
 
@@ -63,7 +63,8 @@ class HestTask:
             raise InputError(f"{root}: is not a folder; give a HEST-bench task folder")
         if not (root / "splits").is_dir():
             raise InputError(f"{root}: has no splits/ folder, so it is not a HEST-bench task folder")
-        _ = self.embeddings_folder
+        if self.encoder:
+            _ = self.embeddings_folder
 
     @cached_property
     def embeddings_folder(self) -> Path:
@@ -192,11 +193,19 @@ class HestTask:
         if not expression:
             slide = guarded(embedded, lambda: read_embeddings(embedded, self.patches_file(sample_id)))
             return dataclasses.replace(slide, notes=(*slide.notes, *notes)) if notes else slide
-        found, path = guarded(embedded, lambda: open_features(embedded, ReadOptions())), self.expression_file(sample_id)
-        options = ReadOptions(expression=True, require_features=False, gene_key=self.gene_key, library_key="")
-        measured = guarded(path, lambda: read_anndata(path, options))
-        slide = match(dataclasses.replace(measured, id=sample_id, features=None), found)
+        found = guarded(embedded, lambda: open_features(embedded, ReadOptions()))
+        slide = match(self.measured(sample_id), found)
         return dataclasses.replace(slide, features=np.asarray(slide.features), notes=(*slide.notes, *notes))
+
+    def measured(self, sample_id: str) -> Slide:
+        """One slide's expression alone, without features.
+
+        Raises:
+            InputError: a missing or broken file, or what Slide refuses.
+        """
+        path = self.expression_file(sample_id)
+        options = ReadOptions(expression=True, require_features=False, gene_key=self.gene_key, library_key="")
+        return dataclasses.replace(guarded(path, lambda: read_anndata(path, options)), id=sample_id, features=None)
 
 
 def find_embeddings(base: Path, encoder: str, tasks: Iterable[str]) -> Path:
