@@ -2,7 +2,8 @@
 
 Slides of the training side are left out in turn (regions, where slides are few), a network is trained on the others as
 the model was, for as many epochs as the model has, and predicts what was left out. Around those predictions the laws of
-:mod:`.priors.observation` are fitted; the one with the lower CRPS on groups that it was not fitted on is kept.
+:mod:`.priors.observation` are fitted, group by group. The median of their parameters stands for a slide to come; the law
+with the lower CRPS on groups that it was not fitted on is kept.
 """
 
 from __future__ import annotations
@@ -143,36 +144,37 @@ def _predicted(model: Denoiser, slides: Sequence[Slide], seed: int) -> Predicted
 
 
 def fit_observation(predicted: Sequence[Predicted], model: Denoiser) -> ObservationModel:
-    """The law with the lowest CRPS on groups that it was not fitted on, fitted on all of them.
+    """The law with the lowest CRPS on groups that it was not fitted on, and its parameters on all of them.
 
     Args:
         predicted: groups of spots that the networks which predicted them did not see; two or more.
         model: whose mean they stand for.
     """
-    normalize, together = model.provenance.normalize, _joined(predicted)
-    reached = {name: _cross_validated(LAWS[name].fit, predicted, normalize) for name in laws_of(normalize)}
+    normalize = model.provenance.normalize
+    fitted = {name: [LAWS[name].fit(*group, normalize) for group in predicted] for name in laws_of(normalize)}
+    reached = {name: _cross_validated(laws, predicted) for name, laws in fitted.items()}
     best = min(reached, key=lambda name: reached[name]["crps_mean"])
-    law = LAWS[best].fit(together.mean, together.truth, normalize)
-    about = {"spots": len(together.mean), "groups": len(predicted), "out_of_fold": reached}
-    return ObservationModel(model.provenance.genes, law, about)
+    about = {"spots": sum(len(group.mean) for group in predicted), "groups": len(predicted), "out_of_fold": reached}
+    return ObservationModel(model.provenance.genes, _typical(fitted[best]), about)
 
 
-def _cross_validated(
-    fit_law: Callable[[np.ndarray, np.ndarray, str], Law], predicted: Sequence[Predicted], normalize: str
-) -> dict[str, Any]:
+def _typical(laws: Sequence[Law]) -> Law:
+    """The median of each parameter: a slide that is far off, in depth say, widens the intervals of no other. Fitted on
+    all groups' spots together, CRPS out of fold was higher on each fold of her2st, by .0001 to .006."""
+    names = laws[0].parameters()
+    medians = {name: np.median([law.parameters()[name] for law in laws], axis=0).astype(np.float32) for name in names}
+    return type(laws[0])(**medians)
+
+
+def _cross_validated(laws: Sequence[Law], predicted: Sequence[Predicted]) -> dict[str, Any]:
     """:func:`.evaluation.certainty` of each group by the law that the others give, weighted by their spots."""
     scores = []
     for number, group in enumerate(predicted):
-        others = _joined([other for index, other in enumerate(predicted) if index != number])
-        law = ObservationModel((), fit_law(others.mean, others.truth, normalize), {})
+        law = ObservationModel((), _typical([*laws[:number], *laws[number + 1 :]]), {})
         scores.append(certainty(group.truth, group.mean, law.drawn(group.mean, 0, str(number), DRAWS)))
     weights = [len(group.mean) for group in predicted]
     kept = ("crps_mean", "coverage_50", "coverage_90", "spread_ratio")
     return {name: float(np.average([each[name] for each in scores], weights=weights)) for name in kept}
-
-
-def _joined(groups: Sequence[Predicted]) -> Predicted:
-    return Predicted(*map(np.concatenate, zip(*groups, strict=True)))
 
 
 def _training_side(folder: Path, told: Any, data: str | Path | None, embeddings: str | Path | None) -> list[Slide]:

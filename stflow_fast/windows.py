@@ -16,6 +16,7 @@ from .flow import DEFAULT_SAMPLE_STEPS, time_grid
 from .graph import SpotGraph
 from .priors import PRIORS, SOURCES, Prior, Source, check_seed, fit_source
 from .slides import Slide
+from .threads import in_turn
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,17 @@ class WindowBatch(NamedTuple):
         return WindowBatch(*(part.to(device) for part in self))
 
 
+class _Window(NamedTuple):
+    """One of them; see :class:`WindowBatch`."""
+
+    coords: np.ndarray  # [n, 2]
+    features: np.ndarray
+    x_0: np.ndarray
+    x_1: np.ndarray
+    t: float
+    slide_seed: int
+
+
 class Windows:
     """The windows of an epoch. Each is a function of (seed, epoch, slide, number), whatever the batches.
 
@@ -210,23 +222,24 @@ class Windows:
         return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]
 
     def make(self, epoch: int, batch: list[tuple[int, int]]) -> WindowBatch:
-        k = self._n_neighbors
-        coords, features, x_0, x_1, t, seeds = [], [], [], [], [], []
-        for index, number in batch:
-            slide = self._slides[index]
-            sequence = np.random.SeedSequence([self._config.seed, 2, epoch, index, number])
-            for_window, for_noise, for_dropout = sequence.spawn(3)
-            rng = np.random.default_rng(for_window)
-            size = min(slide.n_spots, max(k + 1, math.ceil(rng.uniform() * slide.n_spots)))
-            # In the slide's order: ties between neighbours are broken by it, here as in the whole slide.
-            spots = np.sort(_nearest(slide.coords, int(rng.integers(slide.n_spots)), size))
-            coords.append(slide.coords[spots])
-            features.append(slide.features[spots])
-            x_1.append(self._targets[index][spots])
-            x_0.append(self.source.draw(size, x_1[-1].shape[1], for_noise, features[-1]))
-            t.append(rng.uniform())
-            seeds.append(int(for_dropout.generate_state(1, np.uint64)[0] >> np.uint64(2)))
+        """The windows of a step. Of whole transcriptomes most of the time is the noise's, so several threads draw."""
+        made: list[_Window] = []
+        in_turn(lambda window: self._window(epoch, *window), batch, torch.device("cpu"), made.append)
+        coords, features, x_0, x_1, t, seeds = zip(*made, strict=True)
         slide_ptr = np.cumsum([0, *map(len, coords)])
-        graph = SpotGraph.build(np.concatenate(coords), k, slide_ptr)
+        graph = SpotGraph.build(np.concatenate(coords), self._n_neighbors, slide_ptr)
         rows = [graph.to_rows(torch.from_numpy(np.concatenate(part))) for part in (features, x_0, x_1)]
         return WindowBatch(graph, *rows, torch.tensor(t), torch.tensor(seeds))
+
+    def _window(self, epoch: int, index: int, number: int) -> _Window:
+        slide = self._slides[index]
+        sequence = np.random.SeedSequence([self._config.seed, 2, epoch, index, number])
+        for_window, for_noise, for_dropout = sequence.spawn(3)
+        rng = np.random.default_rng(for_window)
+        size = min(slide.n_spots, max(self._n_neighbors + 1, math.ceil(rng.uniform() * slide.n_spots)))
+        # In the slide's order: ties between neighbours are broken by it, here as in the whole slide.
+        spots = np.sort(_nearest(slide.coords, int(rng.integers(slide.n_spots)), size))
+        features, x_1 = slide.features[spots], self._targets[index][spots]
+        x_0 = self.source.draw(size, x_1.shape[1], for_noise, features)
+        seed = int(for_dropout.generate_state(1, np.uint64)[0] >> np.uint64(2))
+        return _Window(slide.coords[spots], features, x_0, x_1, rng.uniform(), seed)
