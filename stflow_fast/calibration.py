@@ -2,8 +2,8 @@
 
 Slides of the training side are left out in turn (regions, where slides are few), a network is trained on the others as
 the model was, for as many epochs as the model has, and predicts what was left out. Around those predictions the laws of
-:mod:`.priors.observation` are fitted, group by group. The median of their parameters stands for a slide to come; the law
-with the lower CRPS on groups that it was not fitted on is kept.
+:mod:`.priors.observation` are fitted, group by group. The median of their parameters stands for a slide to come; the
+law with the lower CRPS on groups that it was not fitted on is kept.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ LABELS = {
 CONSTANT_NOTE = "const: genes without Pearson, truth or prediction being the same everywhere."
 CERTAINTY_KEYS = ("crps_mean", "coverage_50", "coverage_90", "spread_ratio")
 CERTAINTY_NOTE = (
-    "CRPS: the lower the better. in 50 %, 90 %: share of the truth within such intervals of the draws; an interval\n"
-    "that begins at zero holds every zero. spread: of the draws, over the error of their mean."
+    "CRPS: the lower the better. in 50 %, 90 %: share of the truth within such intervals of the draws, "
+    "where it ties with draws by its share. spread: of the draws, over the error of their mean."
 )
 UNITS = {"log1p": "log1p counts", "cp10k_log1p": "log1p counts per 10,000"}
 ORACLE_NOTE = "depth oracle: reads the true total count of each test spot, nothing else."
@@ -107,10 +107,9 @@ def hotspot_table(found: Mapping[str, Mapping[str, float]]) -> Table:
     """What :func:`.cohort.evaluate.of_biomarkers` says of chosen genes."""
     chance = next(iter(found.values()))["top_chance"]
     caption = (
-        "highest tenth: share of the tenth of a slide's spots where the gene is\n"
-        f"highest that is among the tenth where it is predicted to be; by chance {chance:.3f}.\n"
-        "interval: of 90 %, its mean width and how often it holds the truth; of a model\n"
-        "that calibrate has treated."
+        "highest tenth: share of the tenth of a slide's spots where the gene is highest that is among the tenth where "
+        f"it is predicted to be; by chance {chance:.3f}. interval: of 90 %, its mean width and how often it holds "
+        "the truth; of a model that calibrate has treated."
     )
     look = {"caption": caption, "caption_justify": "left", "min_width": 76, **_COMPACT}
     table = Table(title="Where chosen genes are high", **look)
@@ -190,7 +189,7 @@ def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str =
         axes.plot(np.multiply(nominal, 100), np.multiply(observed, 100), label=name, **style)
     axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
     axes.set_xlabel("central interval of the draws, %")
-    axes.set_ylabel("spots and genes whose truth is within, %")
+    axes.set_ylabel("spots and genes whose truth is within, %\n(a truth that ties with draws by its share)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=10, loc="upper left")

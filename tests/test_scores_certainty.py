@@ -48,12 +48,29 @@ def test_coverage_is_by_numpys_quantiles() -> None:
     rng = np.random.default_rng(1)
     truth, drawn = rng.poisson(2.0, (40, 5)).astype(float), rng.poisson(2.0, (13, 40, 5)).astype(float)
     found = certainty(truth, truth + 1, slices_of(drawn))
-    for level, observed in found["reliability"]:
+    for level, observed in ((0.5, found["inclusive_50"]), (0.9, found["inclusive_90"])):
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
         assert observed == pytest.approx(((low <= truth) & (truth <= high)).mean())
     assert [level for level, _ in found["reliability"]] == pytest.approx(np.arange(0.1, 0.95, 0.1))
     by_level = {round(level, 1): observed for level, observed in found["reliability"]}
     assert (found["coverage_50"], found["coverage_90"]) == (by_level[0.5], by_level[0.9])
+
+
+def test_a_truth_that_ties_with_draws_is_within_by_its_share() -> None:
+    drawn = np.array([0.0, 0.0, 0.0, 1.0])[:, None, None]  # five ranks: a zero has the first four, of .0 to .8
+    found = dict(certainty(np.zeros((1, 1)), np.ones((1, 1)), slices_of(drawn))["reliability"])
+    assert found[0.9] == pytest.approx(0.75 / 0.8)
+    assert found[0.5] == pytest.approx(0.5 / 0.8)
+
+
+@pytest.mark.parametrize("n_draws", [19, 100])
+def test_zeros_of_an_exact_law_are_within_as_often_as_said(n_draws: int) -> None:
+    rng = np.random.default_rng(5)
+    truth, drawn = rng.poisson(0.5, (2500, 8)), rng.poisson(0.5, (n_draws, 2500, 8))
+    found = certainty(truth, np.full(truth.shape, 0.5), slices_of(drawn.astype(np.float32)))
+    for level, observed in found["reliability"]:
+        assert observed == pytest.approx(level, abs=0.011)
+    assert found["inclusive_50"] > 0.8
 
 
 @pytest.mark.parametrize("n_draws", [19, 100])
@@ -90,14 +107,14 @@ def test_zeros_of_shallow_counts_are_inside_whatever_the_level() -> None:
     drawn = np.zeros((10, 6, 3), dtype=np.float32)
     drawn[9] = np.log1p(np.float32(1))
     found = certainty(truth, truth, slices_of(drawn))
-    assert {observed for _, observed in found["reliability"]} == {1.0}
+    assert found["inclusive_50"] == found["inclusive_90"] == 1.0
     assert found["spread_ratio"] is None
 
 
 def test_equal_numbers_of_other_precision_are_equal() -> None:
     truth = np.log1p(np.full((3, 2), 3.0))
     drawn = np.log1p(np.full((5, 3, 2), 3.0, dtype=np.float32))
-    assert certainty(truth, truth, slices_of(drawn))["coverage_50"] == 1.0
+    assert certainty(truth, truth, slices_of(drawn))["inclusive_50"] == 1.0
     counts = np.full((5, 3, 2), 3)
     assert certainty(np.full((3, 2), 3.5), truth, slices_of(counts))["coverage_50"] == 0.0
 

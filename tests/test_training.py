@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import stflow_fast.training as training
+from stflow_fast.cohort import SamplingConfig
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
+from stflow_fast.priors import PRIORS, SOURCES, slide_seed
 from stflow_fast.runs import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE
-from stflow_fast.sampling import PreparedSlide, Sample
+from stflow_fast.sampling import PreparedSlide, Sample, Sampler
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.training import Diverged, Run, fit, load_fold
@@ -277,6 +279,41 @@ def test_with_nothing_to_choose_on_the_model_is_the_mean_of_all_steps(
     fit(whole, tmp_path / "part", TINY, dataclasses.replace(config, epochs=3))
     again = fit(whole, tmp_path / "part", TINY, config, resume=True)
     assert all(map(torch.equal, weights(run), weights(again)))
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in PRIORS])
+def test_a_fitted_source_is_trained_with_kept_with_the_model_and_drawn_from(
+    data: TrainingData, tmp_path: Path, name: str
+) -> None:
+    config = dataclasses.replace(QUICK, epochs=1, windows_per_slide=1, prior=name)
+    run = fit(data, tmp_path / "run", TINY, config)
+    model, slide = Denoiser.from_pretrained(run.folder / "model"), data.train[0]
+    assert (model.source.name, model.source.genes) == (name, data.genes)
+    prepared = Sampler(model).prepare(slide)
+    drawn = prepared.draw(seed=5).expression
+    source = model.source.draw(slide.n_spots, 6, slide_seed(5, slide.id), slide.features)
+    assert torch.equal(prepared.draw(x_0=torch.from_numpy(source)).expression, drawn)
+    assert torch.equal(prepared.draw_blocks(seed=5).expression, drawn)
+    assert not torch.equal(Sampler(model, prior="zinb").prepare(slide).draw(seed=5).expression, drawn)
+    told = SamplingConfig().describe(model)["prior"]
+    assert told["name"] == name
+    json.dumps(told)
+    resumed = fit(data, tmp_path / "run", TINY, dataclasses.replace(config, epochs=2), resume=True)
+    whole = fit(data, tmp_path / "whole", TINY, dataclasses.replace(config, epochs=2))
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+
+
+def test_a_source_that_a_model_lacks_is_not_drawn_from(data: TrainingData, tmp_path: Path) -> None:
+    model = fit(data, tmp_path / "run", TINY, dataclasses.replace(QUICK, epochs=1, windows_per_slide=1)).model
+    assert model.source is None
+    with pytest.raises(InputError, match="prior: the model has no source 'empirical'; train it with"):
+        Sampler(model, prior="empirical")
+    with pytest.raises(InputError, match="prior: must be one of zinb"):
+        SamplingConfig(prior="zinb-gird")
+    per_ten_thousand = dataclasses.replace(data, normalize="cp10k_log1p")
+    with pytest.raises(InputError, match="source: conditional draws counts"):
+        fit(per_ten_thousand, tmp_path / "other", TINY, dataclasses.replace(QUICK, prior="conditional"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_left_open_depends_on_what_the_epoch_is_chosen_on() -> None:

@@ -20,16 +20,19 @@ NUMBERS_AT_ONCE = 2**22
 LEVELS = tuple(tenth / 10 for tenth in range(1, 10))
 """Central intervals whose coverage is counted."""
 
+INCLUSIVE = (0.5, 0.9)
+"""Central intervals whose coverage is counted with their bounds too."""
+
 
 def certainty(truth: np.ndarray, mean: np.ndarray, draws: Draws) -> dict[str, Any]:
     """How much draws are worth, over all spots and genes.
 
-    A central interval of level p reaches from the (1 - p) / 2 to the (1 + p) / 2 quantile of a spot's draws. Quantiles
-    are those at rank (R + 1) q, linear between ranks (type 6 of Hyndman & Fan 1996, "weibull" in numpy): a truth that
-    is one more draw of the same law lies inside with probability p, up to what interpolation costs, as soon as R is
-    (1 + p) / (1 - p) or more; below that the interval ends at the outermost draws. Bounds are inclusive. Where the
-    truth is zero and so is the lower quantile, which is most of shallow counts, the truth is inside, however little of
-    the law lies at zero beyond that quantile: coverage of such data exceeds p though the law is exact.
+    A truth is within the central part of size p by the share of the ranks that it may have among the draws which lie
+    there: where it ties with draws, each rank counts alike (the nonrandomised probability integral transform; Czado et
+    al. 2009). Of an exact law that is p, also of shallow counts, most of which are zero. Bounds of an interval that
+    are counted as within it, as is usual, hold every zero where they begin at zero, however much of the law lies there:
+    of a Poisson law of mean 0.5 the 50 % interval has 91 %. That is told beside. Its quantiles are those at rank
+    (R + 1) q, linear between ranks (type 6 of Hyndman & Fan 1996, "weibull" in numpy).
 
     Args:
         truth: [N, G] expression, finite.
@@ -39,9 +42,9 @@ def certainty(truth: np.ndarray, mean: np.ndarray, draws: Draws) -> dict[str, An
 
     Returns:
         ``crps_mean`` (of the ensemble, fair: its expectation does not depend on R; Ferro 2014), ``coverage_50`` and
-        ``coverage_90``, ``spread_ratio`` = sqrt(mean variance of the draws, ddof 1) / sqrt(mean squared error of
-        ``mean``) (1 where they agree, None where the error is 0), ``n_draws`` = R, and ``reliability`` =
-        [[level, coverage], ...] of 0.1 to 0.9. Plain numbers.
+        ``coverage_90``, ``inclusive_50`` and ``inclusive_90`` with bounds as part of their interval, ``spread_ratio`` =
+        sqrt(mean variance of the draws, ddof 1) / sqrt(mean squared error of ``mean``) (1 where they agree, None where
+        the error is 0), ``n_draws`` = R, and ``reliability`` = [[level, coverage], ...] of 0.1 to 0.9. Plain numbers.
 
     Raises:
         InputError: shapes disagree, values are NaN or infinite, or fewer than two draws.
@@ -54,12 +57,13 @@ def certainty(truth: np.ndarray, mean: np.ndarray, draws: Draws) -> dict[str, An
     for part in blocks_of(n - 1, max(1, NUMBERS_AT_ONCE // first.size)):
         rows = slice(part.start + 1, part.stop + 1)
         sums = _Sums(*map(np.add, sums, _sums(truth[rows], _checked(draws(rows), truth[rows], n_draws))))
-    crps, variance, covered = (total / truth.size for total in sums)
+    crps, variance, covered, inclusive = (total / truth.size for total in sums)
     squared_error = float(np.square(np.subtract(mean, truth, dtype=np.float64)).mean())
     return {
         "crps_mean": float(crps),
         "coverage_50": float(covered[LEVELS.index(0.5)]),
         "coverage_90": float(covered[LEVELS.index(0.9)]),
+        **{f"inclusive_{100 * level:.0f}": float(share) for level, share in zip(INCLUSIVE, inclusive, strict=True)},
         "spread_ratio": float(np.sqrt(variance / squared_error)) if squared_error > 0 else None,
         "n_draws": n_draws,
         "reliability": [[level, float(share)] for level, share in zip(LEVELS, covered, strict=True)],
@@ -72,6 +76,7 @@ class _Sums(NamedTuple):
     crps: np.ndarray  # []
     variance: np.ndarray  # []
     covered: np.ndarray  # [LEVELS]
+    inclusive: np.ndarray  # [INCLUSIVE]
 
 
 def _sums(truth: np.ndarray, draws: np.ndarray) -> _Sums:
@@ -82,11 +87,19 @@ def _sums(truth: np.ndarray, draws: np.ndarray) -> _Sums:
     ordered = np.sort(draws, axis=0).astype(np.float64)
     # "pwm" is the number that "fair" is, from sorted draws: without R x R differences for each spot and gene.
     crps = crps_ensemble(truth, ordered, m_axis=0, estimator="pwm", sorted_ensemble=True, backend="numpy")
-    covered = [_covered(truth, ordered, level) for level in LEVELS]
-    return _Sums(crps.sum(), ordered.var(axis=0, ddof=1).sum(), np.array(covered))
+    inclusive = [_inclusive(truth, ordered, level) for level in INCLUSIVE]
+    return _Sums(crps.sum(), ordered.var(axis=0, ddof=1).sum(), _covered(truth, ordered), np.array(inclusive))
 
 
-def _covered(truth: np.ndarray, ordered: np.ndarray, level: float) -> int:
+def _covered(truth: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """[LEVELS] sums of the shares of each truth's ranks that lie in the central part."""
+    ranks = len(draws) + 1
+    low, high = (draws < truth).sum(axis=0) / ranks, ((draws <= truth).sum(axis=0) + 1) / ranks
+    inside = [np.minimum(high, (1 + level) / 2) - np.maximum(low, (1 - level) / 2) for level in LEVELS]
+    return np.array([(np.maximum(part, 0.0) / (high - low)).sum() for part in inside])
+
+
+def _inclusive(truth: np.ndarray, ordered: np.ndarray, level: float) -> int:
     """Spots and genes whose truth lies within the central interval of their draws, sorted along the first axis."""
     low, high = (_quantile(ordered, q) for q in ((1 - level) / 2, (1 + level) / 2))
     return int(((low <= truth) & (truth <= high)).sum())
