@@ -5,8 +5,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.dropout_placement ../shared/data/her2st -
 The published ``edge_trans`` drops out the edge representation of every frame, after its fc2; ours the normalised
 hidden vector before it (``edge_messages`` in stflow_fast/ops/reference.py). Everything else is placed alike. Trains
 what is not there yet (two to three minutes a run on one core) and writes benchmarks/results/dropout_placement.json and
-dropout_placement.md after every seed but the first. Our side of seeds 0 to 2 is benchmarks.her2st's too: its folders
-test_f*_s* may be copied to OUT/ours.
+dropout_placement.md after every seed but the first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,12 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+import stflow_fast
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.graph import MISSING, SpotGraph
 from stflow_fast.model import Denoiser
+from stflow_fast.progress import epochs_bar
+from stflow_fast.training import load_fold
+from stflow_fast.windows import TEST, TrainingConfig
 
 from .baselines.eager_stflow import SIGN_FRAMES, EagerBlock
-from .her2st import FOLDS, SEEDS, Case, scores, train
 from .measure import commit
 from .summarize import RESULTS, table
 
@@ -39,6 +41,18 @@ PLACEMENTS = {
     "ours": "ours: before fc2 of `edge_trans`, on its normalised hidden vector",
     "published": "published: after fc2, on the edge representation",
 }
+
+
+ENCODER, FOLDS, SEEDS = "efficientnet_lite0", (0, 1, 2), (0, 1, 2)
+
+
+class Case(NamedTuple):
+    fold: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"test_f{self.fold}_s{self.seed}"
 
 
 class PublishedPlacement(Denoiser):
@@ -128,12 +142,20 @@ def check() -> None:
         assert (dropping.plain(*single) - dropping.denoise(*single)).abs().max() < 1e-5
 
 
+def train(data: Path, case: Case, out: Path) -> None:
+    config = TrainingConfig(seed=case.seed)
+    loaded = load_fold(data, ENCODER, case.fold, select_on="test", config=config)
+    with epochs_bar(config.filled_in(TEST).epochs, TEST) as on_epoch:
+        stflow_fast.fit(loaded, out, config=config, resume=(out / "run.json").exists(), on_epoch=on_epoch)
+
+
 def measured(data: Path, placement: str, case: Case, run: Path) -> dict[str, Any]:
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = scores(data, case, run)
+    kept = stflow_fast.evaluate(run, data, case.fold, device="cpu").result
     return {
         "placement": placement,
-        **{name: kept[name] for name in ("fold", "seed", "pearson_mean", "mse_mean", "selected_on")},
+        **case._asdict(),
+        **{name: kept[name] for name in ("pearson_mean", "mse_mean", "selected_on")},
         "best_epoch": max(epoch["epoch"] for epoch in epochs if epoch["best"]),
         "epoch_pearson": [epoch["selection_pearson"] for epoch in epochs],
         "training_seconds": round(sum(epoch["seconds"] for epoch in epochs)),
@@ -179,9 +201,7 @@ def page(found: dict[str, Any]) -> str:
     intro = (
         "Mean Pearson over 50 genes, mean of the seeds (least to most). Default settings, dropout 0.2, commit "
         f"{found['commit']}, by `{found['command']}`. A fold and seed has the same initial weights, windows and noise "
-        "in both; the masks of dropout differ everywhere. Our seeds 0 to 2 are the runs of her2st.json (commit "
-        f"{found['her2st_commit']}); scored again, they differ from it by {found['from_her2st']:g} at most. "
-        "Single runs in dropout_placement.json."
+        "in both; the masks of dropout differ everywhere. Single runs in dropout_placement.json."
     )
     if len(seeds) > len(SEEDS):
         intro += " Seeds 0 to 2 were planned; the others were added, in every fold, once those were seen."
@@ -203,28 +223,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds 0 to this, itself left out; at least 2")
     arguments = parser.parse_args()
     check()
-    her2st = json.loads((RESULTS / "her2st.json").read_text())
-    known = {Case(*(run[name] for name in Case._fields)): run["pearson_mean"] for run in her2st["runs"]}
     found = {
         "commit": commit(),
         "command": f"python -m benchmarks.dropout_placement {arguments.data} --out {arguments.out}"
         + (f" --seeds {arguments.seeds}" if arguments.seeds != len(SEEDS) else ""),
-        "her2st_commit": her2st["commit"],
-        "from_her2st": 0.0,
         "runs": [],
     }
     for seed in range(arguments.seeds):
         for fold, placement in itertools.product(FOLDS, PLACEMENTS):
-            case = Case("test", fold, seed)
+            case = Case(fold, seed)
             run = arguments.out / placement / case.name
             model = PublishedPlacement if placement == "published" else Denoiser
             if not (run / "model").exists():
                 with mock.patch("stflow_fast.training.Denoiser", model):
                     train(arguments.data, case, run)
             found["runs"].append(measured(arguments.data, placement, case, run))
-            if placement == "ours" and case in known:
-                apart = abs(found["runs"][-1]["pearson_mean"] - known[case])
-                found["from_her2st"] = max(found["from_her2st"], apart)
         if seed:  # a standard error takes two
             (RESULTS / "dropout_placement.json").write_text(json.dumps(found, indent=1) + "\n")
             (RESULTS / "dropout_placement.md").write_text(page(found))
