@@ -57,7 +57,8 @@ def predict_adata(
             whose id is that name; without it all spots are one slide, "adata", which is refused where a column such as
             ``library_id`` names sections that lie over one another. "" is no column: there are no sections.
         gene_key: column of ``var`` with the names of the genes; the index when None.
-        sampling: how to draw.
+        sampling: how to draw. With its ``draws``, the standard deviation by the model's observation model is added
+            beside as ``key_added + "_std"``.
         device: see :func:`stflow_fast.devices.choose_device`; a model that is given stays where it is.
 
     Raises:
@@ -67,29 +68,35 @@ def predict_adata(
     """
     model, origin = model_and_origin(run, device)
     sampling, genes = sampling or SamplingConfig(), gene_names(model)
-    before = _place_of_earlier(adata, key_added)
+    std_key = f"{key_added}_std"
+    before = _earlier(adata, key_added, (key_added, *([std_key] if sampling.draws else [])))
     names = _gene_index(adata, gene_key)
     column = _columns(names, genes)
     target, width, chosen, columns = "obsm", len(genes), slice(None), slice(None)
     if column:
         target, width = "layers", adata.n_vars
         chosen, columns = np.array([gene in column for gene in genes]), list(column.values())
-    predicted = np.full((adata.n_obs, width), np.nan, dtype=np.float32)
+    predicted = {key_added: np.full((adata.n_obs, width), np.nan, dtype=np.float32)}
+    if sampling.draws:
+        predicted[std_key] = predicted[key_added].copy()
     draw, slides, notes = sampling.drawer(model), [], []
     for slide, rows in _slides(adata, features, spatial_key, library_key):
         drawn = draw(slide)
-        of_slide = predicted[rows]
-        of_slide[:, columns] = drawn.expression.float().numpy()[:, chosen]
-        predicted[rows] = of_slide
+        mean = drawn.expression.float().numpy()
+        for name, values in predicted.items():
+            of_slide = values[rows]
+            of_slide[:, columns] = (mean if name == key_added else model.observation.std(mean))[:, chosen]
+            values[rows] = of_slide
         slides.append(slide.id)
         notes.extend(f"{slide.id}: {note}" for note in slide.notes)
     missing = [gene for gene in genes if gene not in column]
     if missing and adata.n_vars and features != "X":
         warnings.warn(_genes_missing(missing, genes, names, adata.var), stacklevel=2)
-    added = predicted if target == "layers" else pd.DataFrame(predicted, adata.obs_names, list(genes))
-    if before:
-        del getattr(adata, before)[key_added]
-    getattr(adata, target)[key_added] = added
+    for part, name in before:
+        del getattr(adata, part)[name]
+    for name, values in predicted.items():
+        added = values if target == "layers" else pd.DataFrame(values, adata.obs_names, list(genes))
+        getattr(adata, target)[name] = added
     adata.uns[key_added] = {
         "model": origin,
         **made_by(model, sampling),
@@ -101,24 +108,26 @@ def predict_adata(
     }
 
 
-def _place_of_earlier(adata: anndata.AnnData, key_added: str) -> str:
-    """The part of the table that an earlier prediction of that name is in; empty where there is none.
+def _earlier(adata: anndata.AnnData, key_added: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What an earlier prediction of the name ``key_added`` has left, as (part of the table, name).
 
     Raises:
-        InputError: no table, an empty one, or something else of that name in it.
+        InputError: no table, an empty one, or something else in the way of what is to be added as ``names``.
     """
     if not all(hasattr(adata, part) for part in ("obs", "obsm", "layers", "uns")):
         raise InputError(f"adata: must be an AnnData, not {type(adata).__name__}")
     if not adata.n_obs:
         raise InputError("adata: has no spots")
     about = adata.uns.get(key_added)
-    is_ours = isinstance(about, Mapping) and "weights_sha256" in about
-    ours = ("uns", str(about.get("in"))) if is_ours else ()
-    taken = [part for part in ("layers", "obsm", "uns") if key_added in getattr(adata, part)]
-    others = [part for part in taken if part not in ours]
-    if others:
-        raise InputError(f"key_added: adata.{others[0]}[{key_added!r}] is no prediction; choose another name")
-    return next((part for part in taken if part != "uns"), "")
+    ours = []
+    if isinstance(about, Mapping) and "weights_sha256" in about:
+        there = (key_added, *([f"{key_added}_std"] if "draws" in about else []))
+        ours = [("uns", key_added), *((str(about.get("in")), name) for name in there)]
+    for name in names:
+        for part in ("layers", "obsm", "uns"):
+            if name in getattr(adata, part) and (part, name) not in ours:
+                raise InputError(f"key_added: adata.{part}[{name!r}] is no prediction; choose another name")
+    return [(part, name) for part, name in ours if part in ("layers", "obsm") and name in getattr(adata, part)]
 
 
 def _gene_index(adata: anndata.AnnData, gene_key: str | None) -> pd.Index:

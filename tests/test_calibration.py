@@ -11,17 +11,20 @@ import anndata
 import numpy as np
 import pytest
 
+import stflow_fast
 import stflow_fast.calibration as calibration
 from stflow_fast.calibration import calibrate
 from stflow_fast.cohort import SamplingConfig, evaluate, evaluate_slides, predict
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.outputs import OutputConfig
+from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
+from stflow_fast.tables import predict_adata
 from stflow_fast.training import Run, fit, train
 from stflow_fast.windows import NOTHING, TrainingConfig, TrainingData
 
-from .builders import ENCODER, SLIDES, embeddings_of, write_task
+from .builders import ENCODER, SLIDES, arrays, embeddings_of, write_task
 from .test_bad_input import say
 
 __all__ = ["say"]  # a fixture
@@ -152,3 +155,29 @@ def test_one_call_from_zero(run: Run, task: Path, tmp_path: Path, say: Callable[
     assert (about["nfe"], about["prior"]["name"], about["smooth"]) == (1, "zero", 0.25)
     said = say("predict", run.folder, slide, "--out", tmp_path / "other", "--fast", "--prior", "zinb")
     assert "fast: is --n-sample-steps 2 --prior zero" in said
+
+
+def test_a_table_gets_the_standard_deviation_too(run: Run) -> None:
+    calibrate(run.folder)
+    model = Denoiser.from_pretrained(run.folder / "model")
+    made = arrays("S2")
+    genes = [*model.provenance.genes[:2], "OTHER"]
+    table = anndata.AnnData(
+        np.zeros((60, 3), np.float32),
+        var={"names": genes},
+        obsm={"X_uni": made["features"], "spatial": made["centres"]},
+    )
+    table.var_names = genes
+    with pytest.warns(UserWarning, match="6 of 8 predicted genes are not in"):
+        predict_adata(model, table, sampling=SamplingConfig(draws=2))
+    assert set(table.layers) == {"stflow", "stflow_std"}
+    drawn = stflow_fast.sample(model, Slide("adata", made["features"], made["centres"], made["barcodes"]), draws=2)
+    np.testing.assert_array_equal(table.layers["stflow"][:, :2], drawn.expression[:, :2])
+    np.testing.assert_array_equal(table.layers["stflow_std"][:, :2], drawn.std[:, :2])
+    assert np.isnan(table.layers["stflow_std"][:, 2]).all()
+    with pytest.warns(UserWarning, match="predicted genes are not in"):
+        predict_adata(model, table)
+    assert set(table.layers) == {"stflow"}  # an earlier prediction goes whole
+    table.layers["stflow_std"] = np.zeros((60, 3))
+    with pytest.raises(InputError, match=r"adata.layers\['stflow_std'\] is no prediction"):
+        predict_adata(model, table, sampling=SamplingConfig(draws=2))
