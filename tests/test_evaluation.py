@@ -71,6 +71,7 @@ def test_spearman_gives_ties_their_mean_rank():
     rng = np.random.default_rng(0)
     truth, prediction = rng.poisson(0.7, (200, 4)), rng.poisson(1.5, (200, 4))
     result = score(truth, prediction, names(4))
+    assert [gene["detected"] for gene in result["genes"]] == (truth > 0).mean(axis=0).tolist()
     for g, gene in enumerate(result["genes"]):
         assert gene["spearman"] == pytest.approx(spearmanr(truth[:, g], prediction[:, g]).statistic, rel=1e-12)
     assert score(truth, np.exp(prediction), names(4))["spearman_mean"] == pytest.approx(result["spearman_mean"])

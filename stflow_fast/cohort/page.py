@@ -83,6 +83,8 @@ def _made_by(about: Mapping[str, Any]) -> dict[str, str]:
         "sample steps": about.get("n_sample_steps"),
         "prior": prior.get("name") if isinstance(prior, Mapping) else prior,
         "precision": about.get("precision"),
+        "neighbours mixed in": about.get("smooth") or None,
+        "draws": about.get("draws"),
         "stflow-fast": about.get("version"),
     }
     return {name: str(value) for name, value in told.items() if value not in (None, "")}

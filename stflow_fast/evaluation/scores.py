@@ -35,9 +35,10 @@ def score(truth: np.ndarray, prediction: np.ndarray, genes: Sequence[str]) -> di
         population, over genes), ``pearson_q1, pearson_q2, pearson_q3`` (25th, 50th, 75th percentile over
         genes), ``spearman_mean, spearman_q1..q3`` (Pearson's correlation of the ranks, ties at their mean rank),
         ``mse_mean, mse_q1..q3, r2_mean, r2_q1..q3, n_genes, n_constant_genes, n_spots`` and ``genes = [{"name",
-        "pearson", "spearman", "mse", "r2"}]``. ``pearson`` and ``spearman`` are None where truth or prediction is
-        constant over the spots (counted in ``n_constant_genes``), ``r2`` where the truth is; the summaries are over
-        the other genes, None when there is none.
+        "pearson", "spearman", "mse", "r2", "detected"}]``, the last the share of spots whose truth is above zero.
+        ``pearson`` and ``spearman`` are None where truth or prediction is constant over the spots (counted in
+        ``n_constant_genes``), ``r2`` where the truth is; the summaries are over the other genes, None when there is
+        none.
 
     Raises:
         InputError: shapes disagree, no spots, no genes, or values that are NaN or infinite.
@@ -114,6 +115,7 @@ def _score_genes(truth: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndar
         "spearman": np.where(np.isnan(pearson), np.nan, spearman),
         "mse": squared_error,
         "r2": r2,
+        "detected": (truth > 0).mean(axis=1),
     }
 
 
