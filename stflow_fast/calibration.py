@@ -87,9 +87,13 @@ def predict_left_out(
         on_epoch: see :func:`calibrate`.
 
     Raises:
-        InputError: too few spots to leave any out.
+        InputError: too few spots to leave any out, or a model that does not tell how it was trained.
     """
     about, groups = model.provenance.training, _groups(slides)
+    if not {"training", "best_epoch"} <= about.keys():
+        raise InputError(
+            "model: does not tell how it was trained, so no other can be trained alike; give a run of train"
+        )
     if len(groups) < 2:
         raise InputError("slides: too few spots to leave any out; nothing tells how sure the model is")
     config = dataclasses.replace(TrainingConfig(**about["training"]), epochs=about["best_epoch"])

@@ -24,7 +24,7 @@ from stflow_fast.tables import predict_adata
 from stflow_fast.training import Run, fit, train
 from stflow_fast.windows import NOTHING, TrainingConfig, TrainingData
 
-from .builders import ENCODER, SLIDES, arrays, embeddings_of, write_task
+from .builders import ENCODER, SLIDES, arrays, embeddings_of, small_model, write_task
 from .test_bad_input import say
 
 __all__ = ["say"]  # a fixture
@@ -101,6 +101,12 @@ def test_a_run_of_other_data_is_refused(run: Run, task: Path, tmp_path: Path) ->
     (run.folder / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"run\.json: tells of no task folder"):
         calibrate(run.folder)
+
+
+def test_a_model_that_does_not_tell_how_it_was_trained_is_refused(tmp_path: Path) -> None:
+    slides = make_cohort(n_train=3, train_spots=50, test_spots=40, n_genes=4, feature_dim=6).train
+    with pytest.raises(InputError, match="model: does not tell how it was trained"):
+        calibration.predict_left_out(small_model(4, "ABCD", "synthetic"), slides, tmp_path)
 
 
 def test_a_law_holds_on_a_slide_that_nobody_has_seen(tmp_path: Path) -> None:
