@@ -66,6 +66,7 @@ def cases_bar() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[dic
             progress.update(task, status=f"{name}, epoch {record['epoch']}, loss {record['train_loss']:.3f}")
 
         yield begin, epoch
+        progress.update(task, completed=progress.tasks[task].total, status="")
 
 
 @contextlib.contextmanager
@@ -82,6 +83,7 @@ def groups_bar() -> Iterator[Callable[[int, int, dict[str, Any]], None]]:
                 progress.console.print(f"left out {number + 1} of {total}: {status}", markup=False)
 
         yield update
+        progress.update(task, completed=progress.tasks[task].total, status="")
 
 
 @contextlib.contextmanager

@@ -140,8 +140,8 @@ def certainty_table(result: Mapping[str, Any], model: str = MODEL_NAME) -> Table
 
 def protocol_table(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
     """That of :func:`stflow_fast.protocol.cells_of`, with what a reader must know below it."""
-    caption = "\n".join(textwrap.fill(note, 120) for note in notes)
-    table = Table(title="Mean Pearson over genes", caption=caption, caption_justify="left", **_COMPACT)
+    look = {"caption": "\n".join(notes), "caption_justify": "left", "min_width": 76, **_COMPACT}
+    table = Table(title="Mean Pearson over genes", **look)
     table.add_column(head[0], no_wrap=True)
     for column in head[1:]:
         table.add_column(Text(column), justify="right")
