@@ -194,7 +194,6 @@ def _scores(plan: Plan, case: Case, folder: Path, on_epoch: Callable[[dict[str, 
     path = folder / SCORES_FILE
     if path.exists() and (known := read_json(path)).get("settings") == settings:
         return known
-    begun = time.perf_counter()
     config = TrainingConfig(**{**(plan.training or {}), "seed": case.seed})
     data = load_fold(
         case.task.data,
@@ -207,8 +206,8 @@ def _scores(plan: Plan, case: Case, folder: Path, on_epoch: Callable[[dict[str, 
         config=config,
     )
     resume = (folder / RUN_FILE).exists()
-    fit(data, folder, dict(plan.denoiser or {}), config, resume=resume, on_epoch=on_epoch)
-    trained = time.perf_counter() - begun
+    run = fit(data, folder, dict(plan.denoiser or {}), config, resume=resume, on_epoch=on_epoch)
+    trained = sum(record["seconds"] for record in run.records)
     if plan.certainty:
         calibrate(folder, embeddings=plan.embeddings)
     found = {"settings": settings, "train_seconds": round(trained, 1), **_evaluated(plan, case, folder)}
