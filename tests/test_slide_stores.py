@@ -647,7 +647,8 @@ def test_the_bench_is_trained_and_scored_from_the_command_line(tmp_path: Path) -
 
     said = say(*train, "--out", tmp_path / "run")
     assert f"is the folder of STImage-1K4M; name one of {', '.join(ORGANS)} with --organ" in str(said.exception)
-    said = say(*train, "--organ", "Breast", "--fold", 2, "--out", tmp_path / "run")
+    chosen = ["--select-on", "validation"]
+    said = say(*train, "--organ", "Breast", "--fold", 2, "--out", tmp_path / "run", *chosen)
     assert said.exit_code == 0, said.output
     [val] = StImageTask(tmp_path / "stimage", "uni").fold(2).val
     assert f"chosen on held-out slides ({val})" in said.output
