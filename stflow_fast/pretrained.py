@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from .errors import InputError, first_line, with_path
 from .files import atomic_files, atomic_path, read_json, write_json
 from .priors.observation import ObservationModel, load_observation
 from .priors.sources import FittedSource, load_source
+from .priors.streams import fingerprint as of_arrays
 from .slides import NORMALIZATIONS
 
 CONFIG_FILE = "config.json"
@@ -209,10 +209,8 @@ def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
 
 def fingerprint(module: torch.nn.Module) -> str:
     """SHA-256 of the parameters, in the order of their names."""
-    digest = hashlib.sha256()
-    for _, value in sorted(module.state_dict().items()):
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    state = module.state_dict().items()
+    return of_arrays({name: value.cpu().reshape(-1).view(torch.uint8).numpy() for name, value in state})
 
 
 def reach_hub(name: str, options: dict[str, Any]) -> None:

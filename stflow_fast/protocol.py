@@ -18,12 +18,11 @@ import numpy as np
 
 from ._version import __version__
 from .calibration import calibrate
-from .cohort import SamplingConfig, evaluate
+from .cohort import SamplingConfig, evaluate, load_model
 from .errors import InputError
 from .evaluation import score
 from .files import atomic_path, read_json, write_json
-from .model import Denoiser
-from .runs import MODEL_FOLDER, RUN_FILE
+from .runs import RUN_FILE
 from .slides import HestTask, StImageTask, open_task
 from .slides.stimage import ORGANS
 from .training import SELECTIONS, fit, load_fold
@@ -34,12 +33,8 @@ RESULTS_FILE, PAGE_FILE, SCORES_FILE = "results.json", "results.md", "scores.jso
 HARDEST = "HCC"
 """The paper averages ten tasks; the leaderboard of HEST-bench leaves this one out."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "smoothed": {"smooth": 0.25},
-    "fast": {"n_sample_steps": 2, "prior": "zero"},
-}
-"""Ways to sample one model; the first is the published sampler."""
+VARIANTS = {"smoothed": SamplingConfig(smooth=0.25), "fast": SamplingConfig(n_sample_steps=2, prior="zero")}
+"""Ways to sample a model beside the published one."""
 
 KEPT = ("pearson_mean", "spearman_mean", "mse_mean", "r2_mean", "n_constant_genes", "alpha", "certainty")
 """Of what ``evaluate`` says of a predictor."""
@@ -132,10 +127,11 @@ def hest_tasks(
         raise InputError(f"{root}: is not a folder; give that of HEST-bench, or of one of its tasks")
     found = [root] if (root / "splits").is_dir() else sorted(each.parent for each in root.glob("*/splits"))
     by_name = {folder.resolve().name: folder for folder in found}
+    if not by_name:
+        raise InputError(f"{root}: has no task; there are no folder with splits/")
     missing = [name for name in names if name not in by_name]
-    if missing or not by_name:
-        known = ", ".join(by_name) or "no folder with splits/"
-        raise InputError(f"{root}: has no task {', '.join(missing)}; there are {known}".replace("task ;", "task;"))
+    if missing:
+        raise InputError(f"{root}: has no task {', '.join(missing)}; there are {', '.join(by_name)}")
     chosen = names or list(by_name)
     return tuple(
         Task(name, str(by_name[name]), tuple(HestTask(by_name[name], encoder, embeddings).folds())) for name in chosen
@@ -221,17 +217,16 @@ def _told(case: Case) -> dict[str, Any]:
 
 def _evaluated(plan: Plan, case: Case, folder: Path) -> dict[str, Any]:
     """Scores of every way to sample the model of a run, and of the baselines."""
-    evaluation = evaluate(folder, case.task.data, case.fold, embeddings=plan.embeddings, device="auto")
-    result = evaluation.result
+    model = load_model(folder)
+    evaluation = evaluate(model, case.task.data, case.fold, embeddings=plan.embeddings)
+    result, truth = evaluation.result, np.concatenate(evaluation.truth)
     of_model = {"": {**_kept(result), "seconds": result["sampling_seconds"], "nfe": result["nfe"]}}
-    model, truth = Denoiser.from_pretrained(folder / MODEL_FOLDER), np.concatenate(evaluation.truth)
-    for name, settings in VARIANTS.items():
-        if settings:
-            started = time.perf_counter()
-            drawn = list(map(SamplingConfig(**settings).drawer(model), evaluation.slides))
-            seconds = round(time.perf_counter() - started, 3)
-            made = np.concatenate([one.expression.float().numpy() for one in drawn])
-            of_model[name] = {**_kept(score(truth, made, evaluation.genes)), "seconds": seconds, "nfe": drawn[0].nfe}
+    for name, sampling in VARIANTS.items():
+        started = time.perf_counter()
+        drawn = list(map(sampling.drawer(model), evaluation.slides))
+        seconds = round(time.perf_counter() - started, 3)
+        made = np.concatenate([one.expression.float().numpy() for one in drawn])
+        of_model[name] = {**_kept(score(truth, made, evaluation.genes)), "seconds": seconds, "nfe": drawn[0].nfe}
     baselines = {name: _kept(scores) for name, scores in result["baselines"].items()}
     told = {name: result[name] for name in ("selected_on", "n_spots", "observation") if name in result}
     return {**told, "model": of_model, "baselines": baselines}

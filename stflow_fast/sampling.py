@@ -470,7 +470,8 @@ def sample(
     """
     check_seed(seed)
     # A single draw replays nothing.
-    sampler = Sampler(model, n_sample_steps, prior, memory_budget, False, precision, smooth)
+    how = {"cuda_graph": False, "precision": precision, "smooth": smooth}
+    sampler = Sampler(model, n_sample_steps, prior, memory_budget, **how)
     if draws is None:
         return sampler.prepare(slide).draw(x_0, seed, trajectory)
     if x_0 is not None or trajectory:

@@ -77,7 +77,7 @@ def evaluate(
             predict, or what :func:`stflow_fast.slides.open_task`, Slide and sample refuse.
     """
     model, origin = model_and_origin(run, device)
-    check_biomarkers(biomarkers, model.provenance.genes or gene_names(model))
+    check_biomarkers(biomarkers, gene_names(model))
     if not model.provenance.genes or not model.provenance.encoder:
         raise InputError(
             f"model {origin}: its config.json names no genes or no encoder; convert it with --genes and --encoder"

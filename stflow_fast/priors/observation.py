@@ -23,6 +23,7 @@ import numpy as np
 from scipy.special import digamma, log_ndtr, ndtr, ndtri, polygamma
 
 from ..errors import InputError
+from ..threads import blocks_of
 from . import zinb
 from .sources import check_same_genes
 from .streams import fingerprint, slide_seed, streams
@@ -75,27 +76,26 @@ class CensoredGaussian:
     @classmethod
     def fit(cls, mean: np.ndarray, truth: np.ndarray, normalize: str) -> CensoredGaussian:
         """Of the means [N, G] and what was measured [N, G]."""
-        blocks = range(0, mean.shape[1], GENES_AT_ONCE)
-        parts = [slice(first, first + GENES_AT_ONCE) for first in blocks]
-        return cls(np.concatenate([_likeliest_sigma(mean[:, genes], truth[:, genes]) for genes in parts]))
+        blocks = blocks_of(mean.shape[1], GENES_AT_ONCE)
+        return cls(np.concatenate([_likeliest_sigma(mean[:, genes], truth[:, genes]) for genes in blocks]))
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"sigma": self.sigma}
 
     def std(self, mean: np.ndarray) -> np.ndarray:
-        ratio = _centre(mean / self.sigma, self.sigma)
+        ratio = _centre(mean, self.sigma)
         above = ndtr(ratio)
         first = ratio * above + _density(ratio)
         second = (np.square(ratio) + 1) * above + ratio * _density(ratio)
         return (self.sigma * np.sqrt(np.maximum(second - np.square(first), 0.0))).astype(np.float32)
 
     def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
-        found = self.sigma * (_centre(mean / self.sigma, self.sigma) + ndtri(probability))
+        found = self.sigma * (_centre(mean, self.sigma) + ndtri(probability))
         return np.maximum(found, 0.0).astype(np.float32)
 
     def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
         noise = generators[0].standard_normal(mean.shape, dtype=np.float32)
-        noise += _centre(mean / self.sigma, self.sigma).astype(np.float32)
+        noise += _centre(mean, self.sigma).astype(np.float32)
         noise *= self.sigma
         return np.maximum(noise, 0.0, out=noise)
 
@@ -110,9 +110,9 @@ LOG_MEANS = np.log(CENTRES * ndtr(CENTRES) + _density(CENTRES))
 
 
 def _centre(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """m, in units of sigma, by the mean of x_1 in units of sigma. It is sought in a table, linearly, to 1e-5."""
-    least = np.maximum(mean, LEAST / sigma)
-    return np.where(least > CENTRES[-1], least, np.interp(np.log(least), LOG_MEANS, CENTRES))
+    """m, in units of sigma, by the mean of x_1. It is sought in a table, linearly, to 1e-5."""
+    ratio = np.maximum(mean, LEAST) / sigma
+    return np.where(ratio > CENTRES[-1], ratio, np.interp(np.log(ratio), LOG_MEANS, CENTRES))
 
 
 def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     def loss(log_sigma: np.ndarray) -> np.ndarray:
         sigma = np.exp(log_sigma)
-        centre = _centre(mean / sigma, sigma)
+        centre = _centre(mean, sigma)
         return np.where(measured, log_sigma + 0.5 * np.square(truth / sigma - centre), -log_ndtr(-centre)).sum(axis=0)
 
     golden = (np.sqrt(5) - 1) / 2

@@ -73,12 +73,10 @@ def _counted(slide: Slide) -> _Counted:
     once = {name for name, times in Counter(slide.gene_names).items() if times == 1}
     counts = slide.counts.astype(np.float64)
     sums = (counts > 0).sum(axis=0), counts.sum(axis=0), counts.power(2).sum(axis=0)
-    by_gene = [
-        {name: value for name, value in zip(slide.gene_names, np.asarray(each).ravel().tolist(), strict=True)}
-        for each in sums
-    ]
-    detected = {name: value for name, value in by_gene[0].items() if name in once}
-    return _Counted(slide.n_spots, detected, by_gene[1], by_gene[2])
+    detected, total, squares = (
+        dict(zip(slide.gene_names, np.asarray(each).ravel().tolist(), strict=True)) for each in sums
+    )
+    return _Counted(slide.n_spots, {name: detected[name] for name in once}, total, squares)
 
 
 def _standardised(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
