@@ -3,7 +3,8 @@
 Slides of the training side are left out in turn (regions, where slides are few), a network is trained on the others as
 the model was, for as many epochs as the model has, and predicts what was left out. Around those predictions the laws of
 :mod:`.priors.observation` are fitted, group by group. The median of their parameters stands for a slide to come; the
-law with the lower CRPS on groups that it was not fitted on is kept.
+law with the lower CRPS on groups that it was not fitted on is kept, with what the errors of all groups have in common
+(:mod:`.priors.shared_error`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .evaluation import certainty, left_out_groups
 from .files import read_json
 from .model import Denoiser
 from .priors.observation import LAWS, Law, ObservationModel, laws_of
+from .priors.shared_error import SharedError
 from .runs import LEFT_OUT_FOLDER, MODEL_FOLDER, RUN_FILE
 from .sampling import Sampler
 from .slides import Slide
@@ -41,6 +43,7 @@ class Predicted(NamedTuple):
 
     mean: np.ndarray  # [n, G]
     truth: np.ndarray  # [n, G]
+    coords: list[np.ndarray]  # [n_i, 2] of the slides that they are of, one after another
 
 
 def calibrate(
@@ -144,22 +147,29 @@ def _trained(
 def _predicted(model: Denoiser, slides: Sequence[Slide], seed: int) -> Predicted:
     sampler, genes, normalize = Sampler(model), model.provenance.genes, model.provenance.normalize
     means = [sampler.prepare(slide).draw_blocks(seed).expression.float().numpy() for slide in slides]
-    return Predicted(np.concatenate(means), np.concatenate([slide.expression(genes, normalize) for slide in slides]))
+    truth = np.concatenate([slide.expression(genes, normalize) for slide in slides])
+    return Predicted(np.concatenate(means), truth, [slide.coords for slide in slides])
 
 
 def fit_observation(predicted: Sequence[Predicted], model: Denoiser) -> ObservationModel:
-    """The law with the lowest CRPS on groups that it was not fitted on, and its parameters on all of them.
+    """The law with the lowest CRPS on groups that it was not fitted on, its parameters on all of them, and what errors
+    have in common.
 
     Args:
         predicted: groups of spots that the networks which predicted them did not see; two or more.
         model: whose mean they stand for.
     """
     normalize = model.provenance.normalize
-    fitted = {name: [LAWS[name].fit(*group, normalize) for group in predicted] for name in laws_of(normalize)}
+    fitted = {
+        name: [LAWS[name].fit(group.mean, group.truth, normalize) for group in predicted] for name in laws_of(normalize)
+    }
     reached = {name: _cross_validated(laws, predicted) for name, laws in fitted.items()}
     best = min(reached, key=lambda name: reached[name]["crps_mean"])
     about = {"spots": sum(len(group.mean) for group in predicted), "groups": len(predicted), "out_of_fold": reached}
-    return ObservationModel(model.provenance.genes, _typical(fitted[best]), about)
+    law = _typical(fitted[best])
+    low, high = (np.concatenate(bound) for bound in zip(*(law.scores(*group[:2]) for group in predicted), strict=True))
+    shared = SharedError.fit(low, high, [coords for group in predicted for coords in group.coords])
+    return ObservationModel(model.provenance.genes, law, shared, about)
 
 
 def _typical(laws: Sequence[Law]) -> Law:
@@ -171,14 +181,18 @@ def _typical(laws: Sequence[Law]) -> Law:
 
 
 def _cross_validated(laws: Sequence[Law], predicted: Sequence[Predicted]) -> dict[str, Any]:
-    """:func:`.evaluation.certainty` of each group by the law that the others give, weighted by their spots."""
-    scores = []
+    """:func:`.evaluation.certainty` of each group by the law that the others give, weighted by their spots. It looks at
+    one spot at a time, so what errors have in common is left out."""
+    scores, independent = [], SharedError.none(predicted[0].mean.shape[1])
     for number, group in enumerate(predicted):
-        law = ObservationModel((), _typical([*laws[:number], *laws[number + 1 :]]), {})
-        scores.append(certainty(group.truth, group.mean, law.drawn(group.mean, 0, str(number), DRAWS)))
-    weights = [len(group.mean) for group in predicted]
-    kept = ("crps_mean", "coverage_50", "coverage_90", "spread_ratio")
-    return {name: float(np.average([each[name] for each in scores], weights=weights)) for name in kept}
+        law = ObservationModel((), _typical([*laws[:number], *laws[number + 1 :]]), independent, {})
+        draw = law.drawer(0, str(number), DRAWS, np.concatenate(group.coords))
+        scores.append(certainty(group.truth, group.mean, lambda rows, draw=draw, mean=group.mean: draw(mean[rows])))
+    weights, found = [len(group.mean) for group in predicted], {}
+    for name in ("crps_mean", "coverage_50", "coverage_90", "spread_ratio"):
+        values = [each[name] for each in scores]
+        found[name] = None if None in values else float(np.average(values, weights=weights))
+    return found
 
 
 def _training_side(folder: Path, told: Any, data: str | Path | None, embeddings: str | Path | None) -> list[Slide]:

@@ -31,7 +31,19 @@ from .files import check_output, write_json
 from .inspection import Finding, inspect, remarks_of, table_of
 from .outputs import DTYPES, SUFFIXES, OutputConfig
 from .progress import cases_bar, epochs_bar, groups_bar, patches_bar, paths_bar, slides_bar
-from .protocol import PAGE_FILE, Plan, cells_of, hest_tasks, notes_of, read_patients, run_protocol, stimage_tasks
+from .protocol import (
+    CERTAINTY_HEAD,
+    CERTAINTY_NOTE,
+    PAGE_FILE,
+    Plan,
+    cells_of,
+    certainty_cells_of,
+    hest_tasks,
+    notes_of,
+    read_patients,
+    run_protocol,
+    stimage_tasks,
+)
 from .runs import CURVES_FILE, EVALUATION_FOLDER, MODEL_FOLDER, RUN_FILE
 from .sampling import DEFAULT_MEMORY_BUDGET
 from .slides import FORMATS, NORMALIZATIONS, HestTask, ReadOptions, Slide, read_genes
@@ -390,7 +402,9 @@ def protocol_command(
     with cases_bar() as (on_case, on_epoch):
         result = run_protocol(plan, out, known, lambda case, *place: on_case(case.path, *place), on_epoch)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report.protocol_table(*cells_of(result), notes_of(result)))
+    console.print(report.protocol_table("Mean Pearson over genes", *cells_of(result), notes_of(result)))
+    if certain := certainty_cells_of(result):
+        console.print(report.protocol_table("Certainty", CERTAINTY_HEAD, certain, [CERTAINTY_NOTE]))
     console.print(f"wrote {out / PAGE_FILE}", markup=False)
 
 

@@ -36,8 +36,18 @@ HARDEST = "HCC"
 VARIANTS = {"smoothed": SamplingConfig(smooth=0.25), "fast": SamplingConfig(n_sample_steps=2, prior="zero")}
 """Ways to sample a model beside the published one."""
 
-KEPT = ("pearson_mean", "spearman_mean", "mse_mean", "r2_mean", "n_constant_genes", "alpha", "certainty")
+KEPT = (
+    *("pearson_mean", "spearman_mean", "mse_mean", "r2_mean", "n_constant_genes", "alpha"),
+    *("certainty", "certainty_of_neighborhoods", "structure", "structure_of_draws"),
+)
 """Of what ``evaluate`` says of a predictor."""
+
+CERTAINTY_HEAD = ("model", "CRPS", "of random training spots", "in 50 %", "in 90 %", "neighbourhoods in 90 %", "spread")
+CERTAINTY_NOTE = (
+    "Draws by the observation models, means over runs. In 50 %, 90 %: share of the truth within such intervals of the "
+    "draws, where it ties with draws by its share; neighbourhoods: of the means over each spot and its neighbours. "
+    "Spread: of the draws, over the error of their mean."
+)
 
 
 @dataclass(frozen=True)
@@ -347,9 +357,36 @@ def averages_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def page(found: Mapping[str, Any]) -> str:
     """A result as Markdown: a row for each predictor, a column for each task (for each fold, where it is one task)."""
-    head, lines = cells_of(found)
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
-    return "\n\n".join(["# Mean Pearson over genes", body, *notes_of(found)]) + "\n"
+    parts = ["# Mean Pearson over genes", _markdown(*cells_of(found)), *notes_of(found)]
+    certain = certainty_cells_of(found)
+    if certain:
+        parts += ["## Certainty", _markdown(CERTAINTY_HEAD, certain), CERTAINTY_NOTE]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def certainty_cells_of(found: Mapping[str, Any]) -> list[list[str]]:
+    """The lines below :data:`CERTAINTY_HEAD` of a result, as text: none where no run was calibrated."""
+    of_models: dict[str, list[Mapping[str, Any]]] = {}
+    for one in found["scores"]:
+        if "certainty" in one["model"][""]:
+            case = one["settings"]["case"]
+            of_models.setdefault(f"{case['task']}, STFlow, {case['selection']}", []).append(one)
+    return [[name, *_certainty_cells(runs)] for name, runs in of_models.items()]
+
+
+def _certainty_cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    of_spots, regions = ([one["model"][""][key] for one in runs] for key in ("certainty", "certainty_of_neighborhoods"))
+    random = [one["baselines"]["train_mean"]["certainty"] for one in runs]
+    wanted = (
+        *((of_spots, "crps_mean"), (random, "crps_mean"), (of_spots, "coverage_50"), (of_spots, "coverage_90")),
+        *((regions, "coverage_90"), (of_spots, "spread_ratio")),
+    )
+    values = [[each[key] for each in group if each[key] is not None] for group, key in wanted]
+    return [f"{statistics.mean(each):.3f}" if each else "" for each in values]
 
 
 def cells_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -132,16 +132,16 @@ def certainty_table(result: Mapping[str, Any], model: str = MODEL_NAME) -> Table
     table.add_column("predictor", no_wrap=True)
     for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
         table.add_column(column, justify="right")
-    for name, scores in _with_certainty(result, model).items():
-        row = (_number(scores["certainty"][key]) for key in CERTAINTY_KEYS)
-        table.add_row(Text(name), *row, style="bold" if scores is result else None)
+    for name, found in _certainties(result, model).items():
+        row = (_number(found[key]) for key in CERTAINTY_KEYS)
+        table.add_row(Text(name), *row, style="bold" if name.startswith(model) else None)
     return table
 
 
-def protocol_table(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
-    """That of :func:`stflow_fast.protocol.cells_of`, with what a reader must know below it."""
+def protocol_table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
+    """One of :mod:`stflow_fast.protocol`, with what a reader must know below it."""
     look = {"caption": "\n".join(notes), "caption_justify": "left", "min_width": 76, **_COMPACT}
-    table = Table(title="Mean Pearson over genes", **look)
+    table = Table(title=title, **look)
     table.add_column(head[0], no_wrap=True)
     for column in head[1:]:
         table.add_column(Text(column), justify="right")
@@ -152,9 +152,15 @@ def protocol_table(head: Sequence[str], lines: Sequence[Sequence[str]], notes: S
 
 def observation_table(observation: ObservationModel) -> Table:
     """What the laws reached on groups of slides that they were not fitted on; the one that is kept first."""
-    about = observation.about
+    about, shared = observation.about, observation.shared
     title = f"Law of x_1 around the mean: {observation.law.name} ({about['spots']:,} spots, {about['groups']} groups)"
-    table = Table(title=title, caption=CERTAINTY_NOTE, caption_justify="left", min_width=76, **_COMPACT)
+    slide, near, reach = shared.field
+    common = (
+        f"Errors of a spot's genes have one part in common, on average {np.square(shared.loading).mean():.0%} of their "
+        f"variance; of that, {slide:.0%} is the same all over a slide, and {near:.0%} reaches {reach:.1f} spots far."
+    )
+    look = {"caption": f"{CERTAINTY_NOTE}\n{common}", "caption_justify": "left", "min_width": 76, **_COMPACT}
+    table = Table(title=title, **look)
     table.add_column("law", no_wrap=True)
     for column in ("CRPS", "in 50 %", "in 90 %", "spread"):
         table.add_column(column, justify="right")
@@ -163,11 +169,13 @@ def observation_table(observation: ObservationModel) -> Table:
     return table
 
 
-def _with_certainty(result: Mapping[str, Any], model: str) -> dict[str, Mapping[str, Any]]:
-    """The model and the baselines that have draws, by what those are called."""
+def _certainties(result: Mapping[str, Any], model: str) -> dict[str, Mapping[str, Any]]:
+    """What :func:`.evaluation.certainty` says of the model and of the baselines that have draws, by what those are
+    called."""
     labels = {**LABELS, "train_mean": "random training spots"}
-    scored = {model: result, **result.get("baselines", {})}
-    return {labels.get(name, name): scores for name, scores in scored.items() if "certainty" in scores}
+    baselines = {labels.get(name, name): each.get("certainty") for name, each in result.get("baselines", {}).items()}
+    of_model = {model: result.get("certainty"), f"{model}, neighbourhoods": result.get("certainty_of_neighborhoods")}
+    return {name: found for name, found in {**of_model, **baselines}.items() if found}
 
 
 def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str = MODEL_NAME) -> None:
@@ -182,10 +190,10 @@ def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str =
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1, linestyle=":", label="as it should be")
-    colors = {model: MODEL_COLOR}
-    for name, scores in _with_certainty(result, model).items():
-        nominal, observed = zip(*scores["certainty"]["reliability"], strict=True)
-        style = {"color": colors.get(name, PLAIN_COLOR), "marker": "o", "markersize": 4}
+    for name, found in _certainties(result, model).items():
+        nominal, observed = zip(*found["reliability"], strict=True)
+        color, line = MODEL_COLOR if name.startswith(model) else PLAIN_COLOR, "-" if name == model else "--"
+        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4}
         axes.plot(np.multiply(nominal, 100), np.multiply(observed, 100), label=name, **style)
     axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
     axes.set_xlabel("central interval of the draws, %")

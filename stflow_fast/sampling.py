@@ -187,13 +187,14 @@ class PreparedSlide:
     """A slide ready for any number of draws; made by :meth:`Sampler.prepare`.
 
     Attributes:
-        graph: of its N spots.
+        coords: [N, 2] of its N spots, as they were given, on the host.
+        graph: of the spots.
         image: [N, d] ``image_transform`` of the features, rows of the graph.
         states: of each layer, with the edge messages that are kept.
     """
 
     def __init__(self, sampler: Sampler, features: Features, coords: Tensor, slide_id: str) -> None:
-        self.sampler, self.slide_id = sampler, slide_id
+        self.sampler, self.slide_id, self.coords = sampler, slide_id, coords.cpu().numpy()
         model, solver = sampler.model, sampler.solver
         with sampler.running():
             self.graph = graph = model.build_graph(coords)
@@ -481,7 +482,7 @@ def sample(
     mean = prepared.draw_blocks(seed, draws)
     expression = mean.expression
     around = expression.float().numpy()
-    std, drawn = law.std(around), law.drawer(seed, prepared.slide_id, draws)(around)
+    std, drawn = law.std(around), law.drawer(seed, prepared.slide_id, draws, prepared.coords)(around)
     return Sample(expression, mean.nfe, None, torch.from_numpy(std), torch.from_numpy(drawn))
 
 

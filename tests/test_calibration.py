@@ -16,8 +16,11 @@ import stflow_fast.calibration as calibration
 from stflow_fast.calibration import calibrate
 from stflow_fast.cohort import SamplingConfig, evaluate, evaluate_slides, predict
 from stflow_fast.errors import InputError
+from stflow_fast.evaluation import certainty, neighborhood_mean
 from stflow_fast.model import Denoiser
 from stflow_fast.outputs import OutputConfig
+from stflow_fast.priors.observation import CensoredGaussian, ObservationModel
+from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
 from stflow_fast.tables import predict_adata
@@ -78,6 +81,7 @@ def test_a_run_is_calibrated_on_what_is_left_out_in_turn(run: Run, task: Path) -
     result = evaluate(run.folder, task).result
     assert set(result["certainty"]) >= {"crps_mean", "coverage_50", "coverage_90", "spread_ratio"}
     assert "certainty" in result["baselines"]["train_mean"]
+    assert set(result["certainty_of_neighborhoods"]) == set(result["certainty"])
     json.dumps(result, allow_nan=False)
 
 
@@ -124,6 +128,41 @@ def test_a_law_holds_on_a_slide_that_nobody_has_seen(tmp_path: Path) -> None:
     assert 0.6 < result["certainty"]["spread_ratio"] < 1.6
 
 
+def test_what_errors_have_in_common_is_found_by_calibrating() -> None:
+    """And draws that have it hold what they say of a region, where independent ones do not."""
+    rng = np.random.default_rng(0)
+    coords = [np.column_stack([np.arange(300) % 20, np.arange(300) // 20]) * 50.0 for _ in range(6)]
+    sigma, shared = np.full(12, 0.6, np.float32), SharedError(np.full(12, 0.8, np.float32), np.float32([0.0, 0.9, 6.0]))
+    genes = tuple("ABCDEFGHIJKL")
+    made = ObservationModel(genes, CensoredGaussian(sigma), shared, {})
+    predicted = []
+    for number, places in enumerate(coords):
+        mean = rng.gamma(3.0, 0.4, (300, 12)).astype(np.float32)
+        truth = made.drawer(number, "S", 1, places)(mean)[0]
+        predicted.append(calibration.Predicted(mean, truth, [places]))
+    found = calibration.fit_observation(predicted[:5], small_model(12, genes, "synthetic"))
+    assert found.law.name == "gaussian"
+    np.testing.assert_allclose(found.shared.loading, 0.8, atol=0.12)
+    mean, truth, (places,) = predicted[5]
+    held = {}
+    for name, law in (("shared", found), ("independent", dataclasses.replace(found, shared=SharedError.none(12)))):
+        drawn = neighborhood_mean(places, law.drawer(0, "S", 60, places)(mean))
+        of_regions = certainty(
+            neighborhood_mean(places, truth), neighborhood_mean(places, mean), lambda rows, drawn=drawn: drawn[:, rows]
+        )
+        held[name] = of_regions["coverage_90"]
+    assert 0.8 < held["shared"] < 0.98
+    assert held["independent"] < 0.75
+
+
+def test_a_network_that_never_errs_has_a_law() -> None:
+    mean = np.ones((40, 2), np.float32)
+    group = calibration.Predicted(mean, mean, [np.zeros((40, 2))])
+    found = calibration.fit_observation([group, group], small_model(2, "AB", "synthetic"))
+    assert found.about["out_of_fold"]["gaussian"]["spread_ratio"] is None
+    assert np.isfinite(found.shared.loading).all()
+
+
 def test_predictions_with_draws(run: Run, task: Path, tmp_path: Path, say: Callable[..., str]) -> None:
     slide, out = embeddings_of(task, "S2"), tmp_path / "out"
     said = say("predict", run.folder, slide, "--out", out, "--draws", 4)
@@ -145,7 +184,8 @@ def test_predictions_with_draws(run: Run, task: Path, tmp_path: Path, say: Calla
     whole = anndata.read_h5ad(tmp_path / "plain" / "S2.h5ad")
     assert list(whole.layers) == ["std"]
     mean, law = np.asarray(whole.X), model.observation
-    drawn = law.drawer(3, "S2", 2)(mean)
+    drawn = law.drawer(3, "S2", 2, whole.obsm["spatial"])(mean)
+    assert law.shared.loading.any()
     expected = {"std": law.std(mean), "q5": law.quantile(mean, 5), "q50": law.quantile(mean, 50)}
     expected |= {"q95": law.quantile(mean, 95), "draw_0": drawn[0], "draw_1": drawn[1]}
     for name, values in expected.items():

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 import stflow_fast.evaluation.scores as scores
 from stflow_fast.errors import InputError
-from stflow_fast.evaluation import ALPHAS, STRONG_ALPHA, baselines, compare, left_out_groups, score, structure
+from stflow_fast.evaluation import ALPHAS, STRONG_ALPHA, Structure, baselines, compare, left_out_groups, score
 from stflow_fast.slides import HestTask, StoredRows
 from stflow_fast.synthetic import make_cohort
 
@@ -313,8 +313,9 @@ def test_compare_sets_the_structure_of_a_prediction_beside_that_of_the_truth(coh
     truth = cohort.test[0].expression(cohort.genes)
     noise = truth[np.random.default_rng(0).permutation(len(truth))]
     result = compare(cohort.train, cohort.test, noise, cohort.genes)
-    assert result["structure_of_truth"] == structure([cohort.test[0].coords], [truth], [truth])
-    assert result["structure"] == structure([cohort.test[0].coords], [truth], [noise])
+    structure = Structure([cohort.test[0].coords], [truth])
+    assert result["structure_of_truth"] == structure.beside([truth])
+    assert result["structure"] == structure.beside([noise])
     assert abs(result["structure"]["morans_i_mean"]) < result["structure_of_truth"]["morans_i_mean"]
     ridges = result["baselines"]
     smoothed, plain = (ridges[name]["structure"]["morans_i_mean"] for name in ("ridge_smoothed", "ridge_alpha_1e4"))

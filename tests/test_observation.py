@@ -24,6 +24,7 @@ from stflow_fast.priors.observation import (
     laws_of,
     load_observation,
 )
+from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.sampling import Sampler
 
 from .builders import FEATURES, small_model
@@ -38,12 +39,27 @@ def zinb(log: bool = True) -> ZinbCounts:
 
 
 LAWS = [CensoredGaussian(SIGMA), zinb(), zinb(log=False)]
+SHARED = SharedError(np.array([0.3, 0.6, -0.8], np.float32), np.array([0.2, 0.5, 4.0], np.float32))
+
+
+def of_law(law: Law, shared: SharedError = SHARED) -> ObservationModel:
+    return ObservationModel(GENES, law, shared, {"spots": 9, "groups": 2})
+
+
+def places(n: int) -> np.ndarray:
+    """Of a lattice."""
+    return 100.0 * np.column_stack([np.arange(n) % 8, np.arange(n) // 8])
 
 
 def many_draws(law: Law, mean: np.ndarray, n: int) -> np.ndarray:
     """[n, N, G] float64 around the mean [N, G]: of as many spots, which takes less time than as many draws."""
-    drawn = ObservationModel(GENES, law, {}).drawer(0, "S", 1)(np.tile(mean, (n, 1)))[0]
+    spots = np.tile(mean, (n, 1))
+    drawn = of_law(law, SharedError.none(mean.shape[1])).drawer(0, "S", 1, np.zeros((len(spots), 2)))(spots)[0]
     return drawn.reshape(n, *mean.shape).astype(np.float64)
+
+
+def quantile(law: Law, mean: np.ndarray, probability: float) -> np.ndarray:
+    return of_law(law).quantile(mean, 100 * probability)
 
 
 def means(n: int, seed: int = 0) -> np.ndarray:
@@ -86,8 +102,8 @@ def test_numbers_of_a_law_are_those_of_its_draws(law: Law) -> None:
     assert (drawn >= 0).all()
     np.testing.assert_allclose(law.std(mean), drawn.std(axis=0), rtol=0.05, atol=0.02)
     for probability in (0.05, 0.5, 0.95):
-        below = (drawn < law.quantile(mean, probability) - 1e-4).mean(axis=0)
-        upto = (drawn <= law.quantile(mean, probability) + 1e-4).mean(axis=0)
+        below = (drawn < quantile(law, mean, probability) - 1e-4).mean(axis=0)
+        upto = (drawn <= quantile(law, mean, probability) + 1e-4).mean(axis=0)
         assert (below <= probability + 0.02).all()
         assert (upto >= probability - 0.02).all()
 
@@ -113,17 +129,17 @@ def test_spread_of_many_counts_and_of_few(counts: float) -> None:
 @given(n=st.integers(1, 40), first=st.integers(0, 40), draws=st.integers(1, 3), law=st.sampled_from(LAWS))
 def test_a_draw_is_of_its_seed_slide_number_and_spot(n: int, first: int, draws: int, law: Law) -> None:
     first = min(first, n)
-    model, mean = ObservationModel(GENES, law, {}), means(40)
-    whole = model.drawer(5, "S", 3)(mean[:n])
-    by_blocks = model.drawer(5, "S", draws)
+    model, mean, coords = of_law(law), means(40), places(40)
+    whole = model.drawer(5, "S", 3, coords)(mean[:n])
+    by_blocks = model.drawer(5, "S", draws, coords)
     parts = [by_blocks(mean[:first]), by_blocks(mean[first:n])]
     assert np.array_equal(np.concatenate(parts, axis=1), whole[:draws])
 
 
 def test_draws_differ_by_seed_slide_and_number() -> None:
-    model, mean = ObservationModel(GENES, LAWS[0], {}), means(50)
-    one = model.drawer(5, "S", 2)(mean)
-    for other in (one[::-1], model.drawer(6, "S", 2)(mean), model.drawer(5, "T", 2)(mean)):
+    model, mean, coords = of_law(LAWS[0]), means(50), places(50)
+    one = model.drawer(5, "S", 2, coords)(mean)
+    for other in (one[::-1], model.drawer(6, "S", 2, coords)(mean), model.drawer(5, "T", 2, coords)(mean)):
         assert not np.array_equal(other, one)
 
 
@@ -134,17 +150,31 @@ def test_counts_per_ten_thousand_are_no_counts() -> None:
 
 def test_counts_are_fitted_around_their_mean() -> None:
     law, mean = zinb(), np.log1p(np.random.default_rng(0).gamma(2.0, 3.0, (6000, 3))).astype(np.float32)
-    truth = ObservationModel(GENES, law, {}).drawer(0, "S", 1)(mean)[0]
+    truth = of_law(law, SharedError.none(3)).drawer(0, "S", 1, np.zeros((6000, 2)))(mean)[0]
     found = ZinbCounts.fit(mean, truth, "log1p")
     np.testing.assert_allclose(found.scale * (1 - found.pi), law.scale * (1 - law.pi), rtol=0.1)
     np.testing.assert_allclose(found.pi, law.pi, atol=0.08)
     np.testing.assert_allclose(found.theta[:2], law.theta[:2], rtol=0.25)
 
 
+@pytest.mark.parametrize("law", LAWS, ids=["gaussian", "zinb", "zinb of counts"])
+def test_scores_are_those_that_a_value_has(law: Law) -> None:
+    mean, score = (
+        np.minimum(means(500, seed=4), 4.0),
+        np.random.default_rng(5).standard_normal((500, 3)).astype(np.float32),
+    )
+    truth = law.values(mean)(score.copy())
+    low, high = law.scores(mean, truth)
+    assert ((low <= score + 1e-4) & (score <= high + 1e-4)).all()
+    assert (low[truth == 0] == -np.inf).all()
+    inside = np.clip((np.maximum(low, -5) + np.minimum(high, 5)) / 2, low, high).astype(np.float32)
+    np.testing.assert_allclose(law.values(mean)(inside), truth, atol=1e-4)
+
+
 @pytest.fixture
 def model() -> Denoiser:
     made = small_model(3, GENES, "uni")
-    made.observation = ObservationModel(GENES, CensoredGaussian(SIGMA), {"spots": 9, "groups": 2})
+    made.observation = of_law(CensoredGaussian(SIGMA))
     return made
 
 
@@ -156,11 +186,11 @@ def slide() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("law", LAWS[:2], ids=["gaussian", "zinb"])
 def test_a_law_is_kept_with_the_model(model: Denoiser, law: Law, tmp_path: Path) -> None:
-    model.observation = ObservationModel(GENES, law, {"spots": 9, "groups": 2})
+    model.observation = of_law(law)
     model.save_pretrained(tmp_path / "model")
     again = Denoiser.from_pretrained(tmp_path / "model")
     assert again.observation.to_dict() == model.observation.to_dict()
-    for name, values in law.parameters().items():
+    for name, values in {**law.parameters(), **SHARED.tensors()}.items():
         assert np.array_equal(again.observation.tensors()[name], values)
     assert set(again.state_dict()) == set(model.state_dict())
     small_model(3, GENES, "uni").save_pretrained(tmp_path / "plain")
@@ -194,7 +224,12 @@ def test_broken_numbers_are_refused() -> None:
     described = {"law": "gaussian", "genes": list(GENES)}
     for broken in ([1.0, np.nan, 1.0], [1.0, -1.0, 1.0], [1.0]):
         with pytest.raises(InputError, match="observation: sigma must be"):
-            load_observation(described, {"sigma": np.array(broken, np.float32)}, GENES)
+            load_observation(described, {"sigma": np.array(broken, np.float32), **SHARED.tensors()}, GENES)
+    for name, broken in (("loading", [0.1, 1.5, 0.0]), ("field", [0.6, 0.6, 1.0]), ("field", [0.1, 0.1, 0.0])):
+        with pytest.raises(InputError, match="observation: .*what errors have in common; fit it again"):
+            load_observation(described, {"sigma": SIGMA, **SHARED.tensors(), name: np.array(broken)}, GENES)
+    with pytest.raises(InputError, match="observation: .*what errors have in common; fit it again"):
+        load_observation(described, {"sigma": SIGMA}, GENES)  # of a version that knew none
 
 
 def test_draws_stand_around_the_mean_of_samples(model: Denoiser, slide: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -204,7 +239,8 @@ def test_draws_stand_around_the_mean_of_samples(model: Denoiser, slide: tuple[to
     torch.testing.assert_close(drawn.expression, samples.mean(dim=0))
     assert (drawn.nfe, drawn.draws.shape) == (12, (3, 70, 3))
     assert np.array_equal(drawn.std.numpy(), model.observation.std(drawn.expression.numpy()))
-    assert np.array_equal(drawn.draws.numpy(), model.observation.drawer(4, "", 3)(drawn.expression.numpy()))
+    of_slide = model.observation.drawer(4, "", 3, slide[1].numpy())
+    assert np.array_equal(drawn.draws.numpy(), of_slide(drawn.expression.numpy()))
     plain = stflow_fast.sample(model, slide, seed=4)
     assert (plain.std, plain.draws) == (None, None)
     assert torch.equal(plain.expression, samples[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from stflow_fast.protocol import (
     Task,
     averages_of,
     cells_of,
+    certainty_cells_of,
     hest_tasks,
     leakage_of,
     notes_of,
@@ -124,6 +126,22 @@ def test_one_task_shows_its_folds() -> None:
     head, lines = cells_of({**found, "averages": averages_of(found["rows"])})
     assert head == ["predictor", "fold 1", "fold 2", "mean (std over seeds)"]
     assert lines[0] == ["STFlow, none", "0.100", "0.200", "0.150"]
+
+
+def test_a_calibrated_run_is_in_the_table_of_certainty(bench: Path, tmp_path: Path) -> None:
+    plain = Plan(hest_tasks(bench, ENCODER, names=["HCC"]), ENCODER, (0,), ("none",), training=SMALL, denoiser=TINY)
+    assert not certainty_cells_of(run_protocol(plain, tmp_path / "out"))
+    trained: list[dict[str, Any]] = []
+    found = run_protocol(dataclasses.replace(plain, certainty=True), tmp_path / "out", on_epoch=trained.append)
+    assert not trained  # the run itself is there
+    ((name, *cells),) = certainty_cells_of(found)
+    assert name == "HCC, STFlow, none"
+    (told,) = found["scores"]
+    of_spots, regions = (told["model"][""][key] for key in ("certainty", "certainty_of_neighborhoods"))
+    random = told["baselines"]["train_mean"]["certainty"]["crps_mean"]
+    values = [of_spots["crps_mean"], random, of_spots["coverage_50"], of_spots["coverage_90"]]
+    assert cells == [f"{value:.3f}" for value in (*values, regions["coverage_90"], of_spots["spread_ratio"])]
+    assert f"| {name} | {cells[0]} |" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_patients_on_both_sides_are_named(bench: Path, tmp_path: Path) -> None:

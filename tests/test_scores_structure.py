@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import numpy as np
 import pytest
 
 import stflow_fast.evaluation.scores as scores
+import stflow_fast.evaluation.structure as room
 from stflow_fast.evaluation import (
-    gene_correlation_error,
+    GeneCorrelations,
+    Structure,
     morans_i,
     neighbor_weights,
-    structure,
     top_overlap,
     zero_fraction,
 )
 from stflow_fast.graph import MISSING, knn_graph
-
-room = importlib.import_module("stflow_fast.evaluation.structure")  # the package has a function of this name
 
 
 def morans_i_written_out(coords: np.ndarray, values: np.ndarray) -> float:
@@ -63,19 +61,19 @@ def test_the_correlation_error_is_that_of_numpy() -> None:
     truth, other = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(50, 6))
     off = ~np.eye(6, dtype=bool)
     expected = np.abs(np.corrcoef(truth.T) - np.corrcoef(other.T))[off].mean()
-    assert gene_correlation_error(truth, other) == pytest.approx(expected, rel=1e-12)
-    assert gene_correlation_error(truth, 3 * truth + 1) == pytest.approx(0.0, abs=1e-12)
-    assert gene_correlation_error(truth, truth * [1, 1, 1, 1, 1, -1]) > 0.1
+    assert GeneCorrelations(truth).error(other) == pytest.approx(expected, rel=1e-12)
+    assert GeneCorrelations(truth).error(3 * truth + 1) == pytest.approx(0.0, abs=1e-12)
+    assert GeneCorrelations(truth).error(truth * [1, 1, 1, 1, 1, -1]) > 0.1
 
 
 def test_genes_that_do_not_vary_in_both_are_left_out() -> None:
     rng = np.random.default_rng(0)
     truth, other = rng.normal(size=(2, 50, 5))
-    part = gene_correlation_error(truth[:, 2:], other[:, 2:])
+    part = GeneCorrelations(truth[:, 2:]).error(other[:, 2:])
     truth[:, 0], other[:, 1] = 0.1, 0.1
-    assert gene_correlation_error(truth, other) == part
-    assert np.isnan(gene_correlation_error(truth[:, :3], other[:, :3]))
-    assert np.isnan(gene_correlation_error(truth[:, 2:3], other[:, 2:3]))
+    assert GeneCorrelations(truth).error(other) == part
+    assert np.isnan(GeneCorrelations(truth[:, :3]).error(other[:, :3]))
+    assert np.isnan(GeneCorrelations(truth[:, 2:3]).error(other[:, 2:3]))
 
 
 def test_of_many_genes_the_most_variable_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +81,8 @@ def test_of_many_genes_the_most_variable_are_compared(monkeypatch: pytest.Monkey
     truth, other = rng.normal(size=(2, 50, 8))
     truth *= np.array([1, 9, 1, 8, 1, 7, 1, 6])
     monkeypatch.setattr(room, "MOST_GENES", 4)
-    part = gene_correlation_error(truth[:, 1::2], other[:, 1::2])
-    assert gene_correlation_error(truth, other) == pytest.approx(part, rel=1e-12)
+    part = GeneCorrelations(truth[:, 1::2]).error(other[:, 1::2])
+    assert GeneCorrelations(truth).error(other) == pytest.approx(part, rel=1e-12)
 
 
 def test_zeros_are_exact_ones() -> None:
@@ -96,15 +94,15 @@ def test_slides_count_by_their_spots() -> None:
     sizes = (12, 30)
     coords = [rng.uniform(0, 100, (n, 2)) for n in sizes]
     truth, other = ([rng.poisson(1.0, (n, 4)).astype(np.float32) for n in sizes] for _ in range(2))
-    alone = [structure([c], [t], [o]) for c, t, o in zip(coords, truth, other, strict=True)]
-    both = structure(coords, truth, other)
+    alone = [Structure([c], [t]).beside([o]) for c, t, o in zip(coords, truth, other, strict=True)]
+    both = Structure(coords, truth).beside(other)
     assert set(both) == {"morans_i_mean", "morans_i_error", "gene_correlation_error", "zero_fraction"}
     for name, value in both.items():
         assert value == pytest.approx((12 * alone[0][name] + 30 * alone[1][name]) / 42)
     own, others = (morans_i(neighbor_weights(coords[0]), each) for each in (truth[0], other[0]))
     assert alone[0]["morans_i_mean"] == pytest.approx(others.mean())
     assert alone[0]["morans_i_error"] == pytest.approx(np.abs(own - others).mean())
-    itself = structure(coords, truth, truth)
+    itself = Structure(coords, truth).beside(truth)
     assert itself["morans_i_error"] == itself["gene_correlation_error"] == 0.0
 
 
@@ -112,7 +110,7 @@ def test_slides_without_structure_are_left_out_and_nothing_is_none() -> None:
     rng = np.random.default_rng(0)
     coords, truth = rng.uniform(0, 100, (20, 2)), rng.normal(size=(20, 3))
     spot = np.array([[5.0, 5.0]]), np.zeros((1, 3))
-    flat = structure([coords], [truth], [np.full((20, 3), 0.2)])
+    flat = Structure([coords], [truth]).beside([np.full((20, 3), 0.2)])
     assert flat == {
         "morans_i_mean": None,
         "morans_i_error": None,
@@ -120,8 +118,8 @@ def test_slides_without_structure_are_left_out_and_nothing_is_none() -> None:
         "zero_fraction": 0.0,
     }
     alone, beside = (
-        structure([coords], [truth], [truth]),
-        structure([coords, spot[0]], [truth, spot[1]], [truth, spot[1]]),
+        Structure([coords], [truth]).beside([truth]),
+        Structure([coords, spot[0]], [truth, spot[1]]).beside([truth, spot[1]]),
     )
     assert beside["morans_i_mean"] == alone["morans_i_mean"]
     assert beside["zero_fraction"] == pytest.approx(1 / 21)

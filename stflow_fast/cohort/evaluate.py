@@ -13,21 +13,30 @@ import numpy as np
 from .._version import __version__
 from ..errors import InputError
 from ..evaluation import (
+    Draws,
+    Structure,
     certainty,
     check_biomarkers,
     compare,
+    neighborhood_mean,
     random_training_spots,
-    structure,
     top_overlap,
 )
 from ..model import Denoiser
 from ..priors.observation import ObservationModel
 from ..slides import Slide, open_task
+from ..threads import blocks_of
 from ..windows import TEST
 from .settings import SamplingConfig, gene_names, model_and_origin, selection_of
 
 CERTAINTY_DRAWS = 100
 """Of each spot, that intervals and CRPS are of."""
+
+STRUCTURE_DRAWS = 8
+"""That tissue structure is averaged over: what errors have in common differs from draw to draw."""
+
+NUMBERS_KEPT = 2**25
+"""Of draws: 128 MB as they are drawn, and as much again for each of a few arrays made of them."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,10 @@ def evaluate_slides(
     predicted = [one.expression.float().numpy() for one in drawn]
     truth = [slide.expression(genes, normalize) for slide in test]
     result = compare(train, test, np.concatenate(predicted), genes, normalize)
+    evaluation = Evaluation(result, test, truth, predicted, genes)
     if model.observation is not None:
         known = np.concatenate([slide.expression(genes, normalize) for slide in train])
-        _add_certainty(result, model.observation, known, test, truth, predicted, sampling.seed)
+        _add_certainty(evaluation, model.observation, known, sampling.seed)
     result.update(
         {
             **selection_of(model),
@@ -128,28 +138,69 @@ def evaluate_slides(
             "version": __version__,
         }
     )
-    return Evaluation(result, test, truth, predicted, genes)
+    return evaluation
 
 
-def _add_certainty(
-    result: dict[str, Any],
-    law: ObservationModel,
-    known: np.ndarray,
-    slides: list[Slide],
-    truth: list[np.ndarray],
-    predicted: list[np.ndarray],
-    seed: int,
-) -> None:
+def _add_certainty(evaluation: Evaluation, law: ObservationModel, known: np.ndarray, seed: int) -> None:
     """What the law's draws are worth, and beside the baselines what those of random training spots (``known`` [M, G])
     are: the image must add to these."""
-    expected, mean = np.concatenate(truth), np.concatenate(predicted)
+    result = evaluation.result
+    expected, mean = np.concatenate(evaluation.truth), np.concatenate(evaluation.predicted)
     result["observation"] = law.law.name
-    result["certainty"] = certainty(expected, mean, law.drawn(mean, seed, "", CERTAINTY_DRAWS))
-    one = [law.drawer(seed, slide.id, 1)(made)[0] for slide, made in zip(slides, predicted, strict=True)]
-    result["structure_of_draws"] = structure([slide.coords for slide in slides], truth, one)
+    result["certainty"] = certainty(expected, mean, _draws(evaluation, law, seed))
+    result["certainty_of_neighborhoods"] = _of_neighborhoods(evaluation, law, seed)
+    result["structure_of_draws"] = _structure_of_draws(evaluation, law, seed)
     anywhere = random_training_spots(known, CERTAINTY_DRAWS, seed)
     middle = np.broadcast_to(known.mean(axis=0, dtype=np.float64).astype(np.float32), expected.shape)
     result["baselines"]["train_mean"]["certainty"] = certainty(expected, middle, anywhere)
+
+
+def _structure_of_draws(evaluation: Evaluation, law: ObservationModel, seed: int) -> dict[str, float | None]:
+    """That of single draws, one after another, and the mean of what is said of each."""
+    slides = evaluation.slides
+    of_truth, found = Structure([slide.coords for slide in slides], evaluation.truth), []
+    for number in range(STRUCTURE_DRAWS):
+        pairs = zip(slides, evaluation.predicted, strict=True)
+        drawn = [law.drawer(seed + number, slide.id, 1, slide.coords)(made)[0] for slide, made in pairs]
+        found.append(of_truth.beside(drawn))
+    means = {name: [one[name] for one in found if one[name] is not None] for name in found[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in means.items()}
+
+
+def _draws(evaluation: Evaluation, law: ObservationModel, seed: int) -> Draws:
+    """Of the spots of all slides, one after another."""
+    drawers = [law.drawer(seed, slide.id, CERTAINTY_DRAWS, slide.coords) for slide in evaluation.slides]
+
+    def draw(rows: slice) -> np.ndarray:
+        found, first = [], 0
+        for made, of_slide in zip(evaluation.predicted, drawers, strict=True):
+            here = made[max(rows.start - first, 0) : max(rows.stop - first, 0)]
+            first += len(made)
+            if len(here):
+                found.append(of_slide(here))
+        return np.concatenate(found, axis=1)
+
+    return draw
+
+
+def _of_neighborhoods(evaluation: Evaluation, law: ObservationModel, seed: int) -> dict[str, Any]:
+    """:func:`.evaluation.certainty` of the mean over each spot and its nearest neighbours, what a pathologist calls a
+    region: independent errors would cancel there. Of the genes whose truth varies most, as many as there is memory
+    for."""
+    expected, spots = np.concatenate(evaluation.truth), [len(made) for made in evaluation.predicted]
+    most = max(1, NUMBERS_KEPT // (CERTAINTY_DRAWS * len(expected)))
+    genes = np.argsort(-expected.var(axis=0, dtype=np.float64), kind="stable")[:most]
+    draw = _draws(evaluation, law, seed)
+    parts = blocks_of(len(expected), max(1, NUMBERS_KEPT // (CERTAINTY_DRAWS * expected.shape[1])))
+    drawn = np.concatenate([draw(rows)[..., genes] for rows in parts], axis=1)
+
+    def means(values: np.ndarray) -> np.ndarray:
+        of_slides = np.split(values, np.cumsum(spots)[:-1], axis=-2)
+        pairs = zip(evaluation.slides, of_slides, strict=True)
+        return np.concatenate([neighborhood_mean(slide.coords, part) for slide, part in pairs], axis=-2)
+
+    made, over = np.concatenate(evaluation.predicted)[:, genes], means(drawn)
+    return certainty(means(expected[:, genes]), means(made), lambda rows: over[:, rows])
 
 
 def of_biomarkers(

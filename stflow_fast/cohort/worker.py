@@ -165,16 +165,16 @@ class Worker:
 
     def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Of X and the layers, as they are written."""
-        layers_of = self._layers(drawn.slide.id) if self.layers else lambda mean: []
+        layers_of = self._layers(drawn.slide) if self.layers else lambda mean: []
         for rows, part in drawn.sample.blocks():
             mean = part.float().numpy()
             parts = (each[:, self._columns] for each in (mean, *layers_of(mean)))
             yield rows, [as_dtype(drawn.slide.id, each, self.settings.output.dtype) for each in parts]
 
-    def _layers(self, slide_id: str) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+    def _layers(self, slide: Slide) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
         """What makes the layers [n, all genes] of the mean of the next n spots of a slide."""
         law, sampling, output = observation_of(self.model), self.settings.sampling, self.settings.output
-        draw = law.drawer(sampling.seed, slide_id, sampling.draws if output.keep_draws else 0)
+        draw = law.drawer(sampling.seed, slide.id, sampling.draws if output.keep_draws else 0, slide.coords)
 
         def layers(mean: np.ndarray) -> Iterator[np.ndarray]:
             yield law.std(mean)

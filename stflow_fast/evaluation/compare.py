@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..slides import Slide
 from .baselines import baselines
 from .scores import score
-from .structure import structure
+from .structure import Structure
 
 OF_A_SLIDE = ("pearson_mean", "spearman_mean", "mse_mean", "n_constant_genes", "n_spots")
 OF_DEPTH_NORMALISED = ("pearson_mean", "spearman_mean")
@@ -36,12 +36,12 @@ def compare(
 
     Returns:
         :func:`score` of the model over all test spots, with ``baselines`` = {name: the same for that baseline, and
-        its settings (``alpha`` of a ridge)}, ``structure_of_truth`` = :func:`structure` of the truth itself, and in
-        the model's and in each baseline's dict:
+        its settings (``alpha`` of a ridge)}, ``structure_of_truth`` = :class:`Structure` of the truth beside itself,
+        and in the model's and in each baseline's dict:
 
         * ``per_slide`` = {slide id: {``pearson_mean``, ``spearman_mean``, ``mse_mean``, ``n_constant_genes``,
           ``n_spots``}};
-        * ``structure`` = :func:`structure` of the prediction beside the truth;
+        * ``structure`` = :class:`Structure` of the truth, the prediction beside it;
         * ``depth_normalised`` = {``pearson_mean``, ``spearman_mean``} of the same prediction with the truth in unit
           ``cp10k_log1p``, where ``normalize`` is ``log1p``. The total count of a spot is divided out of that truth: of
           the correlation with log1p counts, what is not left here was sequencing depth, which no tissue shows.
@@ -58,7 +58,7 @@ def compare(
     truth = _truth(test, genes, normalize)
     return {
         **_scores(truth, prediction),
-        "structure_of_truth": structure(truth.coords, truth.parts, truth.parts),
+        "structure_of_truth": truth.structure.beside(truth.parts),
         "baselines": {name: {**_scores(truth, made.prediction), **made.settings} for name, made in others.items()},
     }
 
@@ -69,17 +69,18 @@ class _Truth:
 
     genes: Sequence[str]
     ids: list[str]
-    coords: list[np.ndarray]  # [N_i, 2] of each slide
     parts: list[np.ndarray]  # [N_i, G] of each slide
+    structure: Structure
     depth_normalised: np.ndarray | None  # [N, G] of all; None where the unit is not log1p
 
 
 def _truth(test: Sequence[Slide], genes: Sequence[str], normalize: str) -> _Truth:
+    parts = [slide.expression(genes, normalize) for slide in test]
     return _Truth(
         genes,
         [slide.id for slide in test],
-        [slide.coords for slide in test],
-        [slide.expression(genes, normalize) for slide in test],
+        parts,
+        Structure([slide.coords for slide in test], parts),
         np.concatenate([slide.expression(genes, "cp10k_log1p") for slide in test]) if normalize == "log1p" else None,
     )
 
@@ -92,7 +93,7 @@ def _scores(truth: _Truth, prediction: np.ndarray) -> dict[str, Any]:
         name: _kept(score(expected, made, truth.genes), OF_A_SLIDE)
         for name, expected, made in zip(truth.ids, truth.parts, parts, strict=True)
     }
-    result["structure"] = structure(truth.coords, truth.parts, parts)
+    result["structure"] = truth.structure.beside(parts)
     if truth.depth_normalised is not None:
         result["depth_normalised"] = _kept(score(truth.depth_normalised, prediction, truth.genes), OF_DEPTH_NORMALISED)
     return result

@@ -30,6 +30,14 @@ def neighbor_weights(coords: np.ndarray) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((np.repeat(1.0 / count, count), neighbors[present], starts), (len(count),) * 2)
 
 
+def neighborhood_mean(coords: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[..., N, C] mean of ``values`` [..., N, C] over each spot and its neighbours, see :func:`neighbor_weights`."""
+    weights = neighbor_weights(coords)
+    share = (1.0 / (1 + np.diff(weights.indptr)))[:, None]
+    flat = values.reshape(-1, *values.shape[-2:])
+    return np.stack([share * each + (1 - share) * (weights @ each) for each in flat]).reshape(values.shape)
+
+
 def neighbor_mean(coords: np.ndarray, values: np.ndarray) -> np.ndarray:
     """[N, C] float64 mean of ``values`` [N, C] over each spot's neighbours, see :func:`neighbor_weights`."""
     return neighbor_weights(coords) @ np.asarray(values, dtype=np.float64)

@@ -41,27 +41,31 @@ def morans_i(weights: scipy.sparse.csr_matrix, values: np.ndarray) -> np.ndarray
     return found
 
 
-def gene_correlation_error(truth: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference between the gene-gene Pearson correlations of two expressions, over pairs of genes.
+class GeneCorrelations:
+    """How the genes of a truth [N, G] go together, to hold others against.
 
-    Genes that are constant in either are left out. Of more than :data:`MOST_GENES` others, those whose truth varies
-    the most are compared.
-
-    Args:
-        truth: [N, G] finite.
-        other: [N, G].
-
-    Returns:
-        From 0 to 2; NaN where fewer than two genes vary in both.
+    Genes that are constant in it are left out. Of more than :data:`MOST_GENES` others, those that vary the most are
+    compared.
     """
-    varies = np.flatnonzero(~(is_constant(truth.T) | is_constant(other.T)))
-    most = np.argsort(-truth[:, varies].var(axis=0, dtype=np.float64), kind="stable")[:MOST_GENES]
-    genes = np.sort(varies[most])
-    if len(genes) < 2:
-        return np.nan
-    difference = np.abs(_correlations(truth[:, genes]) - _correlations(other[:, genes]))
-    np.fill_diagonal(difference, 0.0)
-    return float(difference.sum() / (len(genes) * (len(genes) - 1)))
+
+    def __init__(self, truth: np.ndarray) -> None:
+        varies = np.flatnonzero(~is_constant(truth.T))
+        most = np.argsort(-truth[:, varies].var(axis=0, dtype=np.float64), kind="stable")[:MOST_GENES]
+        self._genes = np.sort(varies[most])
+        self._of_truth = _correlations(truth[:, self._genes])
+
+    def error(self, other: np.ndarray) -> float:
+        """Mean absolute difference between the gene-gene Pearson correlations of the truth and of ``other`` [N, G],
+        over pairs of genes, without those that are constant in ``other``: from 0 to 2; NaN where fewer than two are
+        left."""
+        other = other[:, self._genes]
+        varies = ~is_constant(other.T)
+        n_genes = np.count_nonzero(varies)
+        if n_genes < 2:
+            return np.nan
+        difference = np.abs(self._of_truth[np.ix_(varies, varies)] - _correlations(other[:, varies]))
+        np.fill_diagonal(difference, 0.0)
+        return float(difference.sum() / (n_genes * (n_genes - 1)))
 
 
 def _correlations(values: np.ndarray) -> np.ndarray:
@@ -75,36 +79,44 @@ def zero_fraction(values: np.ndarray) -> float:
     return 1.0 - np.count_nonzero(values) / values.size
 
 
-def structure(
-    coords: Sequence[np.ndarray], truth: Sequence[np.ndarray], other: Sequence[np.ndarray]
-) -> dict[str, float | None]:
-    """The spatial and the joint structure of an expression, beside that of the truth.
+class Structure:
+    """The spatial and the joint structure of the truth of some slides, to hold others against."""
 
-    Args:
-        coords: [N_i, 2] of each slide.
-        truth: [N_i, G] of each slide.
-        other: [N_i, G] of each slide: a prediction, a draw, or the truth itself.
+    def __init__(self, coords: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> None:
+        """
+        Args:
+            coords: [N_i, 2] of each slide.
+            truth: [N_i, G] of each slide.
+        """
+        self._sizes = np.array([len(part) for part in truth], dtype=np.float64)
+        self._slides = [_OfSlide(*parts) for parts in zip(coords, truth, strict=True)]
 
-    Returns:
-        ``morans_i_mean`` (of ``other``, over its genes), ``morans_i_error`` (mean absolute difference from the truth's,
-        over genes that have one in both), ``gene_correlation_error`` and ``zero_fraction`` (of ``other``). Each is
-        computed slide by slide and averaged over slides by their spots; a slide where it does not exist, because genes
-        are constant, is left out; None where it exists on none.
-    """
-    found = [_of_slide(*parts) for parts in zip(coords, truth, other, strict=True)]
-    sizes = np.array([len(part) for part in truth], dtype=np.float64)
-    return {name: _average([one[name] for one in found], sizes) for name in found[0]}
+    def beside(self, other: Sequence[np.ndarray]) -> dict[str, float | None]:
+        """What ``other`` [N_i, G] of each slide, a prediction, a draw, or the truth itself, has of it.
+
+        Returns:
+            ``morans_i_mean`` (of ``other``, over its genes), ``morans_i_error`` (mean absolute difference from the
+            truth's, over genes that have one in both), ``gene_correlation_error`` and ``zero_fraction`` (of ``other``).
+            Each is computed slide by slide and averaged over slides by their spots; a slide where it does not exist,
+            because genes are constant, is left out; None where it exists on none.
+        """
+        found = [of_slide.beside(made) for of_slide, made in zip(self._slides, other, strict=True)]
+        return {name: _average([one[name] for one in found], self._sizes) for name in found[0]}
 
 
-def _of_slide(coords: np.ndarray, truth: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    weights = neighbor_weights(coords)
-    made = morans_i(weights, other)
-    return {
-        "morans_i_mean": _mean(made),
-        "morans_i_error": _mean(np.abs(made - morans_i(weights, truth))),
-        "gene_correlation_error": gene_correlation_error(truth, other),
-        "zero_fraction": zero_fraction(other),
-    }
+class _OfSlide:
+    def __init__(self, coords: np.ndarray, truth: np.ndarray) -> None:
+        self._weights, self._correlations = neighbor_weights(coords), GeneCorrelations(truth)
+        self._morans_i = morans_i(self._weights, truth)
+
+    def beside(self, other: np.ndarray) -> dict[str, float]:
+        made = morans_i(self._weights, other)
+        return {
+            "morans_i_mean": _mean(made),
+            "morans_i_error": _mean(np.abs(made - self._morans_i)),
+            "gene_correlation_error": self._correlations.error(other),
+            "zero_fraction": zero_fraction(other),
+        }
 
 
 def _mean(values: np.ndarray) -> float:

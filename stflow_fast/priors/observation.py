@@ -9,7 +9,10 @@ its mean, fitted on spots that the network did not train on, does. Two are known
 * ``zinb``: counts of a zero-inflated negative binomial with mean ``scale`` * the mean's counts, where x_1 are log1p of
   counts or counts (:mod:`.zinb`).
 
-A draw is a function of (seed, slide id, number of the draw, spot) and of the mean, whatever is drawn beside it.
+What the errors of a spot's genes have in common, and those of neighbours, is :mod:`.shared_error`'s.
+
+A draw is a function of (seed, slide id, number of the draw, spot), of the mean, and of the places of the slide's spots,
+whatever is drawn beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from scipy.special import digamma, log_ndtr, ndtr, ndtri, polygamma
 from ..errors import InputError
 from ..threads import blocks_of
 from . import zinb
+from .shared_error import SharedError
 from .sources import check_same_genes
 from .streams import fingerprint, slide_seed, streams
 
@@ -48,6 +52,10 @@ NEGLIGIBLE, MOST_COUNTED = 1e-6, 20_000
 """Probability of the counts that are left out of a sum, and how many are in it at most."""
 
 
+Values = Callable[[np.ndarray], np.ndarray]
+"""Standard normal scores [n, G] float32, which may be written over, to x_1 [n, G] float32; it rises with them."""
+
+
 class Law(Protocol):
     """One law for each of G genes."""
 
@@ -59,11 +67,11 @@ class Law(Protocol):
     def std(self, mean: np.ndarray) -> np.ndarray:
         """[n, G] standard deviation of x_1 around the mean [n, G]."""
 
-    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
-        """[n, G] of x_1 around the mean [n, G]."""
+    def values(self, mean: np.ndarray) -> Values:
+        """What turns standard normal scores into x_1 around the mean [n, G]."""
 
-    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-        """[n, G] one draw around the mean [n, G], by three streams."""
+    def scores(self, mean: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n, G] each: bounds of the scores that x_1 = ``truth`` [n, G] may have, equal where only one may be."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +97,19 @@ class CensoredGaussian:
         second = (np.square(ratio) + 1) * above + ratio * _density(ratio)
         return (self.sigma * np.sqrt(np.maximum(second - np.square(first), 0.0))).astype(np.float32)
 
-    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
-        found = self.sigma * (_centre(mean, self.sigma) + ndtri(probability))
-        return np.maximum(found, 0.0).astype(np.float32)
+    def values(self, mean: np.ndarray) -> Values:
+        centre = _centre(mean, self.sigma).astype(np.float32)
 
-    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-        noise = generators[0].standard_normal(mean.shape, dtype=np.float32)
-        noise += _centre(mean, self.sigma).astype(np.float32)
-        noise *= self.sigma
-        return np.maximum(noise, 0.0, out=noise)
+        def values(scores: np.ndarray) -> np.ndarray:
+            scores += centre
+            scores *= self.sigma
+            return np.maximum(scores, 0.0, out=scores)
+
+        return values
+
+    def scores(self, mean: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        high = truth / self.sigma - _centre(mean, self.sigma)
+        return np.where(truth > 0, high, -np.inf), high
 
 
 def _density(ratio: np.ndarray) -> np.ndarray:
@@ -149,8 +161,7 @@ class ZinbCounts:
     def fit(cls, mean: np.ndarray, truth: np.ndarray, normalize: str) -> ZinbCounts:
         """As of :class:`CensoredGaussian`."""
         log = np.float32(normalize == "log1p")
-        counts = np.round(np.expm1(truth)) if log else truth
-        found = zinb.fit(counts, _counts(mean, log))
+        found = zinb.fit(_measured(truth, log), _counts(mean, log))
         return cls(*(np.asarray(part, dtype=np.float32) for part in (found.scale, found.theta, found.pi, log)))
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -193,16 +204,24 @@ class ZinbCounts:
             total += probability
         return first, second
 
-    def quantile(self, mean: np.ndarray, probability: float) -> np.ndarray:
-        counts = self.scale * _counts(mean, self.log)
-        return self._unit(zinb.quantile(probability, counts, self.theta, self.pi))
+    def values(self, mean: np.ndarray) -> Values:
+        expected = self.scale * _counts(mean, self.log)
 
-    def draw(self, mean: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-        return self._unit(zinb.draw(self.scale * _counts(mean, self.log), self.theta, self.pi, generators))
+        def values(scores: np.ndarray) -> np.ndarray:
+            counts = zinb.quantile(ndtr(scores.astype(np.float64)), expected, self.theta, self.pi)
+            return (np.log1p(counts) if self.log else counts).astype(np.float32)
 
-    def _unit(self, counts: np.ndarray) -> np.ndarray:
-        """Counts as x_1."""
-        return (np.log1p(counts) if self.log else counts).astype(np.float32)
+        return values
+
+    def scores(self, mean: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counts, expected = _measured(truth, self.log), self.scale * _counts(mean, self.log)
+        low, high = (ndtri(zinb.cdf(upto, expected, self.theta, self.pi)) for upto in (counts - 1, counts))
+        return low, high
+
+
+def _measured(truth: np.ndarray, log: np.ndarray) -> np.ndarray:
+    """The counts that x_1 are of."""
+    return np.round(np.expm1(truth)) if log else truth
 
 
 def _counts(mean: np.ndarray, log: np.ndarray) -> np.ndarray:
@@ -225,11 +244,13 @@ class ObservationModel:
     Attributes:
         genes: what it was fitted for, G names.
         law: of each.
+        shared: what the errors of a spot's genes have in common.
         about: what it was fitted on, and what it reached there (plain JSON types).
     """
 
     genes: tuple[str, ...]
     law: Law
+    shared: SharedError
     about: Mapping[str, Any]
 
     def std(self, mean: np.ndarray) -> np.ndarray:
@@ -238,26 +259,27 @@ class ObservationModel:
 
     def quantile(self, mean: np.ndarray, percent: float) -> np.ndarray:
         """[n, G] float32 percentile of x_1 around the mean [n, G]."""
-        return self.law.quantile(mean, percent / 100)
+        return self.law.values(mean)(np.full(mean.shape, ndtri(percent / 100), dtype=np.float32))
 
-    def drawer(self, seed: int, slide_id: str, n_draws: int) -> Callable[[np.ndarray], np.ndarray]:
+    def drawer(self, seed: int, slide_id: str, n_draws: int, coords: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """What draws x_1 of a slide by blocks: the mean [n, G] of the next n spots, from the first on, to draws
-        [n_draws, n, G] float32."""
-        root = slide_seed(seed, slide_id)
+        [n_draws, n, G] float32. ``coords`` [N, 2] are of all its spots."""
+        root, first = slide_seed(seed, slide_id), 0
         of_draws = [_streams(root, number) for number in range(n_draws)]
+        fields = [self.shared.drawn(coords, for_field) for _, for_field in of_draws]
 
         def draw(mean: np.ndarray) -> np.ndarray:
+            nonlocal first
+            rows, values = slice(first, first + len(mean)), self.law.values(mean)
             drawn = np.empty((n_draws, *mean.shape), dtype=np.float32)
-            for one, generators in zip(drawn, of_draws, strict=True):
-                one[:] = self.law.draw(mean, generators)
+            for one, (generator, _), field in zip(drawn, of_draws, fields, strict=True):
+                generator.standard_normal(out=one, dtype=np.float32)
+                self.shared.mix_in(field[rows], one)
+                one[:] = values(one)
+            first = rows.stop
             return drawn
 
         return draw
-
-    def drawn(self, mean: np.ndarray, seed: int, slide_id: str, n_draws: int) -> Callable[[slice], np.ndarray]:
-        """Draws [n_draws, n, G] of slices of a slide's spots, asked for one behind the other, by its mean [N, G]."""
-        draw = self.drawer(seed, slide_id, n_draws)
-        return lambda rows: draw(mean[rows])
 
     def named(self) -> dict[str, str]:
         """What tells it from others, for outputs."""
@@ -267,7 +289,7 @@ class ObservationModel:
         return {"law": self.law.name, "genes": list(self.genes), **self.about}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return self.law.parameters()
+        return {**self.law.parameters(), **self.shared.tensors()}
 
 
 def load_observation(described: Any, tensors: Mapping[str, np.ndarray], genes: Sequence[str]) -> ObservationModel:
@@ -287,8 +309,15 @@ def load_observation(described: Any, tensors: Mapping[str, np.ndarray], genes: S
         values = tensors.get(name)
         if values is None or values.shape != shape or not np.isfinite(values).all() or (values < 0).any():
             raise InputError(f"observation: {name} must be {list(shape)} numbers of at least 0; fit it again")
-    return ObservationModel(fitted_for, law(**{name: tensors[name] for name in wanted}), about)
+    loading, field = (tensors.get(name, np.empty(0)) for name in ("loading", "field"))
+    if loading.shape != (len(genes),) or field.shape != (3,) or not SharedError(loading, field).is_possible():
+        raise InputError(
+            "observation: has no numbers, or impossible ones, of what errors have in common; fit it again (calibrate)"
+        )
+    return ObservationModel(
+        fitted_for, law(**{name: tensors[name] for name in wanted}), SharedError(loading, field), about
+    )
 
 
 def _streams(root: np.random.SeedSequence, number: int) -> list[np.random.Generator]:
-    return streams(np.random.SeedSequence(root.entropy, spawn_key=(*root.spawn_key, STREAM, number)), 3)
+    return streams(np.random.SeedSequence(root.entropy, spawn_key=(*root.spawn_key, STREAM, number)), 2)

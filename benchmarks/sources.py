@@ -1,0 +1,147 @@
+"""What the source distribution brings: every source, trained and scored alike, beside the published one.
+
+python -m benchmarks.sources DATA --encoder NAME --out FOLDER [--calibrate 0]
+
+DATA is a task folder, as ``stflow-fast protocol hest`` takes it, and FOLDER keeps the runs: a call that was interrupted
+goes on. Writes FOLDER/sources.json and sources.md.
+
+Of each run: Pearson of one sample; CRPS, coverage and structure of the flow's own samples, which are all that differs
+between sources by design; and for the seeds of ``--calibrate`` CRPS of draws of the observation model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stflow_fast.calibration import calibrate
+from stflow_fast.cohort import evaluate, load_model
+from stflow_fast.errors import InputError
+from stflow_fast.evaluation import Structure, certainty, score
+from stflow_fast.files import atomic_path, read_json, write_json
+from stflow_fast.priors import SOURCES
+from stflow_fast.progress import cases_bar
+from stflow_fast.protocol import Case, Plan, hest_tasks, run_protocol
+from stflow_fast.sampling import Sampler
+
+from . import measure
+from .summarize import table
+
+SAMPLES, OF_STRUCTURE = 16, 4
+"""Of a run, and how many of them structure is averaged over."""
+
+COLUMNS = {
+    "pearson": "Pearson of a sample",
+    "pearson_of_mean": f"of the mean of {SAMPLES}",
+    "crps": "CRPS of samples",
+    "coverage_90": "in 90 %",
+    "morans_i_error": "Moran's I error",
+    "gene_correlation_error": "gene-gene error",
+    "crps_of_law": "CRPS of the law's draws",
+}
+
+
+def scores_of(folder: Path, case: Case, calibrated: bool) -> dict[str, float]:
+    """Those of :data:`COLUMNS` of a run, from its folder if they are there."""
+    path = folder / "source.json"
+    known = read_json(path) if path.exists() else {}
+    if not known.keys() >= ({*COLUMNS} if calibrated else {*COLUMNS} - {"crps_of_law"}):
+        if calibrated:
+            calibrate(folder)
+        known = _scored(folder, case)
+        write_json(path, known)
+    return known
+
+
+def _scored(folder: Path, case: Case) -> dict[str, float]:
+    model = load_model(folder)
+    evaluation = evaluate(model, case.task.data, case.fold)
+    sampler, slides, truth = Sampler(model), evaluation.slides, evaluation.truth
+    prepared = [sampler.prepare(slide) for slide in slides]
+    samples = [[each.draw(seed=seed).expression.numpy() for each in prepared] for seed in range(SAMPLES)]
+    drawn, expected = np.stack(list(map(np.concatenate, samples))), np.concatenate(truth)
+    mean = drawn.mean(axis=0)
+    of_samples = certainty(expected, mean, lambda rows: drawn[:, rows])
+    of_truth = Structure([slide.coords for slide in slides], truth)
+    structures = [of_truth.beside(sample) for sample in samples[:OF_STRUCTURE]]
+    kept = ("morans_i_error", "gene_correlation_error")
+    law = {"crps_of_law": evaluation.result["certainty"]["crps_mean"]} if model.observation is not None else {}
+    return {
+        "pearson": evaluation.result["pearson_mean"],
+        "pearson_of_mean": score(expected, mean, evaluation.genes)["pearson_mean"],
+        "crps": of_samples["crps_mean"],
+        "coverage_90": of_samples["coverage_90"],
+        **{name: statistics.mean(one[name] for one in structures) for name in kept},
+        **law,
+    }
+
+
+def rows_of(found: Mapping[str, Mapping[tuple[int, int], Mapping[str, float]]], first: str) -> list[list[str]]:
+    """A line for each source: means over runs, and the paired difference of its Pearson from that of ``first``: mean,
+    standard error, and of how many pairs it is above zero."""
+    lines = []
+    for name, runs in found.items():
+        means = [[run[column] for run in runs.values() if column in run] for column in COLUMNS]
+        cells = [f"{statistics.mean(values):.3f}" if values else "" for values in means]
+        gains = [run["pearson"] - found[first][place]["pearson"] for place, run in runs.items()]
+        lines.append([name, *cells, "" if name == first else _paired(gains)])
+    return lines
+
+
+def _paired(gains: Sequence[float]) -> str:
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    return f"{statistics.mean(gains):+.3f} ({error:.3f}); {sum(gain > 0 for gain in gains)} of {len(gains)}"
+
+
+def page(found: Mapping[str, Any], first: str, about: str) -> str:
+    head = ["source", *COLUMNS.values(), f"Pearson beside {first}: mean (standard error); above in"]
+    note = (
+        f"{about} Means over folds and seeds. Samples are the flow's own, {SAMPLES} of each run; the law's draws are "
+        "of the observation model around one sample."
+    )
+    return f"# Sources\n\n{table(head, rows_of(found, first))}\n\n{note}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sources", default=",".join(SOURCES), help="the first is what others stand beside")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--calibrate", default="", help="seeds whose runs get an observation model")
+    arguments = parser.parse_args()
+    names = arguments.sources.split(",")
+    seeds, calibrated = (
+        tuple(map(int, filter(None, text.split(",")))) for text in (arguments.seeds, arguments.calibrate)
+    )
+    found: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
+    for name in names:
+        tasks = hest_tasks(arguments.data, arguments.encoder)
+        if len(tasks) > 1:
+            raise InputError(f"{arguments.data}: has {len(tasks)} tasks; give the folder of one")
+        plan = Plan(tasks, arguments.encoder, seeds, ("none",), training={"prior": name})
+        with cases_bar() as (on_case, on_epoch):
+            run_protocol(plan, arguments.out / name, None, lambda case, *place: on_case(case.path, *place), on_epoch)
+        found[name] = {
+            (case.fold, case.seed): scores_of(arguments.out / name / case.path, case, case.seed in calibrated)
+            for case in plan.cases()
+        }
+    about = measure.provenance(torch.device("cpu"))
+    told = f"{arguments.data.resolve().name}, encoder {arguments.encoder}, seeds {arguments.seeds}."
+    told += f" Commit {about['commit']}."
+    runs = {name: [{"fold": f, "seed": s, **run} for (f, s), run in of.items()] for name, of in found.items()}
+    write_json(arguments.out / "sources.json", {**about, "runs": runs})
+    with atomic_path(arguments.out / "sources.md") as temporary:
+        temporary.write_text(page(found, names[0], told), encoding="utf-8")
+    print(page(found, names[0], told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The table of sources: means, and differences of runs that belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sources
+from stflow_fast.protocol import Plan, hest_tasks, run_protocol
+
+from .builders import ENCODER, write_task
+
+
+def test_differences_are_of_runs_of_one_fold_and_seed() -> None:
+    places = [(0, 0), (0, 1), (1, 0)]
+    scored = {"pearson_of_mean": 0.3, "crps": 0.4, "coverage_90": 0.1, "morans_i_error": 0.5}
+    scored |= {"gene_correlation_error": 0.6}
+    first = {place: {**scored, "pearson": value} for place, value in zip(places, (0.1, 0.2, 0.6), strict=True)}
+    other = {place: {**scored, "pearson": value} for place, value in zip(places, (0.2, 0.2, 0.5), strict=True)}
+    other[0, 0]["crps_of_law"] = 0.25
+    plain, compared = sources.rows_of({"zinb": first, "empirical": other}, "zinb")
+    assert plain == ["zinb", "0.300", "0.300", "0.400", "0.100", "0.500", "0.600", "", ""]
+    assert compared == [
+        *("empirical", "0.300", "0.300", "0.400", "0.100", "0.500", "0.600", "0.250"),
+        "+0.000 (0.058); 1 of 3",
+    ]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_run_is_scored_once(tmp_path: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
+    training = {"epochs": 1, "windows_per_slide": 1, "prior": "empirical"}
+    plan = Plan(
+        hest_tasks(write_task(tmp_path / "task"), ENCODER), ENCODER, (0,), ("none",), training=training, denoiser=tiny
+    )
+    run_protocol(plan, tmp_path / "out")
+    (case,) = plan.cases()
+    found = sources.scores_of(tmp_path / "out" / case.path, case, calibrated)
+    assert set(found) == set(sources.COLUMNS) - (set() if calibrated else {"crps_of_law"})
+    assert found["crps"] > 0
+    monkeypatch.setattr(sources, "_scored", None)
+    assert sources.scores_of(tmp_path / "out" / case.path, case, calibrated) == found
