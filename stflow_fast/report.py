@@ -192,7 +192,7 @@ def reliability(path: str | os.PathLike, result: Mapping[str, Any], model: str =
     axes.plot([0, 100], [0, 100], color=SOFT, linewidth=1, linestyle=":", label="as it should be")
     for name, found in _certainties(result, model).items():
         nominal, observed = zip(*found["reliability"], strict=True)
-        color, line = MODEL_COLOR if name.startswith(model) else PLAIN_COLOR, "-" if name == model else "--"
+        color, line = (MODEL_COLOR, "-" if name == model else "--") if name.startswith(model) else (PLAIN_COLOR, "-")
         style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4}
         axes.plot(np.multiply(nominal, 100), np.multiply(observed, 100), label=name, **style)
     axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
