@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -30,7 +32,7 @@ from .priors import FittedSource
 from .runs import CHECKPOINT_FILE, METRICS_FILE, MODEL_FOLDER, check_same_run, open_run, retire_last_run
 from .sampling import Sampler
 from .slides import open_task
-from .threads import spread
+from .threads import ahead, spread
 from .windows import (
     HELD_OUT_REGIONS,
     HELD_OUT_SLIDES,
@@ -338,20 +340,26 @@ class _Trainer:
         # Every process takes as many steps as the others, or their gradient exchange would wait for ever.
         steps = math.ceil(len(batches) / world)
         total = torch.zeros((), device=self.accelerator.device)
-        for step in range(steps):
-            batch = batches[(step * world + self.accelerator.process_index) % len(batches)]
-            with self.accelerator.autocast():
-                loss = self.objective(self.windows.make(epoch, batch).to(self.accelerator.device))
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            done = (epoch - 1) * steps + step
-            _follow(self.average, self.model, _share_of_old(self.config.ema_decay, done))
-            total += loss.detach()
+        own = [batches[(step * world + self.accelerator.process_index) % len(batches)] for step in range(steps)]
+        # Of whole transcriptomes a quarter of an epoch is its noise.
+        windows = ahead(functools.partial(self.windows.make, epoch), own, self.accelerator.device)
+        with contextlib.closing(windows):
+            for step, batch in enumerate(windows):
+                total += self._step(batch, (epoch - 1) * steps + step)
         loss = float(self.accelerator.reduce(total / steps, "mean"))
         _check_finite(math.isfinite(loss), epoch)
         return loss
+
+    def _step(self, batch: WindowBatch, done: int) -> Tensor:
+        """The loss of one step, behind ``done`` others."""
+        with self.accelerator.autocast():
+            loss = self.objective(batch.to(self.accelerator.device))
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _follow(self.average, self.model, _share_of_old(self.config.ema_decay, done))
+        return loss.detach()
 
     def _score(self) -> dict[str, float | None]:
         """Pearson and mean squared error, means over genes, of sampled expression; empty if that is not finite, None of

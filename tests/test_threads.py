@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.model import Denoiser
 from stflow_fast.sampling import Sampler
-from stflow_fast.threads import blocks_of, in_turn, spread, thread_count
+from stflow_fast.threads import ahead, blocks_of, in_turn, spread, thread_count
 
 CPU = torch.device("cpu")
 
@@ -269,6 +269,7 @@ def test_a_fork_finds_no_thread_that_is_still_leaving() -> None:
     for _ in range(30):
         before = set(os.listdir("/proc/self/task"))
         in_turn(lambda block: torch.ones(40, 40) @ torch.ones(40, 40), range(9), CPU)
+        list(ahead(lambda block: torch.ones(40, 40) @ torch.ones(40, 40), range(3), CPU))
         start_forked(lambda: None)
         assert set(os.listdir("/proc/self/task")) <= before
 
@@ -327,6 +328,57 @@ def test_an_interrupt_ends_a_sample() -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert (said, process.returncode) == ("interrupted 1 3\n", 0)
+
+
+def test_what_is_made_ahead_comes_in_order_while_the_last_is_used() -> None:
+    begun, wanted = [], threading.Event()
+
+    def task(block: int) -> tuple[int, int]:
+        begun.append(block)
+        if block == 1:
+            wanted.set()
+        return block, torch.get_num_threads()
+
+    with spread(CPU):
+        found = ahead(task, range(5), CPU)
+        first = next(found)
+        assert wanted.wait(timeout=30)  # the second is made while the caller has the first
+        assert [first, *found] == [(block, 1) for block in range(5)]
+        assert torch.get_num_threads() == 1
+    assert begun == list(range(5))
+    assert torch.get_num_threads() == 3
+    assert not ours()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_are_made_by_the_caller(n: int) -> None:
+    assert list(ahead(lambda block: threading.current_thread().name, range(n), CPU)) == ["MainThread"] * n
+
+
+def test_one_thread_makes_nothing_ahead() -> None:
+    torch.set_num_threads(1)
+    assert set(ahead(lambda block: threading.current_thread().name, range(4), CPU)) == {"MainThread"}
+
+
+def test_an_error_ahead_comes_where_its_block_is_wanted() -> None:
+    def task(block: int) -> int:
+        if block == 2:
+            raise ValueError("the second")
+        return block
+
+    found = ahead(task, range(5), CPU)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ValueError, match="the second"):
+        next(found)
+    assert not ours()
+
+
+def test_what_is_left_before_its_end_ends_its_thread() -> None:
+    found = ahead(lambda block: block, range(5), CPU)
+    next(found)
+    assert ours()
+    found.close()
+    assert not ours()
 
 
 def test_blocks_cover_the_rows() -> None:
