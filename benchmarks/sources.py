@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 
 from stflow_fast.calibration import calibrate
 from stflow_fast.cohort import evaluate, load_model
-from stflow_fast.errors import InputError
 from stflow_fast.evaluation import Structure, certainty, score
 from stflow_fast.files import atomic_path, read_json, write_json
 from stflow_fast.priors import SOURCES
@@ -45,6 +44,8 @@ COLUMNS = {
     "gene_correlation_error": "gene-gene error",
     "crps_of_law": "CRPS of the law's draws",
 }
+
+PAIRED = ("pearson", "crps", "gene_correlation_error")
 
 
 def scores_of(folder: Path, case: Case, calibrated: bool) -> dict[str, float]:
@@ -83,27 +84,37 @@ def _scored(folder: Path, case: Case) -> dict[str, float]:
 
 
 def rows_of(found: Mapping[str, Mapping[tuple[int, int], Mapping[str, float]]], first: str) -> list[list[str]]:
-    """A line for each source: means over runs, and the paired difference of its Pearson from that of ``first``: mean,
-    standard error, and of how many pairs it is above zero."""
+    """A line for each source: means over runs, and for :data:`PAIRED` the differences from ``first``, of runs of one
+    fold and seed: their mean over folds, and of that mean and standard deviation over seeds. Folds share slides, so
+    they are no sample."""
     lines = []
     for name, runs in found.items():
         means = [[run[column] for run in runs.values() if column in run] for column in COLUMNS]
         cells = [f"{statistics.mean(values):.3f}" if values else "" for values in means]
-        gains = [run["pearson"] - found[first][place]["pearson"] for place, run in runs.items()]
-        lines.append([name, *cells, "" if name == first else _paired(gains)])
+        differences = [_paired(runs, found[first], column) for column in PAIRED]
+        lines.append([name, *cells, *(differences if name != first else [""] * len(PAIRED))])
     return lines
 
 
-def _paired(gains: Sequence[float]) -> str:
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    return f"{statistics.mean(gains):+.3f} ({error:.3f}); {sum(gain > 0 for gain in gains)} of {len(gains)}"
+def _paired(
+    runs: Mapping[tuple[int, int], Mapping[str, float]],
+    others: Mapping[tuple[int, int], Mapping[str, float]],
+    column: str,
+) -> str:
+    by_seed: dict[int, list[float]] = {}
+    for (fold, seed), run in runs.items():
+        by_seed.setdefault(seed, []).append(run[column] - others[fold, seed][column])
+    means = [statistics.mean(differences) for differences in by_seed.values()]
+    spread = f" ({statistics.stdev(means):.3f})" if len(means) > 1 else ""
+    return f"{statistics.mean(means):+.3f}{spread}"
 
 
 def page(found: Mapping[str, Any], first: str, about: str) -> str:
-    head = ["source", *COLUMNS.values(), f"Pearson beside {first}: mean (standard error); above in"]
+    head = ["source", *COLUMNS.values(), *(f"{COLUMNS[column]}, beside {first}" for column in PAIRED)]
     note = (
         f"{about} Means over folds and seeds. Samples are the flow's own, {SAMPLES} of each run; the law's draws are "
-        "of the observation model around one sample."
+        "of the observation model around one sample. Beside: differences of runs of one fold and seed, mean over "
+        "folds, then mean (standard deviation) over seeds."
     )
     return f"# Sources\n\n{table(head, rows_of(found, first))}\n\n{note}\n"
 
@@ -118,14 +129,16 @@ def main() -> None:
     parser.add_argument("--calibrate", default="", help="seeds whose runs get an observation model")
     arguments = parser.parse_args()
     names = arguments.sources.split(",")
+    tasks = hest_tasks(arguments.data, arguments.encoder)
+    if len(tasks) > 1:
+        parser.error(f"{arguments.data}: has {len(tasks)} tasks; give the folder of one")
+    if unknown := sorted({*names} - {*SOURCES}):
+        parser.error(f"--sources: there is no {unknown[0]!r}; choose from {', '.join(SOURCES)}")
     seeds, calibrated = (
         tuple(map(int, filter(None, text.split(",")))) for text in (arguments.seeds, arguments.calibrate)
     )
     found: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
     for name in names:
-        tasks = hest_tasks(arguments.data, arguments.encoder)
-        if len(tasks) > 1:
-            raise InputError(f"{arguments.data}: has {len(tasks)} tasks; give the folder of one")
         plan = Plan(tasks, arguments.encoder, seeds, ("none",), training={"prior": name})
         with cases_bar() as (on_case, on_epoch):
             run_protocol(plan, arguments.out / name, None, lambda case, *place: on_case(case.path, *place), on_epoch)

@@ -34,6 +34,9 @@ FEW_SLIDES = 3
 DRAWS = 64
 """Of a law, that its CRPS is computed from."""
 
+TOLD = {"data", "encoder", "fold", "gene_list", "genes", "normalize", "train", "selection", "selected_on"}
+"""By ``run.json`` of a run that ``train`` made."""
+
 OnEpoch = Callable[[int, int, dict[str, Any]], None]
 """The number of a group, how many there are, and the record of an epoch."""
 
@@ -71,7 +74,8 @@ def calibrate(
     folder = Path(run)
     if not (folder / MODEL_FOLDER).is_dir():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/; give the folder of a finished run of train")
-    model, told = Denoiser.from_pretrained(folder / MODEL_FOLDER), read_json(folder / RUN_FILE)
+    model = Denoiser.from_pretrained(folder / MODEL_FOLDER, observation=False)
+    told = read_json(folder / RUN_FILE)
     slides = _training_side(folder, told, data, embeddings)
     model.observation = fit_observation(predict_left_out(model, slides, folder / LEFT_OUT_FOLDER, on_epoch), model)
     model.save_pretrained(folder / MODEL_FOLDER)
@@ -86,7 +90,8 @@ def predict_left_out(
     Args:
         model: of :func:`stflow_fast.fit`; its provenance tells how it was trained.
         slides: all that it was trained and chosen on.
-        folder: of the networks; what is in it already is not trained again.
+        folder: of the networks; what is in it already is not trained again, and is taken to be of these slides: they
+            are known by their names and numbers of spots.
         on_epoch: see :func:`calibrate`.
 
     Raises:
@@ -201,7 +206,7 @@ def _training_side(folder: Path, told: Any, data: str | Path | None, embeddings:
     Raises:
         InputError: a run that was not made by ``train``, or other slides.
     """
-    if not isinstance(told, dict) or "gene_list" not in told:
+    if not isinstance(told, dict) or not told.keys() >= TOLD:
         raise InputError(f"{folder / RUN_FILE}: tells of no task folder; in Python see stflow_fast.calibration")
     loaded = load_fold(
         data or told["data"],

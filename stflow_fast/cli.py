@@ -259,6 +259,10 @@ def train(
         )
     if not speaks:
         return
+    source = run.model.source
+    if source is not None and (flat := source.fitted_on.get("fell_back")):
+        said = f"{flat:,} of {len(loaded.genes):,} genes show no over-dispersion, or no count: theirs is Poisson's law"
+        typer.echo(f"source {source.name}: {said}")
     report.training_curves(out / CURVES_FILE, run.records, loaded.selected_on)
     slides = f" ({', '.join(sorted({slide.id for slide in loaded.selection}))})" if loaded.selection else ""
     chosen = f"{selection_words(loaded.selected_on)}{slides}"

@@ -136,13 +136,19 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *, map_location: str = "cpu", **download: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        map_location: str = "cpu",
+        observation: bool = True,
+        **download: Any,
     ) -> Any:
         """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face Hub, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: the folder, or the repository's "owner/name".
             map_location: device of the model.
+            observation: load its observation model, if it has one; False for who fits another, whatever that one is.
             download: ``revision``, ``token``, ``cache_dir``, ... of ``huggingface_hub.hf_hub_download``. A Hub that
                 does not answer within ``etag_timeout`` seconds (or HF_HUB_ETAG_TIMEOUT of the environment; 2) is out
                 of reach: the model is then taken from the cache if it is there.
@@ -166,7 +172,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
         arrays = {kind: _taken(state, f"{kind}.") for kind in LAWS_BESIDE}
         load_state(model, state, weights_file)
         for kind, load in LAWS_BESIDE.items():
-            if kind in content:
+            if kind in content and (observation or kind != "observation"):
                 try:
                     setattr(model, kind, load(content[kind], arrays[kind], model.provenance.genes))
                 except InputError as error:

@@ -142,10 +142,13 @@ def hest_tasks(
     missing = [name for name in names if name not in by_name]
     if missing:
         raise InputError(f"{root}: has no task {', '.join(missing)}; there are {', '.join(by_name)}")
-    chosen = names or list(by_name)
-    return tuple(
-        Task(name, str(by_name[name]), tuple(HestTask(by_name[name], encoder, embeddings).folds())) for name in chosen
-    )
+    tasks = []
+    for name in names or by_name:
+        folds = tuple(HestTask(by_name[name], encoder, embeddings).folds())
+        if not folds:
+            raise InputError(f"{by_name[name] / 'splits'}: has no train_0.csv; without splits there is nothing to run")
+        tasks.append(Task(name, str(by_name[name]), folds))
+    return tuple(tasks)
 
 
 def stimage_tasks(root: str | Path, seeds: Sequence[int], names: Sequence[str] = ()) -> tuple[Task, ...]:
@@ -268,7 +271,8 @@ def _row(name: str, task: str, by_seed: Mapping[int, Mapping[int, float]]) -> di
     means = [statistics.mean(folds.values()) for folds in by_seed.values()]
     numbers = sorted({fold for folds in by_seed.values() for fold in folds})
     per_fold = {fold: statistics.mean(folds[fold] for folds in by_seed.values() if fold in folds) for fold in numbers}
-    spread = {"std": statistics.pstdev(means), "folds": per_fold, "n_seeds": len(means)}
+    std = statistics.stdev(means) if len(means) > 1 else 0.0
+    spread = {"std": std, "folds": per_fold, "n_seeds": len(means)}
     return {"predictor": name, "task": task, "pearson": statistics.mean(means), **spread}
 
 
@@ -302,7 +306,7 @@ def read_patients(path: str | Path) -> dict[str, str]:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a table ({error})") from error
-    columns = rows[0].keys() if rows else ()
+    columns = list(filter(None, rows[0])) if rows else []  # cells beyond the head have none
     name = next((column for column in ("sample_id", "id") if column in columns), None)
     if name is None or "patient" not in columns:
         raise InputError(f"{path}: wants columns sample_id (or id) and patient; it has {', '.join(columns) or 'none'}")

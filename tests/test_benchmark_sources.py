@@ -13,18 +13,21 @@ from .builders import ENCODER, write_task
 
 
 def test_differences_are_of_runs_of_one_fold_and_seed() -> None:
-    places = [(0, 0), (0, 1), (1, 0)]
     scored = {"pearson_of_mean": 0.3, "crps": 0.4, "coverage_90": 0.1, "morans_i_error": 0.5}
     scored |= {"gene_correlation_error": 0.6}
-    first = {place: {**scored, "pearson": value} for place, value in zip(places, (0.1, 0.2, 0.6), strict=True)}
-    other = {place: {**scored, "pearson": value} for place, value in zip(places, (0.2, 0.2, 0.5), strict=True)}
+
+    def runs(*pearson: float) -> dict[tuple[int, int], dict[str, float]]:
+        places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+        return {place: {**scored, "pearson": value} for place, value in zip(places, pearson, strict=True)}
+
+    first, other = runs(0.1, 0.2, 0.5, 0.4), runs(0.2, 0.2, 0.5, 0.2)
     other[0, 0]["crps_of_law"] = 0.25
     plain, compared = sources.rows_of({"zinb": first, "empirical": other}, "zinb")
-    assert plain == ["zinb", "0.300", "0.300", "0.400", "0.100", "0.500", "0.600", "", ""]
-    assert compared == [
-        *("empirical", "0.300", "0.300", "0.400", "0.100", "0.500", "0.600", "0.250"),
-        "+0.000 (0.058); 1 of 3",
-    ]
+    means = ["0.300", "0.300", "0.400", "0.100", "0.500", "0.600"]
+    assert plain == ["zinb", *means, "", "", "", ""]
+    # Seed 0: +.1 and 0; seed 1: 0 and -.2.
+    assert compared[:8] == ["empirical", "0.275", *means[1:], "0.250"]
+    assert compared[8:] == ["-0.025 (0.106)", "+0.000 (0.000)", "+0.000 (0.000)"]
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

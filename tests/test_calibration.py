@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from stflow_fast.errors import InputError
 from stflow_fast.evaluation import certainty, neighborhood_mean
 from stflow_fast.model import Denoiser
 from stflow_fast.outputs import OutputConfig
+from stflow_fast.pretrained import CONFIG_FILE
 from stflow_fast.priors.observation import CensoredGaussian, ObservationModel
 from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.slides import Slide
@@ -81,7 +83,9 @@ def test_a_run_is_calibrated_on_what_is_left_out_in_turn(run: Run, task: Path) -
     result = evaluate(run.folder, task).result
     assert set(result["certainty"]) >= {"crps_mean", "coverage_50", "coverage_90", "spread_ratio"}
     assert "certainty" in result["baselines"]["train_mean"]
-    assert set(result["certainty_of_neighborhoods"]) == set(result["certainty"])
+    of_neighborhoods = result["certainty_of_neighborhoods"]
+    assert set(of_neighborhoods) == {*result["certainty"], "n_genes"}
+    assert (of_neighborhoods["n_genes"], of_neighborhoods["n_draws"]) == (8, 100)
     json.dumps(result, allow_nan=False)
 
 
@@ -95,6 +99,19 @@ def test_a_run_that_is_trained_anew_is_not_calibrated(run: Run, task: Path) -> N
     assert not (run.folder / "left_out").exists()
 
 
+def test_a_model_whose_law_cannot_be_read_is_calibrated_anew(run: Run) -> None:
+    """As one of a version that knew nothing of what errors share, which is told to calibrate."""
+    calibrate(run.folder)
+    path = run.folder / "model" / CONFIG_FILE
+    content = json.loads(path.read_text())
+    content["observation"]["genes"][0] = "OTHER"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="observation: .*fit it again"):
+        Denoiser.from_pretrained(run.folder / "model")
+    found = calibrate(run.folder)
+    assert Denoiser.from_pretrained(run.folder / "model").observation.to_dict() == found.to_dict()
+
+
 def test_a_run_of_other_data_is_refused(run: Run, task: Path, tmp_path: Path) -> None:
     other = write_task(tmp_path / "other")
     (other / "splits" / "train_0.csv").write_text("sample_id,patches_path,expr_path\nS0,patches/S0.h5,adata/S0.h5ad\n")
@@ -102,9 +119,11 @@ def test_a_run_of_other_data_is_refused(run: Run, task: Path, tmp_path: Path) ->
         calibrate(run.folder, other)
     with pytest.raises(InputError, match="has no model/; give the folder of a finished run"):
         calibrate(task)
-    (run.folder / "run.json").write_text("{}")
-    with pytest.raises(InputError, match=r"run\.json: tells of no task folder"):
-        calibrate(run.folder)
+    told = json.loads((run.folder / "run.json").read_text())
+    for content in ({}, {name: value for name, value in told.items() if name != "encoder"}):
+        (run.folder / "run.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"run\.json: tells of no task folder"):
+            calibrate(run.folder)
 
 
 def test_a_model_that_does_not_tell_how_it_was_trained_is_refused(tmp_path: Path) -> None:
@@ -161,6 +180,19 @@ def test_a_network_that_never_errs_has_a_law() -> None:
     found = calibration.fit_observation([group, group], small_model(2, "AB", "synthetic"))
     assert found.about["out_of_fold"]["gaussian"]["spread_ratio"] is None
     assert np.isfinite(found.shared.loading).all()
+
+
+def test_neighborhoods_of_many_spots_are_of_fewer_draws_and_then_of_fewer_genes(
+    run: Run, task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(run.folder)
+    room, found = importlib.import_module("stflow_fast.cohort.evaluate"), {}  # the package has a function of this name
+    for kept in (60 * 8 * 40, 60 * 8 * 16, 60 * 3 * 16):
+        monkeypatch.setattr(room, "NUMBERS_KEPT", kept)
+        told = evaluate(run.folder, task).result["certainty_of_neighborhoods"]
+        found[told["n_draws"], told["n_genes"]] = told["coverage_90"]
+    assert list(found) == [(40, 8), (16, 8), (16, 3)]
+    assert np.ptp(list(found.values())[:2]) < 0.1
 
 
 def test_predictions_with_draws(run: Run, task: Path, tmp_path: Path, say: Callable[..., str]) -> None:

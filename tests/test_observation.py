@@ -118,8 +118,9 @@ def test_the_mean_of_draws_is_the_mean_that_was_predicted(sigma: float) -> None:
 
 @pytest.mark.parametrize("counts", [0.5, 30.0, 190.0, 210.0, 5000.0])
 def test_spread_of_many_counts_and_of_few(counts: float) -> None:
-    """From the table, and beyond it."""
-    law = ZinbCounts(*(np.full(3, value, np.float32) for value in (1.0, 2.0, 0.2)), np.float32(1))
+    """Of sums over counts, and of rates."""
+    theta = np.array([0.05, 0.3, 2.0], np.float32)
+    law = ZinbCounts(np.ones(3, np.float32), theta, np.array([0.0, 0.2, 0.2], np.float32), np.float32(1))
     mean = np.full((1, 3), np.log1p(counts), np.float32)
     drawn = many_draws(law, mean, 40_000)
     np.testing.assert_allclose(law.std(mean), drawn.std(axis=0), rtol=0.03)
@@ -222,9 +223,18 @@ def test_a_law_of_other_genes_or_of_none_is_refused(
 
 def test_broken_numbers_are_refused() -> None:
     described = {"law": "gaussian", "genes": list(GENES)}
-    for broken in ([1.0, np.nan, 1.0], [1.0, -1.0, 1.0], [1.0]):
+    for broken in ([1.0, np.nan, 1.0], [1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0]):
         with pytest.raises(InputError, match="observation: sigma must be"):
             load_observation(described, {"sigma": np.array(broken, np.float32), **SHARED.tensors()}, GENES)
+    described = {**described, "law": "zinb"}
+    law = zinb().parameters()
+    for name, broken in (("theta", [0.0, 1.0, 1.0]), ("pi", [0.1, 1.0, 0.0]), ("scale", [0.0, 1.0, 1.0]), ("log", 5.0)):
+        with pytest.raises(InputError, match=f"observation: {name} must be"):
+            load_observation(described, {**law, **SHARED.tensors(), name: np.array(broken, np.float32)}, GENES)
+
+
+def test_broken_numbers_of_what_errors_share_are_refused() -> None:
+    described = {"law": "gaussian", "genes": list(GENES)}
     for name, broken in (("loading", [0.1, 1.5, 0.0]), ("field", [0.6, 0.6, 1.0]), ("field", [0.1, 0.1, 0.0])):
         with pytest.raises(InputError, match="observation: .*what errors have in common; fit it again"):
             load_observation(described, {"sigma": SIGMA, **SHARED.tensors(), name: np.array(broken)}, GENES)

@@ -108,7 +108,7 @@ def test_means_are_over_folds_and_spreads_over_seeds() -> None:
     rows = {(row["predictor"], row["task"]): row for row in rows_of(scores)}
     ours = rows["STFlow, none", "IDC"]
     assert ours["pearson"] == pytest.approx(0.4)
-    assert ours["std"] == pytest.approx(0.1)
+    assert ours["std"] == pytest.approx(0.2 / 2**0.5)
     assert ours["folds"] == {0: pytest.approx(0.3), 1: pytest.approx(0.5)}
     assert rows["ridge", "IDC"]["std"] == pytest.approx(0.0)
     averages = averages_of(list(rows.values()))
@@ -160,6 +160,19 @@ def test_patients_on_both_sides_are_named(bench: Path, tmp_path: Path) -> None:
     assert "IDC: patients on both sides of a split: fold 1: P1." in said
     assert "IDC: nobody is named for S2." in said
     assert "HCC: nothing says whose a slide is, so leakage is not checked; give --patients FILE." in said
+
+
+def test_a_table_of_something_else_names_no_patients(bench: Path) -> None:
+    """Nobody has asked for it, and its rows may be longer than its head."""
+    (bench / "IDC" / "slides.csv").write_text("slide,who\nA1,A,note\n")
+    assert not leakage_of(hest_tasks(bench, ENCODER, names=["IDC"])[0], plan(bench))["checked"]
+
+
+def test_a_task_without_splits_is_named(bench: Path) -> None:
+    for path in (bench / "HCC" / "splits").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=r"HCC.splits: has no train_0\.csv"):
+        hest_tasks(bench, ENCODER)
 
 
 def test_what_cannot_be_run_is_a_line(bench: Path, tmp_path: Path, say: Callable[..., str]) -> None:

@@ -32,6 +32,9 @@ from .settings import SamplingConfig, gene_names, model_and_origin, selection_of
 CERTAINTY_DRAWS = 100
 """Of each spot, that intervals and CRPS are of."""
 
+LEAST_DRAWS = 16
+"""Of neighbourhoods, however many there are."""
+
 STRUCTURE_DRAWS = 8
 """That tissue structure is averaged over: what errors have in common differs from draw to draw."""
 
@@ -147,7 +150,7 @@ def _add_certainty(evaluation: Evaluation, law: ObservationModel, known: np.ndar
     result = evaluation.result
     expected, mean = np.concatenate(evaluation.truth), np.concatenate(evaluation.predicted)
     result["observation"] = law.law.name
-    result["certainty"] = certainty(expected, mean, _draws(evaluation, law, seed))
+    result["certainty"] = certainty(expected, mean, _draws(evaluation, law, seed, CERTAINTY_DRAWS))
     result["certainty_of_neighborhoods"] = _of_neighborhoods(evaluation, law, seed)
     result["structure_of_draws"] = _structure_of_draws(evaluation, law, seed)
     anywhere = random_training_spots(known, CERTAINTY_DRAWS, seed)
@@ -167,9 +170,9 @@ def _structure_of_draws(evaluation: Evaluation, law: ObservationModel, seed: int
     return {name: float(np.mean(values)) if values else None for name, values in means.items()}
 
 
-def _draws(evaluation: Evaluation, law: ObservationModel, seed: int) -> Draws:
+def _draws(evaluation: Evaluation, law: ObservationModel, seed: int, n_draws: int) -> Draws:
     """Of the spots of all slides, one after another."""
-    drawers = [law.drawer(seed, slide.id, CERTAINTY_DRAWS, slide.coords) for slide in evaluation.slides]
+    drawers = [law.drawer(seed, slide.id, n_draws, slide.coords) for slide in evaluation.slides]
 
     def draw(rows: slice) -> np.ndarray:
         found, first = [], 0
@@ -184,14 +187,15 @@ def _draws(evaluation: Evaluation, law: ObservationModel, seed: int) -> Draws:
 
 
 def _of_neighborhoods(evaluation: Evaluation, law: ObservationModel, seed: int) -> dict[str, Any]:
-    """:func:`.evaluation.certainty` of the mean over each spot and its nearest neighbours, what a pathologist calls a
-    region: independent errors would cancel there. Of the genes whose truth varies most, as many as there is memory
-    for."""
+    """:func:`.evaluation.certainty` of the mean over each spot and its nearest neighbours, where independent errors
+    would cancel. All draws are kept at once: of many spots and genes fewer are made, and then those genes alone are
+    looked at (``n_genes``) whose truth varies most."""
     expected, spots = np.concatenate(evaluation.truth), [len(made) for made in evaluation.predicted]
-    most = max(1, NUMBERS_KEPT // (CERTAINTY_DRAWS * len(expected)))
+    n_draws = int(np.clip(NUMBERS_KEPT // expected.size, LEAST_DRAWS, CERTAINTY_DRAWS))
+    most = max(1, NUMBERS_KEPT // (n_draws * len(expected)))
     genes = np.argsort(-expected.var(axis=0, dtype=np.float64), kind="stable")[:most]
-    draw = _draws(evaluation, law, seed)
-    parts = blocks_of(len(expected), max(1, NUMBERS_KEPT // (CERTAINTY_DRAWS * expected.shape[1])))
+    draw = _draws(evaluation, law, seed, n_draws)
+    parts = blocks_of(len(expected), max(1, NUMBERS_KEPT // (n_draws * expected.shape[1])))
     drawn = np.concatenate([draw(rows)[..., genes] for rows in parts], axis=1)
 
     def means(values: np.ndarray) -> np.ndarray:
@@ -200,7 +204,7 @@ def _of_neighborhoods(evaluation: Evaluation, law: ObservationModel, seed: int) 
         return np.concatenate([neighborhood_mean(slide.coords, part) for slide, part in pairs], axis=-2)
 
     made, over = np.concatenate(evaluation.predicted)[:, genes], means(drawn)
-    return certainty(means(expected[:, genes]), means(made), lambda rows: over[:, rows])
+    return {**certainty(means(expected[:, genes]), means(made), lambda rows: over[:, rows]), "n_genes": len(genes)}
 
 
 def of_biomarkers(

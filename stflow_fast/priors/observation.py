@@ -23,17 +23,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from scipy.special import digamma, log_ndtr, ndtr, ndtri, polygamma
+from scipy.special import gammaincinv, log_ndtr, ndtr, ndtri
 
 from ..errors import InputError
 from ..threads import blocks_of
 from . import zinb
-from .shared_error import SharedError
+from .shared_error import SharedError, in_pitches
 from .sources import check_same_genes
 from .streams import fingerprint, slide_seed, streams
 
-LEAST_SIGMA, MOST_SIGMA, SECTIONS = 1e-2, 1e3, 40
+LEAST_SIGMA, MOST_SIGMA, SECTIONS = 1e-2, 1e6, 40
 """In the unit of x_1, and how often the range between them is divided: to 1e-7 of it."""
+
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Of what is above zero."""
 
 STREAM = 7
 """Of a slide's randomness, beside that of its source."""
@@ -44,12 +47,18 @@ GENES_AT_ONCE = 512
 LEAST = 0.02
 """What a mean of none, or below, is taken for: x_1 may be above zero there too."""
 
-TABLE = np.geomspace(1e-3, 200.0, 96)
+TABLE = np.geomspace(1e-3, 1e7, 180)
 TABLE_STEP = np.log(TABLE[1] / TABLE[0])
 """Mean counts whose moments are tabulated; between them a standard deviation is within 0.1 %."""
 
+FEW = 200.0
+"""Mean counts up to which moments are sums over the counts there may be."""
+
 NEGLIGIBLE, MOST_COUNTED = 1e-6, 20_000
 """Probability of the counts that are left out of a sum, and how many are in it at most."""
+
+LEVELS = (np.arange(256) + 0.5) / 256
+"""Of the gamma law of a rate, over which moments of more counts are averaged."""
 
 
 Values = Callable[[np.ndarray], np.ndarray]
@@ -60,6 +69,8 @@ class Law(Protocol):
     """One law for each of G genes."""
 
     name: ClassVar[str]
+    ranges: ClassVar[dict[str, tuple[float, float]]]
+    """Of the numbers of each parameter."""
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The constructor's arguments, [G] float32 each."""
@@ -79,6 +90,7 @@ class CensoredGaussian:
     """x_1 = max(0, m + sigma e), where the mean of x_1 is the network's; sigma [G] in the unit of x_1."""
 
     name: ClassVar[str] = "gaussian"
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"sigma": (SMALLEST, LARGEST)}
     sigma: np.ndarray
 
     @classmethod
@@ -152,6 +164,10 @@ class ZinbCounts:
     dispersion, pi [G] the share of excess zeros. x_1 are log1p of counts where ``log`` is 1, else counts."""
 
     name: ClassVar[str] = "zinb"
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        **{"scale": (SMALLEST, LARGEST), "theta": (SMALLEST, LARGEST)},
+        **{"pi": (0.0, np.nextafter(np.float32(1), np.float32(0))), "log": (0.0, 1.0)},
+    }
     scale: np.ndarray
     theta: np.ndarray
     pi: np.ndarray
@@ -177,31 +193,19 @@ class ZinbCounts:
         return np.sqrt(np.maximum(second - np.square(first), 0.0)).astype(np.float32)
 
     def _moments_of_log(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n, G] mean and mean square of log1p of the negative binomial with means [n, G]: between those of a table,
-        and where counts are many, those of the logarithm of a gamma."""
+        """[n, G] mean and mean square of log1p of the negative binomial with means [n, G], between those of a table."""
         place = np.clip(np.log(counts / TABLE[0]) / TABLE_STEP, 0, len(TABLE) - 1)
         below = np.minimum(place.astype(np.int64), len(TABLE) - 2)
         share, gene = place - below, np.arange(counts.shape[1])
-        found = [(1 - share) * table[below, gene] + share * table[below + 1, gene] for table in self._table]
-        first = np.log(counts) + digamma(self.theta) - np.log(self.theta)
-        many = counts > TABLE[-1]
-        second = np.square(first) + polygamma(1, self.theta) + 1 / counts
-        return np.where(many, first, found[0]), np.where(many, second, found[1])
+        first, second = ((1 - share) * table[below, gene] + share * table[below + 1, gene] for table in self._table)
+        return first, second
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """[T, G] mean and mean square of log1p of counts whose means are :data:`TABLE`: sums over the counts there may
-        be, one after another."""
-        theta = self.theta.astype(np.float64)
-        share = TABLE[:, None] / (TABLE[:, None] + theta)
-        probability = (1 - share) ** theta
-        first, second, total, count = np.zeros_like(share), np.zeros_like(share), probability.copy(), 0
-        while (total < 1 - NEGLIGIBLE).any() and count < MOST_COUNTED:
-            probability = probability * (count + theta) / (count + 1) * share
-            count += 1
-            first += np.log1p(count) * probability
-            second += np.log1p(count) ** 2 * probability
-            total += probability
+        """[T, G] mean and mean square of log1p of counts whose means are :data:`TABLE`."""
+        theta, few = self.theta.astype(np.float64), TABLE <= FEW
+        pairs = zip(_moments_of_few(TABLE[few], theta), _moments_of_many(TABLE[~few], theta), strict=True)
+        first, second = (np.concatenate(pair) for pair in pairs)
         return first, second
 
     def values(self, mean: np.ndarray) -> Values:
@@ -217,6 +221,33 @@ class ZinbCounts:
         counts, expected = _measured(truth, self.log), self.scale * _counts(mean, self.log)
         low, high = (ndtri(zinb.cdf(upto, expected, self.theta, self.pi)) for upto in (counts - 1, counts))
         return low, high
+
+
+def _moments_of_few(means: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[T, G] mean and mean square of log1p of negative binomial counts: sums over the counts, one after another."""
+    share = means[:, None] / (means[:, None] + theta)
+    probability = (1 - share) ** theta
+    first, second, total, count = np.zeros_like(share), np.zeros_like(share), probability.copy(), 0
+    while (total < 1 - NEGLIGIBLE).any() and count < MOST_COUNTED:
+        probability = probability * (count + theta) / (count + 1) * share
+        count += 1
+        first += np.log1p(count) * probability
+        second += np.log1p(count) ** 2 * probability
+        total += probability
+    return first, second
+
+
+def _moments_of_many(means: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by the rates that counts are Poisson's around: the mean of log1p at a rate to second order, its variance
+    to first."""
+    rates = gammaincinv(theta, LEVELS[:, None]) / theta  # [levels, G], of mean one
+    first, second = np.empty((2, len(means), len(theta)))
+    for number, mean in enumerate(means):
+        rate = mean * rates
+        variance = rate / np.square(1 + rate)
+        at_rate = np.log1p(rate) - variance / 2
+        first[number], second[number] = at_rate.mean(axis=0), (np.square(at_rate) + variance).mean(axis=0)
+    return first, second
 
 
 def _measured(truth: np.ndarray, log: np.ndarray) -> np.ndarray:
@@ -266,7 +297,8 @@ class ObservationModel:
         [n_draws, n, G] float32. ``coords`` [N, 2] are of all its spots."""
         root, first = slide_seed(seed, slide_id), 0
         of_draws = [_streams(root, number) for number in range(n_draws)]
-        fields = [self.shared.drawn(coords, for_field) for _, for_field in of_draws]
+        places = in_pitches(coords) if n_draws else None
+        fields = [self.shared.drawn(places, for_field) for _, for_field in of_draws]
 
         def draw(mean: np.ndarray) -> np.ndarray:
             nonlocal first
@@ -303,19 +335,20 @@ def load_observation(described: Any, tensors: Mapping[str, np.ndarray], genes: S
     about = dict(described)
     law, fitted_for = LAWS[about.pop("law")], tuple(about.pop("genes", ()))
     check_same_genes("observation", fitted_for, genes)
-    wanted = [field for field in law.__dataclass_fields__ if field != "name"]
-    for name in wanted:
+    for name, (low, high) in law.ranges.items():
         shape = () if name == "log" else (len(genes),)
         values = tensors.get(name)
-        if values is None or values.shape != shape or not np.isfinite(values).all() or (values < 0).any():
-            raise InputError(f"observation: {name} must be {list(shape)} numbers of at least 0; fit it again")
+        if values is None or values.shape != shape or not ((low <= values) & (values <= high)).all():
+            raise InputError(
+                f"observation: {name} must be {list(shape)} numbers from {low:g} to {high:g}; fit it again"
+            )
     loading, field = (tensors.get(name, np.empty(0)) for name in ("loading", "field"))
     if loading.shape != (len(genes),) or field.shape != (3,) or not SharedError(loading, field).is_possible():
         raise InputError(
             "observation: has no numbers, or impossible ones, of what errors have in common; fit it again (calibrate)"
         )
     return ObservationModel(
-        fitted_for, law(**{name: tensors[name] for name in wanted}), SharedError(loading, field), about
+        fitted_for, law(**{name: tensors[name] for name in law.ranges}), SharedError(loading, field), about
     )
 
 

@@ -26,8 +26,9 @@ from .streams import PIECE
 WAVES = 64
 """That the part of a field which reaches from spot to spot is made of."""
 
-ROUNDS = 20
-"""Of the fit: on her2st loadings change by less than 0.01 after ten."""
+WINDOW, MOST_WINDOWS, SETTLED = 10, 30, 0.001
+"""Rounds of a fit whose means are compared, how many times at the most, and how little the mean size of loadings
+changes then: of counts that are nearly all zero hundreds of rounds are needed."""
 
 MOST_LOADING = 0.95
 """A gene has an error of its own too."""
@@ -55,7 +56,7 @@ class SharedError:
     Attributes:
         loading: [G] float32, from -1 to 1: correlation of each gene's score with the field; 0 where it has none.
         field: [3] float32: ``slide`` and ``near``, shares of the field's variance whose sum is at most 1, and
-            ``reach`` in pitches, the median distance of a slide's spots to the nearest other.
+            ``reach`` in pitches, the median distance from one place of a slide to the next.
     """
 
     loading: np.ndarray
@@ -72,8 +73,11 @@ class SharedError:
         spots of slides at ``coords`` [N_i, 2] one after another: by expectation and maximisation, where scores that are
         not known are drawn anew in each round."""
         low, high = (np.clip(bound, -MOST_SCORE, MOST_SCORE).astype(np.float32) for bound in (low, high))
-        loading, expected, beside = _one_factor(low, high)
-        return cls(loading.astype(np.float32), _correlation(coords, expected, beside).astype(np.float32))
+        # Of two chains: what one has of the factor the other has too, and what it has of chance alone it has alone.
+        (loading, expected), (again, repeated) = (_one_factor(low, high, seed) for seed in (0, 1))
+        sign = np.sign(loading @ again) or 1.0
+        field = _correlation(coords, expected, sign * repeated)
+        return cls(((loading + sign * again) / 2).astype(np.float32), field.astype(np.float32))
 
     def is_possible(self) -> bool:
         """Whether the numbers are in their ranges."""
@@ -85,25 +89,23 @@ class SharedError:
         """The constructor's arguments."""
         return {"loading": self.loading, "field": self.field}
 
-    def drawn(self, coords: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def drawn(self, places: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """[N] float32 of the field at the spots of a slide; the part of neighbours as a sum of waves whose directions
-        and lengths are drawn (random Fourier features, Rahimi & Recht 2007), so that it costs the same for every spot
-        and depends on no other.
+        and lengths are drawn (random Fourier features, Rahimi & Recht 2007), so that it costs the same for every spot.
 
         Args:
-            coords: [N, 2] all spots of the slide, any unit.
+            places: [N, 2] of :func:`in_pitches`.
         """
         slide, near, reach = (float(number) for number in self.field)
         # The spectrum of exp(-distance / reach) in the plane is Cauchy's law of two dimensions.
         frequency = generator.standard_normal((2, WAVES)) / (reach * np.abs(generator.standard_normal(WAVES)))
         cosine, sine = (generator.standard_normal((2, WAVES)) * np.sqrt(near / WAVES)).astype(np.float32)
         level = np.sqrt(slide) * generator.standard_normal()
-        field = generator.standard_normal(len(coords), dtype=np.float32)
+        field = generator.standard_normal(len(places), dtype=np.float32)
         field *= np.float32(np.sqrt(max(0.0, 1.0 - slide - near)))
         field += np.float32(level)
         if near:
-            places = _in_pitches(coords)
-            for rows in blocks_of(len(coords), PIECE // WAVES):
+            for rows in blocks_of(len(places), PIECE // WAVES):
                 x, y = places[rows].T[..., None]
                 phase = (x * frequency[0] + y * frequency[1]).astype(np.float32)
                 field[rows] += (np.cos(phase) * cosine + np.sin(phase) * sine).sum(axis=1)
@@ -115,26 +117,34 @@ class SharedError:
         noise += field[:, None] * self.loading
 
 
-def _one_factor(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Loadings [G], the expected factor of each spot [N] in units of its standard deviation, and how much of the
-    variance of what is expected is none of the factor's, in the same unit."""
-    generator, (n_spots, n_genes) = np.random.default_rng(0), low.shape
-    score, loading, factor = np.empty_like(low), np.full(n_genes, 0.5), np.zeros(n_spots)
-    for _ in range(ROUNDS):
-        own = np.sqrt(1 - np.square(loading))
-        for genes in blocks_of(n_genes, max(1, PIECE // n_spots)):
-            around = factor[:, None] * loading[genes]
-            score[:, genes] = _drawn_between(low[:, genes], high[:, genes], around, own[genes], generator)
-        weight = loading / np.square(own)
-        variance = 1 / (1 + loading @ weight)
-        expected = variance * (score @ weight.astype(np.float32)).astype(np.float64)
-        spread = np.sqrt(np.square(expected).mean() + variance)
-        factor = (expected + np.sqrt(variance) * generator.standard_normal(n_spots)) / spread
-        size = np.sqrt(np.square(score).mean(axis=0, dtype=np.float64))
-        expected /= spread
-        loading = expected.astype(np.float32) @ score / (n_spots * np.maximum(size, 1e-6))
-        loading = np.clip(loading.astype(np.float64), -MOST_LOADING, MOST_LOADING)
-    return loading, expected, variance * (1 - variance) / spread**2
+def _one_factor(low: np.ndarray, high: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loadings [G] and the expected factor of each spot [N], in units of its standard deviation: means over the last
+    :data:`WINDOW` rounds of a chain."""
+    generator, (n_spots, n_genes) = np.random.default_rng(seed), low.shape
+    score, loading, factor, before = np.empty_like(low), np.full(n_genes, 0.5), np.zeros(n_spots), np.inf
+    for _ in range(MOST_WINDOWS):
+        loadings, factors = np.zeros(n_genes), np.zeros(n_spots)
+        for _ in range(WINDOW):
+            own = np.sqrt(1 - np.square(loading))
+            for genes in blocks_of(n_genes, max(1, PIECE // n_spots)):
+                around = factor[:, None] * loading[genes]
+                score[:, genes] = _drawn_between(low[:, genes], high[:, genes], around, own[genes], generator)
+            weight = loading / np.square(own)
+            variance = 1 / (1 + loading @ weight)
+            expected = variance * (score @ weight.astype(np.float32)).astype(np.float64)
+            spread = np.sqrt(np.square(expected).mean() + variance)
+            factor = (expected + np.sqrt(variance) * generator.standard_normal(n_spots)) / spread
+            expected /= spread
+            deviation = np.sqrt(np.square(score).mean(axis=0, dtype=np.float64))
+            loading = expected.astype(np.float32) @ score / (n_spots * np.maximum(deviation, 1e-6))
+            loading = np.clip(loading.astype(np.float64), -MOST_LOADING, MOST_LOADING)
+            loadings += loading / WINDOW
+            factors += expected / WINDOW
+        size = np.abs(loadings).mean()
+        if abs(size - before) < SETTLED:
+            break
+        before = size
+    return loadings, factors
 
 
 def _drawn_between(
@@ -145,24 +155,28 @@ def _drawn_between(
     return np.clip(mean + std * ndtri(below + generator.random(low.shape) * (upto - below)), low, high)
 
 
-def _correlation(coords: Sequence[np.ndarray], expected: np.ndarray, beside: float) -> np.ndarray:
-    """``slide``, ``near`` and ``reach`` [3] by the correlations of the expected factor [N] at distances apart; the
-    other arguments are those of :func:`_one_factor`.
+def _correlation(coords: Sequence[np.ndarray], expected: np.ndarray, repeated: np.ndarray) -> np.ndarray:
+    """``slide``, ``near`` and ``reach`` [3] by the correlations of the expected factor [N], of two chains, at distances
+    apart.
 
-    Slides count alike, and distances that less than half of them have are left out: a large slide that is off as a
-    whole would otherwise make the far distances its own.
+    What is expected of a factor is r times it, r its variance, and something that is no other spot's: of two spots the
+    product is r^2 times their correlation. Slides count alike, and distances that less than half of them have are left
+    out: a large slide that is off as a whole would otherwise make the far distances its own.
     """
     generator = np.random.default_rng(0)
-    parts = np.split(expected, np.cumsum([len(places) for places in coords])[:-1])
-    found = [_by_distance(_in_pitches(places), part, generator) for places, part in zip(coords, parts, strict=True)]
+    ends = np.cumsum([len(places) for places in coords])[:-1]
+    pairs = list(zip(np.split(expected, ends), np.split(repeated, ends), strict=True))
+    found = [
+        _by_distance(in_pitches(places), sum(pair) / 2, generator) for places, pair in zip(coords, pairs, strict=True)
+    ]
     products, distances = (np.array(each) for each in zip(*found, strict=True))
     there = np.isfinite(products)
     kept = there.sum(axis=0) * 2 >= max(1, there.any(axis=1).sum())
-    of_factor = np.mean([np.square(part).mean() for part in parts if len(part)]) - beside
-    if not there.any() or of_factor <= 0:
+    variance = np.mean([(one * other).mean() for one, other in pairs if len(one)])
+    if not there.any() or variance <= 0:
         return np.array([0.0, 0.0, 1.0])
     products, distances = (np.nanmean(each[:, kept], axis=0) for each in (products, distances))
-    return _fitted_curve(distances, products / of_factor)
+    return _fitted_curve(distances, products / variance**2)
 
 
 def _by_distance(
@@ -190,10 +204,10 @@ def _fitted_curve(distance: np.ndarray, correlation: np.ndarray) -> np.ndarray:
     return best
 
 
-def _in_pitches(coords: np.ndarray) -> np.ndarray:
-    """[N, 2] places in units of the median distance to the nearest other spot."""
-    places = np.asarray(coords, dtype=np.float64)
+def in_pitches(coords: np.ndarray) -> np.ndarray:
+    """[N, 2] coordinates in units of the median distance from one place to the next, about their middle."""
+    coords = np.asarray(coords, dtype=np.float64)
+    places = np.unique(coords, axis=0)
     if len(places) < 2:
-        return np.zeros_like(places)
-    pitch = np.median(cKDTree(places).query(places, 2)[0][:, 1])
-    return (places - places.mean(axis=0)) / (pitch or 1.0)
+        return np.zeros_like(coords)
+    return (coords - places.mean(axis=0)) / np.median(cKDTree(places).query(places, 2)[0][:, 1])
