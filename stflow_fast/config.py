@@ -74,6 +74,11 @@ class DenoiserConfig:
             if self.activation == "swiglu" and value % 2:
                 raise InputError(f"{field}: must be even with activation swiglu, not {value}")
 
+    @property
+    def heads_are_narrow(self) -> bool:
+        """Whether all that the gene heads read of a spot, n_layers * hidden_dim numbers, is less than its genes."""
+        return self.n_layers * self.hidden_dim < self.n_genes
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
         return dataclasses.asdict(self)

@@ -137,7 +137,7 @@ class EdgeAttention(nn.Module):
         the work of what :meth:`project` does with the expression, and two passes over the terms less: for as few genes
         as there are without :class:`LinearHeads`."""
         config = self.config
-        if torch.is_grad_enabled() or config.n_genes > config.n_layers * config.hidden_dim:
+        if torch.is_grad_enabled() or config.heads_are_narrow:
             return None
         by_head = by_gene.repeat(config.n_heads, 1)
         by_x = torch.cat([-by_head, by_head, by_head.new_zeros(config.hidden_dim, config.n_genes)])
@@ -391,8 +391,8 @@ class SpatialTransformer(nn.Module):
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
         with spread(device), torch.autocast(device.type, enabled=False):
             layers = [block.state() for block in self.blks]
-            narrower = self.config.n_layers * self.config.hidden_dim < self.config.n_genes
-            heads = self._fold_heads(layers) if narrower and self._heads_are_linear else None
+            foldable = self.config.heads_are_narrow and self._heads_are_linear
+            heads = self._fold_heads(layers) if foldable else None
         return EncoderState(layers, heads)
 
     @property

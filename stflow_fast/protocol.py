@@ -253,9 +253,11 @@ def rows_of(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every predictor of every task: mean over folds of its Pearson, then mean and standard deviation over seeds.
 
     Returns:
-        ``{"predictor", "task", "pearson": mean, "std", "folds": {fold: mean over seeds}, "n_seeds"}`` each.
+        ``{"predictor", "task", "pearson": mean, "std", "folds": {fold: mean over seeds}, "n_seeds", "seconds"}`` each,
+        the last of sampling the test slides of a run, mean over runs, None of a baseline.
     """
     found: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
+    seconds: dict[tuple[str, str], list[float]] = {}
     for one in scores:
         case = one["settings"]["case"]
         selection = case["selection"]
@@ -264,7 +266,12 @@ def rows_of(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if each["pearson_mean"] is not None:
                 by_seed = found.setdefault((name, case["task"]), {})
                 by_seed.setdefault(case["seed"], {})[case["fold"]] = each["pearson_mean"]
-    return [_row(name, task, by_seed) for (name, task), by_seed in found.items()]
+                if "seconds" in each:
+                    seconds.setdefault((name, case["task"]), []).append(each["seconds"])
+    return [
+        {**_row(*place, by_seed), "seconds": statistics.mean(seconds[place]) if place in seconds else None}
+        for place, by_seed in found.items()
+    ]
 
 
 def _row(name: str, task: str, by_seed: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
@@ -400,15 +407,24 @@ def cells_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     by_place = {(row["predictor"], row["task"]): row for row in rows}
     if len(tasks) == 1:
         folds = [str(fold) for fold in found["tasks"][0]["folds"]]
-        lines = [[name, *_fold_cells(by_place[name, tasks[0]], folds)] for name in names]
-        return ["predictor", *(f"fold {fold}" for fold in folds), "mean (std over seeds)"], lines
+        lines = [
+            [name, *_fold_cells(by_place[name, tasks[0]], folds), _seconds([by_place[name, tasks[0]]])]
+            for name in names
+        ]
+        return ["predictor", *(f"fold {fold}" for fold in folds), "mean (std over seeds)", "s"], lines
     lines = []
     for name in names:
         cells = [_cell(by_place[name, task]) if (name, task) in by_place else "" for task in tasks]
         average = found["averages"].get(name, {})
         means = [average.get("all"), average.get(f"without_{HARDEST}")]
-        lines.append([name, *cells, *("" if mean is None else f"{mean:.3f}" for mean in means)])
-    return ["predictor", *tasks, f"average of {len(tasks)}", f"without {HARDEST}"], lines
+        rows_here = [by_place[name, task] for task in tasks if (name, task) in by_place]
+        lines.append([name, *cells, *("" if mean is None else f"{mean:.3f}" for mean in means), _seconds(rows_here)])
+    return ["predictor", *tasks, f"average of {len(tasks)}", f"without {HARDEST}", "s"], lines
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> str:
+    known = [row["seconds"] for row in rows if row["seconds"] is not None]
+    return f"{statistics.mean(known):.2f}" if known else ""
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -428,7 +444,7 @@ def notes_of(found: Mapping[str, Any]) -> list[str]:
         f"stflow-fast {found['version']}. Mean over folds, then mean (standard deviation) over seeds. 'none': no epoch "
         "chosen, weights averaged; 'validation': chosen on what is held out of training; 'test': chosen on the test "
         "fold, as published, which flatters. 'smoothed': a quarter of the neighbours mixed in; 'fast': one call from "
-        "zeros."
+        "zeros. s: seconds to sample the test slides of a run."
     ]
     for task, told in found["leakage"].items():
         if not told["checked"]:

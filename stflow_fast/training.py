@@ -287,7 +287,7 @@ class _Trainer:
         self.truth = [slide.expression(data.genes, data.normalize) for slide in data.selection]
         self.accelerator = _accelerator(precision)
         torch.manual_seed(config.seed)
-        self.model = Denoiser(settings)
+        self.model = _untrained(settings)
         self.average = copy.deepcopy(self.model).to(self.accelerator.device)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.objective, self.optimizer = self.accelerator.prepare(FlowObjective(self.model), optimizer)
@@ -430,6 +430,21 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
         return Progress(json.loads(metadata["records"]), part["best."])
+
+
+def _untrained(settings: DenoiserConfig) -> Denoiser:
+    """Random weights, as published; but gene heads with weights of zero where the genes are more than all that heads
+    read of a spot.
+
+    Random heads of as many genes as that add noise to each gene which no hidden layer can undo: Adam has to, and takes
+    hundreds of steps. Fold 2 of her2st, 80 steps with 13,468 genes: mean Pearson .055 with random heads, .206 with
+    these, .193 by the best ridge (benchmarks/results/her2st_notes.md).
+    """
+    model = Denoiser(settings)
+    if settings.heads_are_narrow:
+        for block in model.backbone.blks:
+            nn.init.zeros_(block.gene_updater.head.weight)
+    return model
 
 
 def _accelerator(precision: str | None) -> Accelerator:

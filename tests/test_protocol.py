@@ -98,7 +98,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(bench: Path, tmp_path
 
 def one(task: str, fold: int, seed: int, pearson: float | None, ridge: float) -> dict[str, Any]:
     case = {"task": task, "selection": "none", "fold": fold, "seed": seed}
-    model = {"": {"pearson_mean": pearson}}
+    model = {"": {"pearson_mean": pearson, "seconds": 0.2 * fold}}
     return {"settings": {"case": case}, "model": model, "baselines": {"ridge": {"pearson_mean": ridge}}}
 
 
@@ -124,8 +124,8 @@ def test_one_task_shows_its_folds() -> None:
     scores = [one("IDC", fold, 0, 0.1 * fold, 0.1) for fold in (1, 2)]
     found = {"tasks": [{"name": "IDC", "folds": [1, 2]}], "rows": json.loads(json.dumps(rows_of(scores)))}
     head, lines = cells_of({**found, "averages": averages_of(found["rows"])})
-    assert head == ["predictor", "fold 1", "fold 2", "mean (std over seeds)"]
-    assert lines[0] == ["STFlow, none", "0.100", "0.200", "0.150"]
+    assert head == ["predictor", "fold 1", "fold 2", "mean (std over seeds)", "s"]
+    assert lines == [["STFlow, none", "0.100", "0.200", "0.150", "0.30"], ["ridge", "0.100", "0.100", "0.100", ""]]
 
 
 def test_a_calibrated_run_is_in_the_table_of_certainty(bench: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from stflow_fast.graph import knn_graph
 from stflow_fast.model import Denoiser
 from stflow_fast.priors import PRIORS, SOURCES, slide_seed
 from stflow_fast.runs import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE
-from stflow_fast.sampling import PreparedSlide, Sample, Sampler
+from stflow_fast.sampling import PreparedSlide, Sample, Sampler, sample
 from stflow_fast.slides import Slide
 from stflow_fast.synthetic import make_cohort
-from stflow_fast.training import Diverged, Run, fit, load_fold
+from stflow_fast.training import Diverged, Run, _untrained, fit, load_fold
 from stflow_fast.windows import (
     FIXED_EPOCHS,
     NOTHING,
@@ -69,6 +69,20 @@ def test_training_lowers_the_loss_and_writes_its_run(data: TrainingData, tmp_pat
     assert loaded.provenance.training["selected_on"] == "held-out regions"
     assert loaded.provenance.training["best_epoch"] == run.best_epoch
     assert set(loaded.provenance.training["train"]) == {slide.id for slide in data.train}
+
+
+@pytest.mark.parametrize(("layers", "narrow"), [(1, True), (2, False)])
+def test_heads_of_more_genes_than_they_read_begin_at_zero(layers: int, narrow: bool) -> None:
+    """Then nothing of a spot is in the first prediction; else weights are those of the published code."""
+    settings = DenoiserConfig(n_genes=20, feature_dim=6, hidden_dim=16, pairwise_hidden_dim=16, n_layers=layers)
+    torch.manual_seed(3)
+    untrained = _untrained(settings).eval()
+    torch.manual_seed(3)
+    for name, value in Denoiser(settings).state_dict().items():
+        same = torch.equal(untrained.state_dict()[name], value)
+        assert same != (narrow and name.endswith("gene_updater.output.4.weight"))
+    drawn = sample(untrained, (torch.randn(30, 6), torch.rand(30, 2))).expression
+    assert (drawn.std(dim=0).max() < 1e-6) == narrow
 
 
 def test_the_same_seed_gives_the_same_model_and_another_another(data: TrainingData, tmp_path: Path) -> None:
