@@ -120,24 +120,16 @@ class SharedError:
 def _one_factor(low: np.ndarray, high: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Loadings [G] and the expected factor of each spot [N], in units of its standard deviation: means over the last
     :data:`WINDOW` rounds of a chain."""
-    generator, (n_spots, n_genes) = np.random.default_rng(seed), low.shape
-    score, loading, factor, before = np.empty_like(low), np.full(n_genes, 0.5), np.zeros(n_spots), np.inf
+    generator, before = np.random.default_rng(seed), np.inf
+    score, loading, factor = np.empty_like(low), np.full(low.shape[1], 0.5), np.zeros(len(low))
     for _ in range(MOST_WINDOWS):
-        loadings, factors = np.zeros(n_genes), np.zeros(n_spots)
+        loadings, factors = np.zeros(low.shape[1]), np.zeros(len(low))
         for _ in range(WINDOW):
-            own = np.sqrt(1 - np.square(loading))
-            for genes in blocks_of(n_genes, max(1, PIECE // n_spots)):
-                around = factor[:, None] * loading[genes]
-                score[:, genes] = _drawn_between(low[:, genes], high[:, genes], around, own[genes], generator)
-            weight = loading / np.square(own)
-            variance = 1 / (1 + loading @ weight)
-            expected = variance * (score @ weight.astype(np.float32)).astype(np.float64)
-            spread = np.sqrt(np.square(expected).mean() + variance)
-            factor = (expected + np.sqrt(variance) * generator.standard_normal(n_spots)) / spread
-            expected /= spread
-            deviation = np.sqrt(np.square(score).mean(axis=0, dtype=np.float64))
-            loading = expected.astype(np.float32) @ score / (n_spots * np.maximum(deviation, 1e-6))
-            loading = np.clip(loading.astype(np.float64), -MOST_LOADING, MOST_LOADING)
+            for genes in blocks_of(low.shape[1], max(1, PIECE // len(low))):
+                around, own = factor[:, None] * loading[genes], np.sqrt(1 - np.square(loading[genes]))
+                score[:, genes] = _drawn_between(low[:, genes], high[:, genes], around, own, generator)
+            loading, expected, variance = _step(score, loading)
+            factor = expected + np.sqrt(variance) * generator.standard_normal(len(low))
             loadings += loading / WINDOW
             factors += expected / WINDOW
         size = np.abs(loadings).mean()
@@ -145,6 +137,19 @@ def _one_factor(low: np.ndarray, high: np.ndarray, seed: int) -> tuple[np.ndarra
             break
         before = size
     return loadings, factors
+
+
+def _step(score: np.ndarray, loading: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of known scores [N, G] and loadings [G] the next loadings, and the mean [N] and the variance of each spot's
+    factor, in units of its standard deviation (EM of factor analysis, Rubin & Thayer 1982)."""
+    weight = loading / (1 - np.square(loading))
+    variance = 1 / (1 + loading @ weight)
+    expected = variance * (score @ weight.astype(np.float32)).astype(np.float64)
+    spread = np.sqrt(np.square(expected).mean() + variance)
+    expected /= spread
+    deviation = np.maximum(np.sqrt(np.square(score).mean(axis=0, dtype=np.float64)), 1e-6)
+    found = (expected.astype(np.float32) @ score).astype(np.float64) / (len(score) * deviation)
+    return np.clip(found, -MOST_LOADING, MOST_LOADING), expected, variance / spread**2
 
 
 def _drawn_between(
