@@ -1,12 +1,13 @@
 """What the source distribution brings: every source, trained and scored alike, beside the published one.
 
-python -m benchmarks.sources DATA --encoder NAME --out FOLDER [--calibrate 0]
+python -m benchmarks.sources DATA --encoder NAME --out FOLDER
 
 DATA is a task folder, as ``stflow-fast protocol hest`` takes it, and FOLDER keeps the runs: a call that was interrupted
 goes on. Writes FOLDER/sources.json and sources.md.
 
-Of each run: Pearson of one sample; CRPS, coverage and structure of the flow's own samples, which are all that differs
-between sources by design; and for the seeds of ``--calibrate`` CRPS of draws of the observation model.
+Of each run: Pearson of one sample; CRPS, coverage and structure of the flow's own samples, whose spread is the
+source's; and CRPS of draws of an observation model around one sample. That is one for each fold, fitted to the first
+source's run of the first seed: to calibrate each run would train five times as much, and tell the same of the means.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stflow_fast.cohort import evaluate, load_model
 from stflow_fast.evaluation import Structure, certainty, score
 from stflow_fast.files import atomic_path, read_json, write_json
 from stflow_fast.priors import SOURCES
+from stflow_fast.priors.observation import ObservationModel
 from stflow_fast.progress import cases_bar
 from stflow_fast.protocol import Case, Plan, hest_tasks, run_protocol
 from stflow_fast.sampling import Sampler
@@ -45,23 +47,28 @@ COLUMNS = {
     "crps_of_law": "CRPS of the law's draws",
 }
 
-PAIRED = ("pearson", "crps", "gene_correlation_error")
+PAIRED = ("pearson", "crps", "crps_of_law")
 
 
-def scores_of(folder: Path, case: Case, calibrated: bool) -> dict[str, float]:
+def scores_of(folder: Path, case: Case, law: ObservationModel) -> dict[str, float]:
     """Those of :data:`COLUMNS` of a run, from its folder if they are there."""
     path = folder / "source.json"
-    known = read_json(path) if path.exists() else {}
-    if not known.keys() >= ({*COLUMNS} if calibrated else {*COLUMNS} - {"crps_of_law"}):
-        if calibrated:
-            calibrate(folder)
-        known = _scored(folder, case)
-        write_json(path, known)
-    return known
+    if path.exists() and (known := read_json(path)).keys() == COLUMNS.keys():
+        return known
+    found = _scored(folder, case, law)
+    write_json(path, found)
+    return found
 
 
-def _scored(folder: Path, case: Case) -> dict[str, float]:
+def _law(folder: Path) -> ObservationModel:
+    """That of a run, fitted if it has none."""
+    found = load_model(folder).observation
+    return calibrate(folder) if found is None else found
+
+
+def _scored(folder: Path, case: Case, law: ObservationModel) -> dict[str, float]:
     model = load_model(folder)
+    model.observation = law
     evaluation = evaluate(model, case.task.data, case.fold)
     sampler, slides, truth = Sampler(model), evaluation.slides, evaluation.truth
     prepared = [sampler.prepare(slide) for slide in slides]
@@ -72,14 +79,13 @@ def _scored(folder: Path, case: Case) -> dict[str, float]:
     of_truth = Structure([slide.coords for slide in slides], truth)
     structures = [of_truth.beside(sample) for sample in samples[:OF_STRUCTURE]]
     kept = ("morans_i_error", "gene_correlation_error")
-    law = {"crps_of_law": evaluation.result["certainty"]["crps_mean"]} if model.observation is not None else {}
     return {
         "pearson": evaluation.result["pearson_mean"],
         "pearson_of_mean": score(expected, mean, evaluation.genes)["pearson_mean"],
         "crps": of_samples["crps_mean"],
         "coverage_90": of_samples["coverage_90"],
         **{name: statistics.mean(one[name] for one in structures) for name in kept},
-        **law,
+        "crps_of_law": evaluation.result["certainty"]["crps_mean"],
     }
 
 
@@ -89,8 +95,7 @@ def rows_of(found: Mapping[str, Mapping[tuple[int, int], Mapping[str, float]]], 
     they are no sample."""
     lines = []
     for name, runs in found.items():
-        means = [[run[column] for run in runs.values() if column in run] for column in COLUMNS]
-        cells = [f"{statistics.mean(values):.3f}" if values else "" for values in means]
+        cells = [f"{statistics.mean(run[column] for run in runs.values()):.3f}" for column in COLUMNS]
         differences = [_paired(runs, found[first], column) for column in PAIRED]
         lines.append([name, *cells, *(differences if name != first else [""] * len(PAIRED))])
     return lines
@@ -113,8 +118,8 @@ def page(found: Mapping[str, Any], first: str, about: str) -> str:
     head = ["source", *COLUMNS.values(), *(f"{COLUMNS[column]}, beside {first}" for column in PAIRED)]
     note = (
         f"{about} Means over folds and seeds. Samples are the flow's own, {SAMPLES} of each run; the law's draws are "
-        "of the observation model around one sample. Beside: differences of runs of one fold and seed, mean over "
-        "folds, then mean (standard deviation) over seeds."
+        f"of an observation model around one sample, of each fold that of {first}, first seed. Beside: differences of "
+        "runs of one fold and seed, mean over folds, then mean (standard deviation) over seeds."
     )
     return f"# Sources\n\n{table(head, rows_of(found, first))}\n\n{note}\n"
 
@@ -126,7 +131,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sources", default=",".join(SOURCES), help="the first is what others stand beside")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--calibrate", default="", help="seeds whose runs get an observation model")
     arguments = parser.parse_args()
     names = arguments.sources.split(",")
     tasks = hest_tasks(arguments.data, arguments.encoder)
@@ -134,16 +138,16 @@ def main() -> None:
         parser.error(f"{arguments.data}: has {len(tasks)} tasks; give the folder of one")
     if unknown := sorted({*names} - {*SOURCES}):
         parser.error(f"--sources: there is no {unknown[0]!r}; choose from {', '.join(SOURCES)}")
-    seeds, calibrated = (
-        tuple(map(int, filter(None, text.split(",")))) for text in (arguments.seeds, arguments.calibrate)
-    )
+    seeds = tuple(map(int, arguments.seeds.split(",")))
     found: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
     for name in names:
         plan = Plan(tasks, arguments.encoder, seeds, ("none",), training={"prior": name})
         with cases_bar() as (on_case, on_epoch):
             run_protocol(plan, arguments.out / name, None, lambda case, *place: on_case(case.path, *place), on_epoch)
+        if name == names[0]:
+            laws = {case.fold: _law(arguments.out / name / case.path) for case in plan.cases() if case.seed == seeds[0]}
         found[name] = {
-            (case.fold, case.seed): scores_of(arguments.out / name / case.path, case, case.seed in calibrated)
+            (case.fold, case.seed): scores_of(arguments.out / name / case.path, case, laws[case.fold])
             for case in plan.cases()
         }
     about = measure.provenance(torch.device("cpu"))
