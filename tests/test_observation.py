@@ -159,6 +159,26 @@ def test_counts_are_fitted_around_their_mean() -> None:
 
 
 @pytest.mark.parametrize("law", LAWS, ids=["gaussian", "zinb", "zinb of counts"])
+def test_the_rarest_draws_are_numbers_that_rise(law: Law) -> None:
+    """Parameters are float32, and probabilities next to 1 are not."""
+    mean = np.repeat(np.float32([[0.02, 0.36, 2.0]]), 14, axis=0)
+    score = np.repeat(np.linspace(-6.5, 6.5, 14, dtype=np.float32)[:, None], 3, axis=1)
+    found = law.values(mean)(score)
+    assert np.isfinite(found).all()
+    assert (np.diff(found, axis=0) >= 0).all()
+
+
+def test_spreads_are_as_large_as_what_is_measured() -> None:
+    mean = means(400)
+    truth = 5e4 * mean * np.random.default_rng(0).standard_normal(mean.shape)
+    truth[:, 2] = 0.0  # never seen
+    sigma = CensoredGaussian.fit(5e4 * mean, np.maximum(5e4 * mean + truth, 0.0), "counts").sigma
+    assert (sigma[:2] > 1e3).all()
+    sigma = CensoredGaussian.fit(mean, np.maximum(truth / 5e4, 0.0) * [1, 1, 0], "log1p").sigma
+    assert sigma[2] == pytest.approx((truth / 5e4).max(), rel=1e-3)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=["gaussian", "zinb", "zinb of counts"])
 def test_scores_are_those_that_a_value_has(law: Law) -> None:
     mean, score = (
         np.minimum(means(500, seed=4), 4.0),

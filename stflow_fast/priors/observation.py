@@ -32,8 +32,9 @@ from .shared_error import SharedError, in_pitches
 from .sources import check_same_genes
 from .streams import fingerprint, slide_seed, streams
 
-LEAST_SIGMA, MOST_SIGMA, SECTIONS = 1e-2, 1e6, 40
-"""In the unit of x_1, and how often the range between them is divided: to 1e-7 of it."""
+LEAST_SIGMA, SECTIONS = 1e-2, 40
+"""In the unit of x_1, and how often the range from there to the largest x_1 is divided: to 1e-8 of it. A gene that is
+never seen, whose zeros are the likelier the larger sigma is, ends there."""
 
 SMALLEST, LARGEST = 1e-12, 1e12
 """Of what is above zero."""
@@ -96,8 +97,8 @@ class CensoredGaussian:
     @classmethod
     def fit(cls, mean: np.ndarray, truth: np.ndarray, normalize: str) -> CensoredGaussian:
         """Of the means [N, G] and what was measured [N, G]."""
-        blocks = blocks_of(mean.shape[1], GENES_AT_ONCE)
-        return cls(np.concatenate([_likeliest_sigma(mean[:, genes], truth[:, genes]) for genes in blocks]))
+        blocks, largest = blocks_of(mean.shape[1], GENES_AT_ONCE), float(truth.max(initial=0.0))
+        return cls(np.concatenate([_likeliest_sigma(mean[:, genes], truth[:, genes], largest) for genes in blocks]))
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"sigma": self.sigma}
@@ -139,8 +140,8 @@ def _centre(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     return np.where(ratio > CENTRES[-1], ratio, np.interp(np.log(ratio), LOG_MEANS, CENTRES))
 
 
-def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """[G] of the largest likelihood, by golden section on its logarithm."""
+def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray, largest: float) -> np.ndarray:
+    """[G] of the largest likelihood, by golden section on its logarithm; at most ``largest``."""
     mean, truth = mean.astype(np.float64), truth.astype(np.float64)
     measured = truth > 0
 
@@ -150,7 +151,7 @@ def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray) -> np.ndarray:
         return np.where(measured, log_sigma + 0.5 * np.square(truth / sigma - centre), -log_ndtr(-centre)).sum(axis=0)
 
     golden = (np.sqrt(5) - 1) / 2
-    low, high = (np.full(mean.shape[1], np.log(bound)) for bound in (LEAST_SIGMA, MOST_SIGMA))
+    low, high = (np.full(mean.shape[1], np.log(bound)) for bound in (LEAST_SIGMA, max(largest, 2 * LEAST_SIGMA)))
     for _ in range(SECTIONS):
         left, right = high - golden * (high - low), low + golden * (high - low)
         is_left = loss(left) < loss(right)

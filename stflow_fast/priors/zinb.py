@@ -93,12 +93,14 @@ def draw_by_odds(
 
 def cdf(count: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: np.ndarray) -> np.ndarray:
     """Probability of at most ``count``, float64; the arguments are broadcast."""
+    count, mean, theta, pi = (np.asarray(part, dtype=np.float64) for part in (count, mean, theta, pi))
     regular = scipy.stats.nbinom.cdf(count, theta, theta / (theta + mean))
-    return np.where(np.asarray(count) < 0, 0.0, pi + (1 - pi) * regular)
+    return np.where(count < 0, 0.0, pi + (1 - pi) * regular)
 
 
 def quantile(probability: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: np.ndarray) -> np.ndarray:
     """The smallest count whose :func:`cdf` reaches ``probability``, of 0 to 1; float64, the arguments are broadcast."""
+    probability, mean, theta, pi = (np.asarray(part, dtype=np.float64) for part in (probability, mean, theta, pi))
     regular, theta, mean = np.broadcast_arrays(np.clip((probability - pi) / (1 - pi), 0.0, 1.0), theta, mean)
     share, found = mean / (theta + mean), np.zeros(regular.shape)
     term = np.exp(-theta * np.log1p(mean / theta))
