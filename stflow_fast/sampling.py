@@ -187,14 +187,14 @@ class PreparedSlide:
     """A slide ready for any number of draws; made by :meth:`Sampler.prepare`.
 
     Attributes:
-        coords: [N, 2] of its N spots, as they were given, on the host.
+        coords: [N, 2] of its N spots, as they were given.
         graph: of the spots.
         image: [N, d] ``image_transform`` of the features, rows of the graph.
         states: of each layer, with the edge messages that are kept.
     """
 
     def __init__(self, sampler: Sampler, features: Features, coords: Tensor, slide_id: str) -> None:
-        self.sampler, self.slide_id, self.coords = sampler, slide_id, coords.cpu().numpy()
+        self.sampler, self.slide_id, self.coords = sampler, slide_id, coords
         model, solver = sampler.model, sampler.solver
         with sampler.running():
             self.graph = graph = model.build_graph(coords)
@@ -482,7 +482,8 @@ def sample(
     mean = prepared.draw_blocks(seed, draws)
     expression = mean.expression
     around = expression.float().numpy()
-    std, drawn = law.std(around), law.drawer(seed, prepared.slide_id, draws, prepared.coords)(around)
+    places = prepared.coords.double().cpu().numpy()
+    std, drawn = law.std(around), law.drawer(seed, prepared.slide_id, draws, places)(around)
     return Sample(expression, mean.nfe, None, torch.from_numpy(std), torch.from_numpy(drawn))
 
 

@@ -26,6 +26,8 @@ from stflow_fast.arrays import as_array, as_counts, as_names, as_tensor
 from stflow_fast.config import DenoiserConfig
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
+from stflow_fast.priors.observation import CensoredGaussian, ObservationModel
+from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.sampling import PreparedSlide, Sampler, sample
 from stflow_fast.slides import Slide
 
@@ -157,6 +159,16 @@ def by_sample(made: dict[str, np.ndarray], disguise: Disguise) -> Result:
     return {"expression": drawn.expression}
 
 
+def by_draws(made: dict[str, np.ndarray], disguise: Disguise) -> Result:
+    """Whose errors depend on the places."""
+    calibrated = model()
+    law = CensoredGaussian(np.full(GENES, 0.5, np.float32))
+    shared = SharedError(np.full(GENES, 0.7, np.float32), np.array([0.1, 0.8, 3.0], np.float32))
+    calibrated.observation = ObservationModel(tuple(map(str, range(GENES))), law, shared, {})
+    drawn = sample(calibrated, (disguise(made["features"]), disguise(made["coords"])), draws=2)
+    return {"std": drawn.std, "draws": drawn.draws}
+
+
 def prepared(made: dict[str, np.ndarray], disguise: Disguise) -> PreparedSlide:
     return Sampler(model()).prepare((disguise(made["features"]), disguise(made["coords"])))
 
@@ -181,7 +193,7 @@ def by_slide(made: dict[str, np.ndarray], disguise: Disguise) -> Result:
     return {"features": slide.features, "coords": slide.coords, "counts": slide.counts.toarray()}
 
 
-ENTRIES = {"sample": by_sample, "prepare": by_prepare, "knn_graph": by_knn_graph, "Slide": by_slide}
+ENTRIES = {"sample": by_sample, "draws": by_draws, "prepare": by_prepare, "knn_graph": by_knn_graph, "Slide": by_slide}
 
 
 def assert_same(found: Result, expected: Result) -> None:
