@@ -48,7 +48,8 @@ CONSTANT_NOTE = "const: genes without Pearson, truth or prediction being the sam
 CERTAINTY_KEYS = ("crps_mean", "coverage_50", "coverage_90", "spread_ratio")
 CERTAINTY_NOTE = (
     "CRPS: the lower the better. in 50 %, 90 %: share of the truth within such intervals of the draws, "
-    "where it ties with draws by its share. spread: of the draws, over the error of their mean."
+    "where it ties with draws by its share. spread: of the draws, over the error of their mean. neighbourhoods: "
+    "the same of the means over each spot and its nearest."
 )
 UNITS = {"log1p": "log1p counts", "cp10k_log1p": "log1p counts per 10,000"}
 ORACLE_NOTE = "depth oracle: reads the true total count of each test spot, nothing else."
@@ -174,7 +175,10 @@ def _certainties(result: Mapping[str, Any], model: str) -> dict[str, Mapping[str
     called."""
     labels = {**LABELS, "train_mean": "random training spots"}
     baselines = {labels.get(name, name): each.get("certainty") for name, each in result.get("baselines", {}).items()}
-    of_model = {model: result.get("certainty"), f"{model}, neighbourhoods": result.get("certainty_of_neighborhoods")}
+    neighborhoods = result.get("certainty_of_neighborhoods", {})
+    few = neighborhoods.get("n_genes", 0) < len(result.get("genes", ()))
+    called = f"{model}, neighbourhoods" + (f" ({neighborhoods['n_genes']} genes)" if neighborhoods and few else "")
+    of_model = {model: result.get("certainty"), called: neighborhoods}
     return {name: found for name, found in {**of_model, **baselines}.items() if found}
 
 

@@ -274,3 +274,21 @@ def test_pictures_leave_nothing_behind_where_they_cannot_be_written(tmp_path, re
     with pytest.raises(InputError, match=r"bars\.png: cannot be written"):
         report.score_bars(tmp_path / "bars.png", result)
     assert [path.name for path in tmp_path.iterdir()] == ["bars.png"]
+
+
+@pytest.mark.parametrize(("n_genes", "called"), [(3, "neighbourhoods "), (2, "neighbourhoods (2 genes)")])
+def test_certainty_of_neighborhoods_says_of_how_many_genes_it_is(n_genes, called):
+    found = {"crps_mean": 0.25, "coverage_50": 0.5, "coverage_90": 0.875, "spread_ratio": None}
+    result = {
+        "genes": [{}] * 3,
+        "certainty": found,
+        "certainty_of_neighborhoods": {**found, "crps_mean": 0.125, "n_genes": n_genes},
+        "baselines": {"train_mean": {"certainty": found}, "ridge": {}},
+    }
+    text = shown(report.certainty_table(result))
+    assert re.search(r"stflow-fast +0\.250 +0\.500 +0\.875 +-", text)
+    assert re.search(r"stflow-fast, " + re.escape(called) + r" *0\.125", text)
+    assert "random training spots" in text
+    assert "ridge" not in text
+    alone = shown(report.certainty_table({"genes": [{}], "certainty": found}))
+    assert "stflow-fast, neighbourhoods" not in alone
