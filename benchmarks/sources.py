@@ -52,12 +52,12 @@ PAIRED = ("pearson", "crps", "crps_of_law")
 
 def scores_of(folder: Path, case: Case, law: ObservationModel) -> dict[str, float]:
     """Those of :data:`COLUMNS` of a run, from its folder if they are there."""
-    path = folder / "source.json"
-    if path.exists() and (known := read_json(path)).keys() == COLUMNS.keys():
-        return known
-    found = _scored(folder, case, law)
-    write_json(path, found)
-    return found
+    path, by = folder / "source.json", law.named()
+    known = read_json(path) if path.exists() else {}
+    if known.get("law") != by:
+        known = {"law": by, "scores": _scored(folder, case, law)}
+        write_json(path, known)
+    return known["scores"]
 
 
 def _law(folder: Path) -> ObservationModel:

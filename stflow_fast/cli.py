@@ -261,7 +261,8 @@ def train(
         return
     source = run.model.source
     if source is not None and (flat := source.fitted_on.get("fell_back")):
-        said = f"{flat:,} of {len(loaded.genes):,} genes show no over-dispersion, or no count: theirs is Poisson's law"
+        said = f"{flat:,} of {len(loaded.genes):,} genes show no over-dispersion, or no count: Poisson's law is theirs"
+        said += ", with excess zeros where these are likelier"
         typer.echo(f"source {source.name}: {said}")
     report.training_curves(out / CURVES_FILE, run.records, loaded.selected_on)
     slides = f" ({', '.join(sorted({slide.id for slide in loaded.selection}))})" if loaded.selection else ""

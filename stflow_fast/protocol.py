@@ -310,10 +310,10 @@ def read_patients(path: str | Path) -> dict[str, str]:
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or ())
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a table ({error})") from error
-    columns = list(filter(None, rows[0])) if rows else []  # cells beyond the head have none
     name = next((column for column in ("sample_id", "id") if column in columns), None)
     if name is None or "patient" not in columns:
         raise InputError(f"{path}: wants columns sample_id (or id) and patient; it has {', '.join(columns) or 'none'}")

@@ -175,9 +175,9 @@ def _certainties(result: Mapping[str, Any], model: str) -> dict[str, Mapping[str
     called."""
     labels = {**LABELS, "train_mean": "random training spots"}
     baselines = {labels.get(name, name): each.get("certainty") for name, each in result.get("baselines", {}).items()}
-    neighborhoods = result.get("certainty_of_neighborhoods", {})
-    few = neighborhoods.get("n_genes", 0) < len(result.get("genes", ()))
-    called = f"{model}, neighbourhoods" + (f" ({neighborhoods['n_genes']} genes)" if neighborhoods and few else "")
+    neighborhoods, n_genes = result.get("certainty_of_neighborhoods", {}), len(result.get("genes", ()))
+    looked_at = neighborhoods.get("n_genes", n_genes)
+    called = f"{model}, neighbourhoods" + (f" ({looked_at} genes)" if looked_at < n_genes else "")
     of_model = {model: result.get("certainty"), called: neighborhoods}
     return {name: found for name, found in {**of_model, **baselines}.items() if found}
 

@@ -97,7 +97,8 @@ def in_turn(
 
 def ahead(task: Callable[[Block], Made], blocks: Sequence[Block], device: torch.device) -> Iterator[Made]:
     """``task(block)`` of one block after another, made by a thread of its own while the caller works on ``device`` with
-    the one before. With one thread all stays in the caller's. To be closed where it is left before its end."""
+    the one before. With one thread all stays in the caller's. To be closed where it is left before its end.
+    Unlike :func:`in_turn`, the thread has modes (gradients, autocast) of its own."""
     others = thread_count()
     if others == 1 or len(blocks) < 2 or _thread_is_watched():
         yield from map(task, blocks)
@@ -117,7 +118,7 @@ def ahead(task: Callable[[Block], Made], blocks: Sequence[Block], device: torch.
                 yield made
             yield coming.result()
     finally:
-        _leaving.update(begun)
+        _are_leaving(begun)
 
 
 def _present_crew() -> _Crew | None:
@@ -233,8 +234,7 @@ class _Crew:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        _leaving.difference_update([leaving for leaving in tuple(_leaving) if not _is_alive(leaving)])
-        _leaving.update(thread.native_id for thread in self._threads)
+        _are_leaving([thread.native_id for thread in self._threads])
 
     def _begin(self) -> None:
         for index in range(1, self.size):
@@ -247,6 +247,11 @@ class _Crew:
         while (work := self._jobs.get()) is not None:
             work()
             del work  # it holds the caller's tensors
+
+
+def _are_leaving(threads: Sequence[int]) -> None:
+    _leaving.difference_update([leaving for leaving in tuple(_leaving) if not _is_alive(leaving)])
+    _leaving.update(threads)
 
 
 def _is_alive(thread: int) -> bool:

@@ -341,7 +341,6 @@ class _Trainer:
         steps = math.ceil(len(batches) / world)
         total = torch.zeros((), device=self.accelerator.device)
         own = [batches[(step * world + self.accelerator.process_index) % len(batches)] for step in range(steps)]
-        # Of whole transcriptomes a quarter of an epoch is its noise.
         windows = ahead(functools.partial(self.windows.make, epoch), own, self.accelerator.device)
         with contextlib.closing(windows):
             for step, batch in enumerate(windows):
@@ -441,7 +440,7 @@ def _untrained(settings: DenoiserConfig) -> Denoiser:
     these, .193 by the best ridge (benchmarks/results/her2st_notes.md).
     """
     model = Denoiser(settings)
-    if settings.heads_are_narrow:
+    if settings.heads_are_narrow and not settings.non_negative:  # a ReLU would keep negative biases for ever
         for block in model.backbone.blks:
             nn.init.zeros_(block.gene_updater.head.weight)
     return model

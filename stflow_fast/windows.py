@@ -222,7 +222,7 @@ class Windows:
         return [[windows[i] for i in order[start : start + size]] for start in range(0, len(windows), size)]
 
     def make(self, epoch: int, batch: list[tuple[int, int]]) -> WindowBatch:
-        """The windows of a step. Of whole transcriptomes most of the time is the noise's, so several threads draw."""
+        """The windows of a step, drawn by the threads that there are."""
         made: list[_Window] = []
         in_turn(lambda window: self._window(epoch, *window), batch, torch.device("cpu"), made.append)
         coords, features, x_0, x_1, t, seeds = zip(*made, strict=True)

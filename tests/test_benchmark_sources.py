@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from benchmarks import sources
+from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.protocol import Plan, hest_tasks, run_protocol
 
 from .builders import ENCODER, write_task
@@ -42,5 +44,10 @@ def test_a_run_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = sources.scores_of(folder, case, law)
     assert list(found) == list(sources.COLUMNS)
     assert 0 < found["crps_of_law"] < found["crps"]
+    other = dataclasses.replace(law, shared=SharedError.none(8))
+    by_other = sources.scores_of(folder, case, other)
+    assert by_other["crps"] == found["crps"]
     monkeypatch.setattr(sources, "_scored", None)
-    assert sources.scores_of(folder, case, law) == found
+    assert sources.scores_of(folder, case, other) == by_other
+    with pytest.raises(TypeError):
+        sources.scores_of(folder, case, law)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
+from scipy.stats import nbinom, norm
 
 import stflow_fast
 from stflow_fast.errors import InputError
 from stflow_fast.model import Denoiser
 from stflow_fast.pretrained import CONFIG_FILE
 from stflow_fast.priors.observation import (
+    TABLE,
+    TABLE_STEP,
     CensoredGaussian,
     Law,
     ObservationModel,
@@ -142,6 +144,23 @@ def test_draws_differ_by_seed_slide_and_number() -> None:
     one = model.drawer(5, "S", 2, coords)(mean)
     for other in (one[::-1], model.drawer(6, "S", 2, coords)(mean), model.drawer(5, "T", 2, coords)(mean)):
         assert not np.array_equal(other, one)
+
+
+@pytest.mark.parametrize("mean", [0.5, 11.0, 68.0, 167.0, 1013.0])
+def test_spreads_between_those_of_the_table_are_exact(mean: float) -> None:
+    """Beside sums over all counts; the mean is brought to the middle between two of the table."""
+    place = np.floor(np.log(mean / TABLE[0]) / TABLE_STEP)
+    mean = float(TABLE[0] * np.exp((place + 0.5) * TABLE_STEP))
+    theta = np.array([2.0, 10.0, 100.0, 1e4], np.float32)
+    law = ZinbCounts(
+        *(np.full(4, value, np.float32) if np.isscalar(value) else value for value in (1.0, theta, 0.0)), np.float32(1)
+    )
+    counts = np.arange(40 * int(mean + 10))
+    for gene, t in enumerate(theta.astype(float)):
+        share = nbinom.pmf(counts, t, t / (t + mean))
+        log = np.log1p(counts)
+        exact = np.sqrt(share @ log**2 - (share @ log) ** 2)
+        assert law.std(np.full((1, 4), np.log1p(mean), np.float32))[0, gene] == pytest.approx(exact, rel=0.01)
 
 
 def test_counts_per_ten_thousand_are_no_counts() -> None:

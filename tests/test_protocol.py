@@ -164,8 +164,9 @@ def test_patients_on_both_sides_are_named(bench: Path, tmp_path: Path) -> None:
 
 def test_a_table_of_something_else_names_no_patients(bench: Path) -> None:
     """Nobody has asked for it, and its rows may be longer than its head."""
-    (bench / "IDC" / "slides.csv").write_text("slide,who\nA1,A,note\n")
-    assert not leakage_of(hest_tasks(bench, ENCODER, names=["IDC"])[0], plan(bench))["checked"]
+    for text in ("slide,who\nA1,A,note\n", f"slide,who\nA1,{'x' * 200_000}\n", ""):
+        (bench / "IDC" / "slides.csv").write_text(text)
+        assert not leakage_of(hest_tasks(bench, ENCODER, names=["IDC"])[0], plan(bench))["checked"]
 
 
 def test_a_task_without_splits_is_named(bench: Path) -> None:

@@ -71,10 +71,12 @@ def test_training_lowers_the_loss_and_writes_its_run(data: TrainingData, tmp_pat
     assert set(loaded.provenance.training["train"]) == {slide.id for slide in data.train}
 
 
-@pytest.mark.parametrize(("layers", "narrow"), [(1, True), (2, False)])
-def test_heads_of_more_genes_than_they_read_begin_at_zero(layers: int, narrow: bool) -> None:
-    """Then nothing of a spot is in the first prediction; else weights are those of the published code."""
-    settings = DenoiserConfig(n_genes=20, feature_dim=6, hidden_dim=16, pairwise_hidden_dim=16, n_layers=layers)
+@pytest.mark.parametrize(("layers", "non_negative", "narrow"), [(1, False, True), (2, False, False), (1, True, False)])
+def test_heads_of_more_genes_than_they_read_begin_at_zero(layers: int, non_negative: bool, narrow: bool) -> None:
+    """Then nothing of a spot is in the first prediction; else weights are those of the published code, as behind a
+    ReLU, where a head of zeros and a negative bias would never learn."""
+    small = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": layers, "non_negative": non_negative}
+    settings = DenoiserConfig(n_genes=20, feature_dim=6, **small)
     torch.manual_seed(3)
     untrained = _untrained(settings).eval()
     torch.manual_seed(3)

@@ -50,7 +50,7 @@ LEAST = 0.02
 
 TABLE = np.geomspace(1e-3, 1e7, 180)
 TABLE_STEP = np.log(TABLE[1] / TABLE[0])
-"""Mean counts whose moments are tabulated; between them a standard deviation is within 0.1 %."""
+"""Mean counts whose moments are tabulated; at and between them a standard deviation is within 1 %."""
 
 FEW = 200.0
 """Mean counts up to which moments are sums over the counts there may be."""
@@ -189,25 +189,24 @@ class ZinbCounts:
         if not self.log:
             variance = (1 - self.pi) * counts * (1 + counts / self.theta + self.pi * counts)
             return np.sqrt(variance).astype(np.float32)
-        first, second = self._moments_of_log(counts)
-        first, second = (1 - self.pi) * first, (1 - self.pi) * second
-        return np.sqrt(np.maximum(second - np.square(first), 0.0)).astype(np.float32)
+        mean, variance = self._moments_of_log(counts)
+        return np.sqrt((1 - self.pi) * (variance + self.pi * np.square(mean))).astype(np.float32)
 
     def _moments_of_log(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n, G] mean and mean square of log1p of the negative binomial with means [n, G], between those of a table."""
+        """[n, G] mean and variance of log1p of the negative binomial with means [n, G], between those of a table."""
         place = np.clip(np.log(counts / TABLE[0]) / TABLE_STEP, 0, len(TABLE) - 1)
         below = np.minimum(place.astype(np.int64), len(TABLE) - 2)
         share, gene = place - below, np.arange(counts.shape[1])
-        first, second = ((1 - share) * table[below, gene] + share * table[below + 1, gene] for table in self._table)
-        return first, second
+        mean, variance = ((1 - share) * table[below, gene] + share * table[below + 1, gene] for table in self._table)
+        return mean, variance
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """[T, G] mean and mean square of log1p of counts whose means are :data:`TABLE`."""
+        """[T, G] mean and variance of log1p of counts whose means are :data:`TABLE`."""
         theta, few = self.theta.astype(np.float64), TABLE <= FEW
         pairs = zip(_moments_of_few(TABLE[few], theta), _moments_of_many(TABLE[~few], theta), strict=True)
         first, second = (np.concatenate(pair) for pair in pairs)
-        return first, second
+        return first, np.maximum(second - np.square(first), 0.0)
 
     def values(self, mean: np.ndarray) -> Values:
         expected = self.scale * _counts(mean, self.log)
@@ -341,7 +340,7 @@ def load_observation(described: Any, tensors: Mapping[str, np.ndarray], genes: S
         values = tensors.get(name)
         if values is None or values.shape != shape or not ((low <= values) & (values <= high)).all():
             raise InputError(
-                f"observation: {name} must be {list(shape)} numbers from {low:g} to {high:g}; fit it again"
+                f"observation: {name} must be {list(shape)} numbers from {low:g} to {high:.9g}; fit it again"
             )
     loading, field = (tensors.get(name, np.empty(0)) for name in ("loading", "field"))
     if loading.shape != (len(genes),) or field.shape != (3,) or not SharedError(loading, field).is_possible():

@@ -210,7 +210,8 @@ def _fitted_curve(distance: np.ndarray, correlation: np.ndarray) -> np.ndarray:
 
 
 def in_pitches(coords: np.ndarray) -> np.ndarray:
-    """[N, 2] coordinates in units of the median distance from one place to the next, about their middle."""
+    """[N, 2] coordinates in units of the median distance from one place to the next, about their middle. Places that
+    differ by a hair are two."""
     coords = np.asarray(coords, dtype=np.float64)
     places = np.unique(coords, axis=0)
     if len(places) < 2:
