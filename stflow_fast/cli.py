@@ -30,6 +30,7 @@ from .errors import InputError, SlidesFailed, others_written
 from .files import check_output, write_json
 from .inspection import Finding, inspect, remarks_of, table_of
 from .outputs import DTYPES, SUFFIXES, OutputConfig
+from .priors import FittedSource
 from .progress import cases_bar, epochs_bar, groups_bar, patches_bar, paths_bar, slides_bar
 from .protocol import (
     CERTAINTY_HEAD,
@@ -178,6 +179,15 @@ def _kind_of(config: type, field: str) -> type:
     return next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
 
 
+def _print_fallbacks(source: FittedSource | None) -> None:
+    """How many genes of a source have the simpler law, if any."""
+    if source is not None and (flat := source.fitted_on.get("fell_back")):
+        typer.echo(
+            f"source {source.name}: {flat:,} of {len(source.genes):,} genes show no over-dispersion, or no count: "
+            "Poisson's law is theirs, with excess zeros where these are likelier"
+        )
+
+
 def _print_notes(slides: Iterable[Slide]) -> None:
     console = Console(stderr=True)
     for name, notes in {slide.id: slide.notes for slide in slides}.items():  # the regions of a slide share its notes
@@ -259,11 +269,7 @@ def train(
         )
     if not speaks:
         return
-    source = run.model.source
-    if source is not None and (flat := source.fitted_on.get("fell_back")):
-        said = f"{flat:,} of {len(loaded.genes):,} genes show no over-dispersion, or no count: Poisson's law is theirs"
-        said += ", with excess zeros where these are likelier"
-        typer.echo(f"source {source.name}: {said}")
+    _print_fallbacks(run.model.source)
     report.training_curves(out / CURVES_FILE, run.records, loaded.selected_on)
     slides = f" ({', '.join(sorted({slide.id for slide in loaded.selection}))})" if loaded.selection else ""
     chosen = f"{selection_words(loaded.selected_on)}{slides}"

@@ -37,6 +37,18 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+def test_training_says_how_many_genes_of_its_source_have_the_simpler_law(tmp_path: Path) -> None:
+    task, out = write_task(tmp_path / "task"), tmp_path / "run"
+    small = ["--set", "hidden_dim=16", "--set", "pairwise_hidden_dim=16", "--set", "n_layers=1", "--epochs", 1]
+    said = run("train", task, "--encoder", "tiny", "--out", out, "--set", "prior=conditional", *small)
+    source = Denoiser.from_pretrained(out / "model").source
+    flat = source.fitted_on["fell_back"]
+    assert flat > 0
+    assert f"source conditional: {flat} of {len(source.genes)} genes show no over-dispersion, or no count" in said
+    said = run("train", task, "--encoder", "tiny", "--out", out, "--overwrite", *small)
+    assert "source " not in said
+
+
 def test_train_evaluate_predict(tmp_path: Path) -> None:
     task, out = write_task(tmp_path / "task"), tmp_path / "run"
     small = [option for pair in ("hidden_dim=16", "pairwise_hidden_dim=16", "n_layers=1") for option in ("--set", pair)]
