@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-others check format bench bench-compare gpu gpu-cache clean
+.PHONY: setup demo test sanitize test-others check format bench bench-compare gpu gpu-cache triton-versions clean
 
 setup: $(VENV)/.done
 
@@ -14,6 +14,7 @@ $(VENV)/.done: setup.py constraints.txt
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	-$(BIN)/pip install --quiet -c constraints.txt --no-deps lazyslide-models  # for a test; wants Python 3.11 or later
+	-$(BIN)/pip install --quiet -c constraints.txt --no-deps --ignore-requires-python ttsem  # asks for 3.12, runs with 3.11
 	touch $@
 
 demo: setup
@@ -23,6 +24,12 @@ demo: setup
 TEST_WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(TEST_WORKERS) --dist loadfile
+
+# Kernels run on the CPU from Triton's IR by ttsem, which stops at what a GPU forgives: accesses out of bounds, races, reads
+# of what nobody wrote (tests/sanitizer). A minute or two of two cores.
+sanitize: setup
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 PYTEST_PLUGINS=tests.sanitizer.session \
+		$(BIN)/python -m pytest tests/sanitizer -q --durations=5 -n $(TEST_WORKERS)
 
 # Predictions as other versions of anndata read them, and as squidpy and scanpy draw them: each in an environment of its
 # own, made once (minutes, and the network). `make test` skips these tests unless the two variables name interpreters.
@@ -104,6 +111,12 @@ GPU_TRITON ?= 3.6.0
 GPU_TRITON_PYTHON ?= 3.12
 gpu-cache: setup
 	$(BIN)/python -m benchmarks.gpu.pack --triton $(GPU_TRITON) --python $(GPU_TRITON_PYTHON)
+
+# What other versions of Triton make of the kernels, without a GPU: wheels into build/gpu (3 GB, once), a page and numbers
+# into benchmarks/results. Ten to twenty minutes of one core.
+TRITON_VERSIONS ?= 3.6.0,3.7.1,3.8.0,3.9.0
+triton-versions: setup
+	$(BIN)/python -m benchmarks.triton_versions --versions $(TRITON_VERSIONS)
 
 # On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit. What to
 # type, and what comes back: benchmarks/gpu/README.md. GPU_FLAGS=--rehearse runs the same plan on the CPU, tiny.

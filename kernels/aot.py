@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import subprocess
@@ -30,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import dropout, edge_attention, gated_mlp, joined_norm, neighbors
+from . import dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual
 from .conventions import Settings, Sizes, context_padding, dropout_threshold
 from .edge_shape import WHOLE_SPOTS, EdgeShape, columns_of, edge_shape, shared_bytes
 from .launch import (
@@ -44,13 +45,14 @@ from .launch import (
     halves_of,
     launch_of,
 )
+from .versions import wgmma_from_registers_is_safe
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)([^;]*);")
 LABEL = re.compile(r"^(\.L_\w+):")
 FROM_REGISTERS = "HGMMA.R"
-"""Hopper's wgmma with its left side in registers, see ``launch.py``."""
+"""Hopper's wgmma with its left side in registers: a fault before Triton 3.9, see ``launch.py``."""
 
 SMALL_SPILL = 16
 """Bytes of a thread that are no fault. Of the measured tiles, those that spill 176 to 616 are the fastest (H200)."""
@@ -241,7 +243,7 @@ GATE_TYPES = {"keys": "*i32", "grad_gain": "*fp32", "grad_bias": "*fp32", "n": "
 
 def gate_variants(arch: int) -> Iterator[Variant]:
     """The gated MLP of the default layer (512 columns) and of its attention (128), with and without dropout; the gene
-    head of inference, whose LayerNorm nothing casts."""
+    head, whose LayerNorm nothing casts, and whose backward does not make its result again."""
     for kernel in (gated_mlp.gate_norm_fwd_kernel, gated_mlp.gate_norm_bwd_kernel):
         for precision in PRECISIONS:
             for gate, p, columns in (
@@ -257,12 +259,13 @@ def gate_variants(arch: int) -> Iterator[Variant]:
                 shape, launch = gated_mlp.gate_shape(arch, precision, columns, gate, p)
                 typed = POINTER.get(precision, "*fp32")
                 types = {argument: GATE_TYPES.get(argument, typed) for argument in kernel.arg_names}
-                head = (gate, p, kernel) == ("gelu", 0.0, gated_mlp.gate_norm_fwd_kernel)
+                head = (gate, p) == ("gelu", 0.0)
                 types |= dict.fromkeys(("gain", "bias"), "*fp32") if head else {}
                 constants: dict[str, Any] = {"S": shape}
-                if not p:
-                    types["keys"], constants["keys"] = "constexpr", None
-                name = f"{kernel.__name__.removesuffix('_kernel')} {precision} {gate} P={columns}"
+                absent = ["keys"] * (not p) + ["hidden"] * (head and kernel is gated_mlp.gate_norm_bwd_kernel)
+                types |= dict.fromkeys(absent, "constexpr")
+                constants |= dict.fromkeys(absent)
+                name = f"{_named(kernel)} {precision} {gate} P={columns}"
                 yield Variant(
                     kernel,
                     name + (f" dropout={p}" if p else ""),
@@ -282,26 +285,86 @@ def gate_variants(arch: int) -> Iterator[Variant]:
 
 def joined_variants(arch: int) -> Iterator[Variant]:
     """What the product of a layer's terms reads, of the default model and the published 50 genes: of the first layer,
-    and of others, whose expression comes from a product in the type of autocast."""
-    kernel, genes = joined_norm.joined_norm_kernel, 50
-    for precision in PRECISIONS:
+    and of others, whose expression comes from a product in the type of autocast. Tokens are in it too in training."""
+    genes = 50
+    kernels = joined_norm.joined_norm_fwd_kernel, joined_norm.joined_norm_bwd_kernel
+    for kernel, precision, d in itertools.product(kernels, PRECISIONS, (128, 512)):
         typed = POINTER.get(precision, "*fp32")
-        for read in dict.fromkeys(("*fp32", typed)):
-            for d in (128, 512):
-                columns = d + genes + context_padding(d + genes)
-                shape, launch = joined_norm.joined_shape(arch, precision, d, genes, columns)
-                types = dict.fromkeys(kernel.arg_names, "*fp32") | {"x": read, "joined": typed, "n": "i32"}
-                yield Variant(
-                    kernel,
-                    f"joined_norm {precision} d={d}" + (f" x {read[1:]}" if typed != "*fp32" else ""),
-                    {**types, "S": "constexpr"},
-                    {"S": shape},
-                    launch,
-                    default=d == 128 and precision != "fp16",
-                    trips=None,
-                    rows=shape.rows,
-                    work=streaming(columns, precision),
-                )
+        columns = d + genes + context_padding(d + genes)
+        shape, launch = joined_norm.joined_shape(arch, precision, d, genes, columns)
+        for tokens, read in dict.fromkeys(itertools.product(("*fp32", typed), repeat=2)):
+            types = dict.fromkeys(("tokens", "grad_tokens"), tokens) | dict.fromkeys(("x", "grad_x"), read)
+            types |= dict.fromkeys(("joined", "grad_joined"), typed) | {"n": "i32", "S": "constexpr"}
+            numbers = columns * (1 if kernel is kernels[0] else 2)
+            yield Variant(
+                kernel,
+                f"{_named(kernel)} {precision} d={d}" + _of_types(typed, tokens=tokens, x=read),
+                {name: types[name] for name in kernel.arg_names},
+                {"S": shape},
+                launch,
+                default=d == 128 and precision != "fp16" and (kernel is kernels[0] or tokens == typed),
+                trips=None,
+                rows=shape.rows,
+                work=streaming(numbers, precision),
+            )
+
+
+def _named(kernel: Any) -> str:
+    return kernel.__name__.removesuffix("_kernel")
+
+
+def _of_types(typed: str, **pointers: str) -> str:
+    """In a variant's name, where precision leaves them open."""
+    return "".join(f" {name} {pointer[1:]}" for name, pointer in pointers.items() if typed != "*fp32")
+
+
+def residual_variants(arch: int) -> Iterator[Variant]:
+    """The residual additions of a layer of the default model. Under autocast tokens are float32 in sampling alone."""
+    forward, backward = residual.residual_fwd_kernel, residual.residual_bwd_kernel
+    for kernel, precision, p in itertools.product((forward, backward), PRECISIONS, (0.0, 0.2)):
+        d, typed = 128, POINTER.get(precision, "*fp32")
+        for tokens in dict.fromkeys(("*fp32", typed)):
+            shape, launch = residual.residual_shape(arch, precision, d, tokens != typed, p)
+            types = dict.fromkeys(("tokens", "total", "grad_total", "grad_tokens"), tokens)
+            types |= dict.fromkeys(("update", "cast", "grad_cast", "grad_update"), typed)
+            types |= {"keys": "*i32", "n": "i32", "stream": "i32", "S": "constexpr"}
+            constants: dict[str, Any] = {"S": shape}
+            if not p:
+                types["keys"], constants["keys"] = "constexpr", None
+            yield Variant(
+                kernel,
+                f"{_named(kernel)} {precision}" + _of_types(typed, tokens=tokens) + (f" dropout={p}" if p else ""),
+                {name: types[name] for name in kernel.arg_names},
+                constants,
+                launch,
+                default=precision != "fp16" and (tokens == typed or (kernel is forward and not p)),
+                trips=(),
+                rows=shape.rows,
+                work=streaming((4 if tokens != typed else 3) * d, precision),
+            )
+
+
+def head_variants(arch: int) -> Iterator[Variant]:
+    """The gene head of sampling: the published 50 genes, and as many as the default model has without folding."""
+    kernel = gene_head.gene_head_kernel
+    for precision, (d, genes, relu) in itertools.product(
+        PRECISIONS, ((128, 50, False), (128, 50, True), (128, 512, False), (512, 50, False))
+    ):
+        shape, launch = gene_head.head_shape(arch, precision, d, genes, relu)
+        typed = POINTER.get(precision, "*fp32")
+        types = dict.fromkeys(kernel.arg_names, typed) | dict.fromkeys(("gain", "shift", "total"), "*fp32")
+        parts = -(-genes // shape.part)
+        yield Variant(
+            kernel,
+            f"gene_head {precision} d={d} G={genes}" + (" relu" if relu else ""),
+            types | {"n": "i32", "S": "constexpr"},
+            {"S": shape},
+            launch,
+            default=(d, genes, relu) == (128, 50, False) and precision != "fp16",
+            trips=(parts,) if parts > 1 else (),
+            rows=shape.rows,
+            work=streaming(d + genes, precision) | {"matrix_flops": 2 * d * genes, "gates": d},
+        )
 
 
 def other_variants(arch: int) -> Iterator[Variant]:
@@ -327,6 +390,12 @@ def other_variants(arch: int) -> Iterator[Variant]:
     types = {name: "*fp64" if name in doubles else "i32" if name in scalars else "*i32" for name in search.arg_names}
     types |= dict.fromkeys(numbers, "constexpr")
     yield Variant(search, "nearest", types, numbers, launch, True, None, launch.rows, {}, fused=neighbors.FUSED)
+
+
+def variants_of_spots(arch: int) -> Iterator[Variant]:
+    """All but the edge kernels."""
+    for variants in (gate_variants, joined_variants, residual_variants, head_variants, other_variants):
+        yield from variants(arch)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
@@ -404,14 +473,14 @@ def count_instructions(sass: str, trips: tuple[int, ...] | None) -> tuple[dict[s
 
 def faults(row: dict[str, Any]) -> list[str]:
     """What no variant may have: more shared memory than there is, or than the estimate by which it is refused, or, by
-    the launch table, a wgmma that reads from registers; and no default one: spills, or so much shared memory that two
-    programs do not fit."""
+    the launch table, a wgmma that reads from registers before Triton 3.9; and no default one: spills, or so much shared
+    memory that two programs do not fit."""
     shared, estimate, most, found = row["shared_bytes"], row["estimated_shared_bytes"], SHARED_MEMORY[row["arch"]], []
     if row["default"] and row["spill_bytes"] > SMALL_SPILL and not row["measured"]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if estimate is not None and estimate < shared:
         found.append(f"needs {shared} bytes of shared memory; {estimate} were estimated")
-    if estimate is not None and FROM_REGISTERS in row["instructions"]:
+    if estimate is not None and FROM_REGISTERS in row["instructions"] and not wgmma_from_registers_is_safe():
         found.append("wgmma reads a left side from registers")
     if row["default"] and 2 * (shared + RESERVED) > most:
         found.append(f"needs {shared} bytes of shared memory; two programs do not fit")
@@ -437,7 +506,7 @@ def main() -> None:
     if not set(archs) <= set(SHARED_MEMORY):
         parser.error(f"--arch: must be of {', '.join(map(str, SHARED_MEMORY))}, not {arguments.arch}")
     for arch in archs:
-        others = () if arguments.tile else (*gate_variants(arch), *joined_variants(arch), *other_variants(arch))
+        others = () if arguments.tile else variants_of_spots(arch)
         for variant in (*edge_variants(arch, arguments.tile), *others):
             if arguments.match in variant.name and (variant.default or not arguments.default):
                 rows.append(compile_variant(variant, arch))

@@ -68,6 +68,8 @@ TILES: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "dropout": ((8, 16, 32), (4, 8), (0,)),
     "gate_norm": ((4, 8, 16), (1, 2, 4, 8), (4, 8, 16)),
     "joined_norm": ((4, 8, 16, 32), (1, 2, 4, 8), (0,)),
+    "residual": ((4, 8, 16, 32), (2, 4, 8), (0,)),
+    "gene_head": ((16, 32), (1, 2, 4, 8), (0,)),
     "nearest": ((8, 16, 32), (1, 2), (0,)),
 }
 """Rows, warps and programs that are tried. Edge kernels with 64 rows but for OTHERS only when named."""

@@ -18,9 +18,11 @@ from .conventions import Settings, context_padding
 from .dropout import dropout
 from .edge_attention import edge_attention, edge_messages
 from .gated_mlp import gate_norm, gate_norm_backward
+from .gene_head import gene_head
 from .joined_norm import joined_norm
 from .launch import EDGE_KERNELS, WIDEST
 from .neighbors import nearest
+from .residual import residual
 
 N_NEIGHBORS, N_HEADS, N_GENES, P_DROPOUT, STREAM = 8, 4, 50, 0.2, 6
 
@@ -54,7 +56,7 @@ def cases(kernels: Sequence[str], precisions: Sequence[str], columns: Sequence[i
     """Edge kernels have the columns of a message, gates those of the attention's and the layer's MLP, tokens twice as
     many, others any."""
     widths = {kernel: columns for kernel in EDGE_KERNELS}
-    widths["joined_norm"] = [2 * each for each in columns]
+    widths["joined_norm"] = widths["gene_head"] = [2 * each for each in columns]
     widths["gate_norm"] = sorted({width for each in columns for width in (each, 4 * each)})
     found = []
     for kernel in kernels:
@@ -133,15 +135,41 @@ def _gate_norm(case: Case, numbers: Numbers) -> Run:
     pre, grad = numbers.normal(numbers.n, 2 * z, dtype=dtype), numbers.normal(numbers.n, z, dtype=dtype)
     affine = numbers.normal(z, dtype=dtype), numbers.normal(z, dtype=dtype)
     rest = pre, affine, numbers.keys(), "swiglu", P_DROPOUT, STREAM
-    return lambda: (gate_norm(*rest), *gate_norm_backward(grad, *rest))
+    tensors, settings = rest[:3], rest[3:]
+    return lambda: (gate_norm(*rest), *gate_norm_backward(grad, *tensors, torch.empty_like(grad), settings))
 
 
 def _joined_norm(case: Case, numbers: Numbers) -> Run:
     d, dtype = case.columns, torch.float32
     tokens, x = numbers.normal(numbers.n, d, dtype=dtype), numbers.normal(numbers.n, N_GENES, dtype=dtype)
-    affine = numbers.normal(d, dtype=dtype), numbers.normal(d, dtype=dtype)
     columns = d + N_GENES + context_padding(d + N_GENES)
-    return lambda: (joined_norm(tokens, affine, x, columns, case.dtype),)
+    grad = numbers.normal(numbers.n, columns, dtype=case.dtype)
+    return lambda: (
+        joined_norm(tokens, x, columns, case.dtype),
+        *torch.ops.stflow_fast.joined_norm_backward(grad, tokens, N_GENES, dtype),
+    )
+
+
+def _residual(case: Case, numbers: Numbers) -> Run:
+    """A step of sampling, and one of training."""
+    tokens, update = (
+        numbers.normal(numbers.n, 128, dtype=torch.float32),
+        numbers.normal(numbers.n, 128, dtype=case.dtype),
+    )
+    keys, drop = numbers.keys(), (P_DROPOUT, STREAM)
+    return lambda: (
+        *residual(tokens, update, None, case.dtype, 0.0, 0),
+        *residual(tokens, update, keys, case.dtype, *drop),
+        *torch.ops.stflow_fast.residual_backward(tokens, update, keys, case.dtype, *drop),
+    )
+
+
+def _gene_head(case: Case, numbers: Numbers) -> Run:
+    d, dtype = case.columns, case.dtype
+    pre, weight = numbers.normal(numbers.n, d, dtype=dtype), numbers.normal(N_GENES, d, dtype=dtype, scale=d**-0.5)
+    affine = numbers.normal(d, dtype=torch.float32), numbers.normal(d, dtype=torch.float32)
+    head, total = (weight, numbers.normal(N_GENES, dtype=dtype)), torch.zeros(numbers.n, N_GENES, device=pre.device)
+    return lambda: (gene_head(pre, affine, head, total, False),)
 
 
 def _nearest(case: Case, numbers: Numbers) -> Run:
@@ -163,5 +191,7 @@ RUNS: dict[str, Callable[[Case, Numbers], Run]] = {
     "dropout": _dropout,
     "gate_norm": _gate_norm,
     "joined_norm": _joined_norm,
+    "residual": _residual,
+    "gene_head": _gene_head,
     "nearest": _nearest,
 }

@@ -14,6 +14,9 @@ MOST_NEIGHBORS = 64
 MOST_COLUMNS = 1024
 """E that the edge kernels take (hidden_dim 2048 with SwiGLU): a program holds whole messages."""
 
+MOST_HEAD_COLUMNS = 512
+"""hidden_dim that the kernel of a gene head takes: a program holds whole vectors, and the weights of 16 genes."""
+
 CONTEXT_ALIGNMENT = 8
 """Columns of a context: tensor cores want rows of 16-bit numbers to be a multiple of 16 bytes long."""
 

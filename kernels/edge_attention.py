@@ -170,7 +170,7 @@ def edge_attention_bwd_query_kernel(
             i_key = tl.load(dropout_keys + i_spot)
         b_inputs, b_wa, b_wb = edge_mlp(geometry, edge, i_edge, m_e, S)
         b_message = make_message(b_inputs, b_wa, b_wb, i_key, i_slot, S).to(S.operand)
-        if S.rounds:  # as every product that reads them wants them
+        if S.rounds > 0:  # as every product that reads them wants them
             b_message = nearest_tf32(b_message)
         store_rows(messages + i_edge * S.e, i_c, b_message, m_e[:, None] & m_c[None, :])
         i_row, m_q, i_own, m_segment, m_members = tile_spots(i_tile, m_e, n, S)

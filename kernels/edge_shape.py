@@ -17,6 +17,8 @@ from .launch import (
     halves_of,
     launch_of,
 )
+from .tiles import rounded_rows
+from .versions import wgmma_from_registers_is_safe
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class EdgeShape:
         operand, dot_precision: how matrices multiply; ``exact_precision`` where one of them is of zeros and ones, and
             the other must come through as it is (in tf32 but for 2^-22); ``edge_operand`` those of the edge MLP,
             ``split`` in parts.
-        batched: a left side of so many rows is multiplied in batches of 16: 64 and more, which Hopper's wgmma would
-            take, may read from registers, and is reported to reuse too early (``launch.py``). 0 elsewhere.
+        batched: a left side of so many rows is multiplied in batches of 16, see :func:`batched_rows`. 0 elsewhere.
         halved: a product of this depth is taken in two halves: 64 in the backward of exact float32, whose kernels spill
             40 and 16 bytes less so at hidden_dim 128; at other depths they spill more. 0 elsewhere.
-        rounds: operands in tf32 are rounded before a product.
+        rounds: operands in tf32 are rounded before a product; left sides only of fewer rows than these, or in batches.
+            See ``tiles.rounded_rows``.
         fast: gates by tanh.approx.
         kept: edges are messages.
     """
@@ -75,7 +77,7 @@ class EdgeShape:
     exact_precision: str
     batched: int
     halved: int
-    rounds: bool
+    rounds: int
     fast: bool
     kept: bool
     dropout: bool
@@ -134,6 +136,20 @@ def part_of_e(arch: int, e_pad: int, z_part: int) -> int:
     if 80 <= arch < 90:
         return max(16, min(e_pad // 2, 2048 // z_part))
     return min(e_pad, 4096 // z_part)
+
+
+def batched_rows(arch: int, precision: str, launch: Launch) -> int:
+    """``EdgeShape.batched``: 64 rows and more on Hopper, whose wgmma would take them, may read them from registers, and
+    is reported to reuse those too early (``launch.py``).
+
+    From Triton 3.9 on 64 rows are taken whole by 4 warps: by counts with 5 to 40 % fewer instructions, fewer barriers
+    and nothing more spilled in any kernel. Of other tiles one of these is more: 8 warps repeat accumulators, 2 have no
+    wgmma, 128 rows spill (``benchmarks/results/triton_versions.md``). Nothing of this was timed.
+    """
+    if launch.rows < 64 or not 90 <= arch < 100 or precision == "ieee":
+        return 0
+    whole = launch.rows == 64 and launch.warps == 4 and wgmma_from_registers_is_safe()
+    return 0 if whole else launch.rows
 
 
 def columns_of(sizes: Sizes, settings: Settings) -> int:
@@ -197,10 +213,10 @@ def _edge_shape(kernel: str, arch: int, precision: str, sizes: Sizes, settings: 
         edge_operand=tl.bfloat16 if split else tl.float32,
         split=split,
         dot_precision="ieee" if precision == "ieee" else "tf32",
-        batched=rows if rows >= 64 and 90 <= arch < 100 and precision != "ieee" else 0,
+        batched=batched_rows(arch, precision, launch),
         halved=64 if precision == "ieee" and "bwd" in kernel and not INTERPRETED else 0,
         exact_precision="tf32x3" if precision == "tf32" else "ieee",
-        rounds=precision == "tf32" and not INTERPRETED,
+        rounds=rounded_rows(arch, precision),
         fast=precision != "ieee" and not INTERPRETED,
         kept=kept,
         dropout=p_mlp > 0 or p_attention > 0,

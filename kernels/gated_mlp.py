@@ -38,6 +38,9 @@ from .launch import (
 )
 from .tiles import centre, centre_backward, combine, dropout_factor, gate, gate_backward, settle_keys
 
+GELU = ("gelu", 0.0, 0)
+"""Activation, dropout and its stream of a gene head's gate."""
+
 
 @dataclass(frozen=True)
 class GateShape:
@@ -120,7 +123,8 @@ def gate_norm_bwd_kernel(
         i_hidden = i_row[:, None] * S.z + i_z[None, :]
         b_a, b_b, b_centred, b_rstd, b_factor = gate_tile(pre, keys, i_row, m_row, stream, S)
         b_normed = b_centred * b_rstd[:, None]
-        tl.store(hidden + i_hidden, b_normed * b_gain[None, :] + b_bias[None, :], mask=m_tile)
+        if hidden is not None:
+            tl.store(hidden + i_hidden, b_normed * b_gain[None, :] + b_bias[None, :], mask=m_tile)
         b_dhidden = tl.load(grad_hidden + i_hidden, mask=m_tile, other=0.0).to(tl.float32)
         b_dgain += tl.sum(b_dhidden * b_normed, 0)
         b_dbias += tl.sum(b_dhidden, 0)
@@ -234,8 +238,9 @@ def _backward(
     """Gradients of x and the six weights."""
     grad = grad.to(x.dtype).contiguous()
     pre, grad_hidden = F.linear(x, fc1, fc1_bias), grad @ fc2
-    grad_pre, hidden, grad_gain, grad_bias = gate_norm_backward(
-        grad_hidden, pre, (gain, bias), keys, activation, p, stream
+    hidden = torch.empty_like(grad_hidden)
+    grad_pre, grad_gain, grad_bias = gate_norm_backward(
+        grad_hidden, pre, (gain, bias), keys, hidden, (activation, p, stream)
     )
     return grad_pre @ fc1, grad_pre.T @ x, grad_pre.sum(0), grad_gain, grad_bias, grad.T @ hidden, grad.sum(0)
 
@@ -245,12 +250,13 @@ def gate_norm_backward(
     pre: Tensor,
     affine: tuple[Tensor, Tensor],
     keys: Tensor | None,
-    activation: str,
-    p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of pre, hidden made again, gradients of gain and bias."""
-    grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
+    hidden: Tensor | None,
+    settings: tuple[str, float, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of pre, gain and bias; what :func:`gate_norm` gave is made again and written to ``hidden``. The
+    settings are its last three arguments."""
+    activation, p, stream = settings
+    grad_pre = torch.empty_like(pre)
     gain = affine[0]
     shape, launch = gate_shape(*on_device(pre), pre.shape[1], activation, p)
     programs = min(triton.cdiv(len(pre), shape.rows), launch.programs * n_processors(pre.device))
@@ -272,7 +278,7 @@ def gate_norm_backward(
                 **launch.options,
             )
     grad_gain, grad_bias = partial.sum(1).to(gain.dtype).unbind()
-    return grad_pre, hidden, grad_gain, grad_bias.clone()
+    return grad_pre, grad_gain, grad_bias.clone()
 
 
 def _backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -290,6 +296,45 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
     return *gradients, None, None, None, None
 
 
+def gelu_norm(pre: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm(gelu(pre)) of pre [N, Z], behind its gain and bias [Z], in the type of pre; differentiable in all.
+
+    Raises:
+        InputError: a shape, type, device or layout that the kernel does not take, named.
+    """
+    return torch.ops.stflow_fast.gelu_norm(pre, gain, bias)
+
+
+def _gelu_norm(pre: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    check_device("pre", pre)
+    _gelu_norm_fake(pre, gain, bias)
+    return gate_norm(pre, (gain, bias), None, *GELU)
+
+
+def _gelu_norm_fake(pre: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    if pre.ndim != 2:
+        raise InputError(f"pre: must have shape [N, Z], not {list(pre.shape)}")
+    z = pre.shape[1]
+    check_tensors({"pre": (pre, tuple(pre.shape)), "gain": (gain, (z,)), "bias": (bias, (z,))})
+    return torch.empty_like(pre)
+
+
+def _gelu_norm_backward(grad: Tensor, pre: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return gate_norm_backward(grad.contiguous(), pre, (gain, bias), None, None, GELU)
+
+
+def _gelu_norm_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(torch.empty_like, inputs))
+
+
+def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_gelu_norm(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.stflow_fast.gelu_norm_backward(grad, *ctx.saved_tensors)
+
+
 _WEIGHTS = "Tensor fc1, Tensor fc1_bias, Tensor gain, Tensor bias, Tensor fc2"
 _SETTINGS = "Tensor? keys, str activation, float p, int stream"
 _LIBRARY = torch.library.Library("stflow_fast", "FRAGMENT")
@@ -298,11 +343,20 @@ _LIBRARY.define(
     f"gated_mlp_backward(Tensor grad, Tensor x, {_WEIGHTS}, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define("gelu_norm(Tensor pre, Tensor gain, Tensor bias) -> Tensor")
+_LIBRARY.define("gelu_norm_backward(Tensor grad, Tensor pre, Tensor gain, Tensor bias) -> (Tensor, Tensor, Tensor)")
 for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("gelu_norm", _gelu_norm, _device)
+    _LIBRARY.impl("gelu_norm_backward", _gelu_norm_backward, _device)
     _LIBRARY.impl("gated_mlp", _forward, _device)
     _LIBRARY.impl("gated_mlp_backward", _backward, _device)
 torch.library.register_fake("stflow_fast::gated_mlp", _fake, lib=_LIBRARY)
 torch.library.register_fake("stflow_fast::gated_mlp_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("stflow_fast::gelu_norm", _gelu_norm_fake, lib=_LIBRARY)
+torch.library.register_fake("stflow_fast::gelu_norm_backward", _gelu_norm_backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "stflow_fast::gelu_norm", _differentiate_gelu_norm, setup_context=_keep_inputs, lib=_LIBRARY
+)
 torch.library.register_autograd("stflow_fast::gated_mlp", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
 
 settle_keys(globals())

@@ -27,7 +27,7 @@ OLDEST = 80
 """Ampere: bf16 on tensor cores."""
 
 EDGE_KERNELS = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_bwd_key", "edge_messages")
-KERNELS = (*EDGE_KERNELS, "dropout", "gate_norm", "joined_norm", "nearest")
+KERNELS = (*EDGE_KERNELS, "dropout", "gate_norm", "joined_norm", "residual", "gene_head", "nearest")
 WALKING = ("edge_attention_bwd_query", "edge_attention_bwd_key", "gate_norm")
 """Those of a fixed number of programs, in their backward at least; of the others a program treats one tile."""
 
@@ -143,7 +143,8 @@ def overlap(one: Row, other: Row) -> bool:
 #
 # No row lets Hopper's wgmma read a left side from registers, which it does in products of 64 rows or more: ptxas before
 # CUDA 13.3 is reported to reuse such registers too early (triton #11781, fla #1262). From 64 rows on, which K above 32
-# needs, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma.
+# needs, products are taken in batches of 16 rows (``EdgeShape.batched``), without wgmma; but from Triton 3.9 on, whose
+# ptxas is of CUDA 13.4, not those of 64x4.
 #
 # What a GPU (H200, Triton 3.6) said that counts had not: the edge kernels wait for shared memory and barriers, not for
 # instructions (0.23 issued a cycle and scheduler in the bf16 forward of 32 rows and 4 warps). One warp has no barriers,

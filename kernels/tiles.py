@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from . import conventions
+from .launch import INTERPRETED, WIDEST
+from .versions import wgmma_from_registers_is_safe
 
 MULTIPLIER_1 = tl.constexpr(conventions.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(conventions.MULTIPLIER_2)
@@ -26,6 +28,14 @@ def settle_keys(names: dict[str, object]) -> None:
     for function in names.values():
         if isinstance(function, triton.JITFunction):
             hash(function)
+
+
+def rounded_rows(arch: int, precision: str) -> int:
+    """Left sides of fewer rows are rounded to tf32 before a product; 0 where nothing is. Of 64 rows and more on Hopper
+    wgmma would read what was rounded from registers (``launch.py``)."""
+    if precision != "tf32" or INTERPRETED:
+        return 0
+    return 64 if 90 <= arch < 100 and not wgmma_from_registers_is_safe() else WIDEST
 
 
 @triton.jit
@@ -46,9 +56,9 @@ def matmul(b_x, b_y, b_acc, S: tl.constexpr, EXACT: tl.constexpr = False):
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, S: tl.constexpr):
     """acc + x @ y, by 16 rows each where x has S.batched rows: batches are what Triton has no wgmma for."""
-    if PRECISION == "tf32" and S.rounds and b_x.dtype == tl.float32:
+    if PRECISION == "tf32" and S.rounds > 0 and b_x.dtype == tl.float32:
         b_y = nearest_tf32(b_y)
-        if b_x.shape[0] < 64:  # of more, wgmma would read the rounded ones from registers (``launch.py``)
+        if b_x.shape[0] < S.rounds or b_x.shape[0] == S.batched:
             b_x = nearest_tf32(b_x)
     if b_x.shape[0] == S.batched:
         BATCHES: tl.constexpr = b_x.shape[0] // 16

@@ -12,7 +12,8 @@ calls itself; 3.5 comes with torch 2.9.
 
 ``python -m stflow_fast.kernels.aot --default --arch 90``, of 53 variants: 3.5.0 and 3.6.0 compile them all; ``nearest``
 spills 32 bytes in both, in 3.5.0 three more with dropout 8 or 16 (the gate's backward in tf32 and ieee, the query-owned
-one in tf32); 3.7.1 spills none."""
+one in tf32); 3.7.1 spills none. Since tiles were measured, of 60: 3.6.0, 3.7.1, 3.8.0 and 3.9.0 compile them all, and
+spill 3,112, 3,048, 3,032 and 3,328 bytes in 15, 13, 14 and 14 (``benchmarks/results/triton_versions.md``)."""
 
 OLDEST_INTERPRETER = "3.7"
 """Where a loop begins at ``program_id``, an interpreter before it makes an int of an array of one number, which numpy
@@ -20,6 +21,11 @@ refuses from REFUSING_NUMPY on: 3.5.0 and 3.6.0 fail with numpy 2.4.0 and 2.4.6,
 not fail with 2.4.6."""
 
 REFUSING_NUMPY = "2.4"
+
+OLDEST_SAFE_WGMMA = "3.9"
+"""From this Triton on Hopper's wgmma may have its left side in registers, which ptxas before CUDA 13.3 is reported to
+reuse too early (NVIDIA's release notes; triton #9433, #11781: 61 came out for 64; fla #1262). For sm_90 Triton 3.6.0
+and 3.7.1 run ptxas 12.8.93, 3.8.0 12.9.86 and 3.9.0 13.4.59 (triton #11854)."""
 
 
 @functools.cache
@@ -46,6 +52,11 @@ def too_old(package: str) -> str | None:
     """That it is older than OLDEST_VERSIONS has it, or None; a version that is not known is no reason."""
     version, oldest = installed(package), OLDEST_VERSIONS.get(package)
     return f"{package} {version} is older than {oldest}" if version and oldest and older(version, oldest) else None
+
+
+def wgmma_from_registers_is_safe() -> bool:
+    """By OLDEST_SAFE_WGMMA; not where Triton's version is not known."""
+    return release(installed("triton") or "") >= release(OLDEST_SAFE_WGMMA)
 
 
 def why_not_interpreted() -> str | None:

@@ -18,7 +18,7 @@ from .calls import CALLS_BUDGET, KnownSlides
 from .config import DenoiserConfig, parse_bytes
 from .errors import InputError
 from .graph import SpotGraph
-from .kernels.conventions import context_padding
+from .kernels.conventions import LAYERNORM_EPS, context_padding
 from .ops.dropout import DropoutKeys
 from .ops.reference import (
     AttentionSpec,
@@ -68,14 +68,12 @@ class Affine(NamedTuple):
 class FoldedAttention(NamedTuple):
     """Everything of an attention's weights that an edge or a spot multiplies with (autograd goes through it)."""
 
-    project: Tensor  # [2 * H * P + d, d] of the normalised tokens: query terms, key terms, values
+    project: Tensor  # [2 * H * P + d, d] of the tokens, normalised without gain: query terms, key terms, values
     project_bias: Tensor  # [2 * H * P + d]
     gene: Affine | None  # [P, G], without a bias: of the expression to the gene terms; None of what is such terms
     edges: EdgeWeights
     output: MLPWeights  # W_output, its first matrix reading the context
-    joined: Affine | None = (
-        None  # [2 * H * P + d, d + G + padding] both products in one; None where there are gradients
-    )
+    joined: Affine | None = None  # [2 * H * P + d, d + G + padding] both products in one, for the kernels
 
     def of_autocast(self, dtype: torch.dtype) -> FoldedAttention:
         """With the weights in the type that the present autocast, of ``dtype``, brings them to."""
@@ -110,8 +108,9 @@ class EdgeAttention(nn.Module):
         edges, constant, to_edge, to_edge_bias = fold_edge_weights(
             self.edge_trans.weights, self.mlp_attn.weights, by_edge, n_heads
         )
-        qkv = self.layernorm_qkv[1]
-        (query, key, value), (query_bias, key_bias, value_bias) = qkv.weight.chunk(3), qkv.bias.chunk(3)
+        norm, qkv = self.layernorm_qkv
+        query, key, value = (qkv.weight * norm.weight).chunk(3)
+        query_bias, key_bias, value_bias = (qkv.bias + qkv.weight @ norm.bias).chunk(3)
 
         def project(by: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             weight, bias = weight.unflatten(0, (n_heads, head)), bias.unflatten(0, (n_heads, head))
@@ -130,31 +129,36 @@ class EdgeAttention(nn.Module):
             torch.cat([query_bias + first.bias.repeat(n_heads) + constant, key_bias, value_bias]),
         )
         output = output._replace(fc1_weight=F.pad(on_context, (0, context_padding(on_context.shape[1]))))
-        return FoldedAttention(*product, Affine(by_gene, None), edges, output, self._join(product, by_gene))
+        gene = Affine(by_gene, None)
+        # Of more genes the heads are folded, or the product would be larger than what it saves.
+        joined = None if self.config.heads_are_narrow else self.join(product, gene)
+        return FoldedAttention(*product, gene, edges, output, joined)
 
-    def _join(self, product: Affine, by_gene: Tensor) -> Affine | None:
-        """One product that reads tokens and expression: A less the gene terms of every head, B and these. Eight times
-        the work of what :meth:`project` does with the expression, and two passes over the terms less: for as few genes
-        as there are without :class:`LinearHeads`."""
-        config = self.config
-        if torch.is_grad_enabled() or config.heads_are_narrow:
+    def join(self, product: Affine, gene: Affine) -> Affine | None:
+        """One product that reads tokens and expression: A less the gene terms of every head, B and these, values. Eight
+        times the work of what :meth:`project` does with the expression, and two passes over the terms less. None where
+        nothing would read it: with gradients, plain torch."""
+        if torch.is_grad_enabled() and not ops.on_triton(product.weight):
             return None
-        by_head = by_gene.repeat(config.n_heads, 1)
-        by_x = torch.cat([-by_head, by_head, by_head.new_zeros(config.hidden_dim, config.n_genes)])
-        weight = torch.cat([product.weight, by_x], dim=1)
-        return Affine(F.pad(weight, (0, context_padding(weight.shape[1]))), product.bias)
+        by_head = gene.weight.repeat(self.config.n_heads, 1)
+        by_x = torch.cat([-by_head, by_head, by_head.new_zeros(self.config.hidden_dim, by_head.shape[1])])
+        weight, bias = torch.cat([product.weight, by_x], dim=1), product.bias
+        if gene.bias is not None:
+            of_gene = gene.bias.repeat(self.config.n_heads)
+            bias = bias + torch.cat([-of_gene, of_gene, of_gene.new_zeros(self.config.hidden_dim)])
+        return Affine(F.pad(weight, (0, context_padding(weight.shape[1]))), bias)
 
     def project(
         self, x: Tensor, tokens: Tensor, weights: tuple[Tensor | None, ...], out: Tensor | None = None
     ) -> Tensor:
         """x and tokens [n, d] to the terms [A | B | V] [n, 2 * H * P + d], in the memory ``out`` where it is given.
 
-        ``weights``: gain and bias of the LayerNorm, weight and bias of the product with tokens, and of the one that
-        brings x to the gene terms; None where x is them.
+        ``weights``: weight and bias of the product with tokens, and of the one that brings x to the gene terms; None
+        where x is them.
         """
-        gain, shift, weight, bias, *to_gene = weights
+        weight, bias, *to_gene = weights
         d = self.config.hidden_dim
-        normed = F.layer_norm(tokens, (d,), gain, shift, self.layernorm_qkv[0].eps)
+        normed = F.layer_norm(tokens, (d,), eps=LAYERNORM_EPS)
         if out is None:
             terms = F.linear(normed, weight, bias)
         else:  # autocast leaves such a product alone
@@ -165,15 +169,6 @@ class EdgeAttention(nn.Module):
         by_head[:, 0].sub_(gene.unsqueeze(1))
         by_head[:, 1].add_(gene.unsqueeze(1))
         return terms
-
-    def project_at_once(self, x: Tensor, tokens: Tensor, joined: Affine) -> Tensor:
-        """:meth:`project` by :attr:`FoldedAttention.joined`."""
-        affine, columns = _of_norm(self.layernorm_qkv[0]), joined.weight.shape[1]
-        return F.linear(ops.joined_norm(tokens, affine, x, columns), *joined)
-
-    def output(self, context: Tensor, weights: MLPWeights, keys: DropoutKeys | None) -> Tensor:
-        """[n, d] of the spots, from the context that they took from their neighbours."""
-        return ops.gated_mlp(context, weights, self.W_output.activation, self.config.dropout, keys, STREAM_OUTPUT)
 
 
 class LayerState(NamedTuple):
@@ -190,9 +185,9 @@ class LayerState(NamedTuple):
         folded, mlp = self.folded.of_autocast(dtype), ops.weights_of_autocast(self.mlp, dtype)
         return LayerState(folded, mlp, self.hidden.to(dtype), self.head.to(dtype), self.messages)
 
-    def reading(self, gene: Affine | None) -> LayerState:
+    def reading(self, gene: Affine | None, joined: Affine | None) -> LayerState:
         """The same layer for an x whose product ``gene`` is its gene terms, or, of None, which is them."""
-        return self._replace(folded=self.folded._replace(gene=gene, joined=None))
+        return self._replace(folded=self.folded._replace(gene=gene, joined=joined))
 
 
 class LinearHeads(NamedTuple):
@@ -205,9 +200,12 @@ class LinearHeads(NamedTuple):
     to_next: list[Affine]  # [P, d] of every layer but the last: what its head reads, to the next layer's gene terms
     to_mean: Affine  # [G, L * d] what all heads read, to the mean of their expression
     to_first: Affine  # [P, L * d] the same, to that mean's gene terms in the first layer
+    joined: list[Affine | None]  # of every layer: its :attr:`FoldedAttention.joined` of what it reads
 
     def to(self, dtype: torch.dtype) -> LinearHeads:
-        return LinearHeads([each.to(dtype) for each in self.to_next], self.to_mean.to(dtype), self.to_first.to(dtype))
+        joined = [each and each.to(dtype) for each in self.joined]
+        to_next = [each.to(dtype) for each in self.to_next]
+        return LinearHeads(to_next, self.to_mean.to(dtype), self.to_first.to(dtype), joined)
 
 
 class EncoderState(NamedTuple):
@@ -231,7 +229,7 @@ class EncoderState(NamedTuple):
 
     def linear_layers(self) -> list[LayerState]:
         """The layers: the first of its gene terms, the others of what the gene head before them reads."""
-        return list(map(LayerState.reading, self.layers, [None, *self.heads.to_next]))
+        return list(map(LayerState.reading, self.layers, [None, *self.heads.to_next], self.heads.joined))
 
 
 class GeneUpdate(nn.Module):
@@ -249,20 +247,35 @@ class GeneUpdate(nn.Module):
     def head(self) -> nn.Linear:
         return self.output[4]
 
-    def hidden(self, tokens: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None) -> Tensor:
-        """What the head reads, [n, d]. ``weights``: weight and bias of the product, gain and bias of the LayerNorm."""
-        weight, bias, *norm = weights
-        hidden = ops.gelu_norm(F.linear(tokens, weight, bias), tuple(norm))
-        return ops.apply_dropout(hidden, self.config.dropout, keys, STREAM_GENE_HIDDEN)
+    def read(self, pre: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """What the head reads, [N, d], of the first product ``pre`` [N, d]."""
 
-    def genes(self, hidden: Tensor, layer: LayerState, keys: DropoutKeys | None) -> Tensor:
-        """The head's expression [N, G]; under a ReLU in place, as it is the widest tensor of all."""
+        def read(pre: Tensor, norm: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
+            return (self._hidden(pre, norm, keys),)
 
-        def genes(hidden: Tensor, head: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
-            genes = ops.apply_dropout(F.linear(hidden, *head), self.config.dropout, keys, STREAM_GENE)
-            return (genes.relu_() if self.config.non_negative else genes,)
+        return ops.by_rows(read, (pre,), _of_norm(self.output[2]), keys)[0]
 
-        return ops.by_rows(genes, (hidden,), layer.head, keys)[0]
+    def _hidden(self, pre: Tensor, norm: tuple[Tensor, ...], keys: DropoutKeys | None) -> Tensor:
+        return ops.apply_dropout(ops.gelu_norm(pre, norm), self.config.dropout, keys, STREAM_GENE_HIDDEN)
+
+    def genes(self, pre: Tensor, layer: LayerState, keys: DropoutKeys | None, total: Tensor) -> Tensor:
+        """The head's expression [N, G] of the first product ``pre`` [N, d], added to ``total`` [N, G] in place; under a
+        ReLU in place, as it is the widest tensor of all."""
+        config, weights = self.config, (*_of_norm(self.output[2]), *layer.head)
+
+        def at_once(pre: Tensor, total: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
+            return (ops.gene_head(pre, weights[:2], weights[2:], total, config.non_negative),)
+
+        def genes(pre: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
+            genes = F.linear(self._hidden(pre, weights[:2], keys), *weights[2:])
+            genes = ops.apply_dropout(genes, config.dropout, keys, STREAM_GENE)
+            return (genes.relu_() if config.non_negative else genes,)
+
+        if keys is None and not torch.is_grad_enabled():
+            return ops.by_rows(at_once, (pre, total), weights, None)[0]
+        (x,) = ops.by_rows(genes, (pre,), weights, keys)
+        total += x
+        return x
 
 
 class TransformerBlock(nn.Module):
@@ -290,9 +303,10 @@ class TransformerBlock(nn.Module):
         keys: DropoutKeys | None,
         terms: ops.Gathered,
     ) -> tuple[Tensor, Tensor]:
-        """x [N, .] of :meth:`EdgeAttention.project` and tokens [N, d] to what the gene head reads [N, d] and the next
-        layer's tokens. ``terms`` is memory that the layers share: nine times the tokens, in pages that the system would
-        else make anew for every layer (a tenth of a sample)."""
+        """x [N, .] of :meth:`EdgeAttention.project` and tokens [N, d] to the first product of the gene head [N, d] and
+        the next layer's tokens, on a GPU without gradients in the memory of ``tokens``. ``terms`` is memory that the
+        layers share: nine times the tokens, in pages that the system would else make anew for every layer (a tenth of a
+        sample)."""
         attn, folded = self.attn, layer.folded
         p = attn.config.dropout
 
@@ -308,20 +322,22 @@ class TransformerBlock(nn.Module):
         def finish(
             tokens: Tensor, context: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None
         ) -> tuple[Tensor, Tensor]:
-            output, mlp, head = MLPWeights(*weights[:6]), MLPWeights(*weights[6:12]), weights[12:]
-            tokens = tokens + attn.output(context, output, keys)
-            tokens = tokens + ops.gated_mlp(tokens, mlp, self.mlp.activation, p, keys, STREAM_MLP)
-            return self.gene_updater.hidden(tokens, head, keys), tokens
+            output, mlp, hidden = MLPWeights(*weights[:6]), MLPWeights(*weights[6:12]), weights[12:]
+            update = ops.gated_mlp(context, output, attn.W_output.activation, p, keys, STREAM_OUTPUT)
+            tokens, read = ops.residual(tokens, update, p, keys, STREAM_OUTPUT + 1)
+            update = ops.gated_mlp(read, mlp, self.mlp.activation, p, keys, STREAM_MLP)
+            tokens, read = ops.residual(tokens, update, p, keys, STREAM_MLP + 1)
+            return F.linear(read, *hidden), tokens
 
         if folded.joined is not None and ops.on_triton(tokens):
-            projected = attn.project_at_once(x, tokens, folded.joined)
+            projected = F.linear(ops.joined_norm(tokens, x, folded.joined.weight.shape[1]), *folded.joined)
         else:
-            to_gene = folded.gene or (None, None)
-            weights = (*_of_norm(attn.layernorm_qkv[0]), folded.project, folded.project_bias, *to_gene)
+            weights = (folded.project, folded.project_bias, *(folded.gene or (None, None)))
             (projected,) = ops.by_rows(project, (x, tokens), weights, keys, terms)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
         context = ops.edge_attention(projected, graph, layer.messages, folded.edges, attn.spec, dropouts)
-        weights = (*folded.output, *layer.mlp, *layer.hidden, *_of_norm(self.gene_updater.output[2]))
+        del projected  # the largest tensor of a layer, which nothing below reads
+        weights = (*folded.output, *layer.mlp, *layer.hidden)
         return ops.by_rows(finish, (tokens, context), weights, keys)
 
 
@@ -407,7 +423,12 @@ class SpatialTransformer(nn.Module):
             to_next.append(Affine(by_gene @ head.weight, by_gene @ head.bias))
         weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
         bias, by_gene = torch.stack([head.bias for head in heads]).mean(dim=0), layers[0].folded.gene.weight
-        return LinearHeads(to_next, Affine(weight, bias), Affine(by_gene @ weight, by_gene @ bias))
+        as_it_is = Affine(torch.eye(len(by_gene), dtype=by_gene.dtype, device=by_gene.device), None)
+        joined = [
+            block.attn.join(Affine(layer.folded.project, layer.folded.project_bias), gene)
+            for block, layer, gene in zip(self.blks, layers, [as_it_is, *to_next], strict=True)
+        ]
+        return LinearHeads(to_next, Affine(weight, bias), Affine(by_gene @ weight, by_gene @ bias), joined)
 
     def keep_messages(self, states: EncoderState, graph: SpotGraph, budget: int) -> EncoderState:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
@@ -428,6 +449,8 @@ class SpatialTransformer(nn.Module):
     ) -> Tensor:
         """Expression x [N, G] and tokens [N, d], rows of ``graph``, to the prediction [N, G].
 
+        On a GPU, without gradients, ``tokens`` are overwritten.
+
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn by the graph's device when None.
         """
         with spread(x.device):
@@ -441,11 +464,10 @@ class SpatialTransformer(nn.Module):
         self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None
     ) -> Tensor:
         total, terms = torch.zeros_like(x), ops.Gathered(len(x))
-        for index, (block, layer) in enumerate(zip(self.blks, states.layers, strict=True)):
-            layer_keys = _keys_of_layer(keys, index)
-            x, tokens = block(x, tokens, layer, graph, layer_keys, terms)
-            x = block.gene_updater.genes(x, layer, layer_keys)
-            total += x
+        for block, layer, layer_keys in zip(self.blks, states.layers, self._keys_of_layers(keys), strict=True):
+            pre, tokens = block(x, tokens, layer, graph, layer_keys, terms)
+            x = block.gene_updater.genes(pre, layer, layer_keys, total)
+            del pre  # not held while the next layer attends
         return total.div_(len(self.blks))
 
     def gene_terms(self, x: Tensor, states: EncoderState) -> Tensor:
@@ -458,8 +480,10 @@ class SpatialTransformer(nn.Module):
         """:meth:`run` between :meth:`gene_terms` x [N, P] and what all gene heads read, [N, L * d]: see
         :class:`LinearHeads`."""
         read, terms = [], ops.Gathered(len(x))
-        for index, (block, layer) in enumerate(zip(self.blks, states.linear_layers(), strict=True)):
-            x, tokens = block(x, tokens, layer, graph, _keys_of_layer(keys, index), terms)
+        for block, layer, layer_keys in zip(self.blks, states.linear_layers(), self._keys_of_layers(keys), strict=True):
+            pre, tokens = block(x, tokens, layer, graph, layer_keys, terms)
+            x = block.gene_updater.read(pre, layer_keys)
+            del pre
             read.append(x)
         return torch.cat(read, dim=1)
 
@@ -468,15 +492,14 @@ class SpatialTransformer(nn.Module):
         """What all gene heads read, [n, L * d], rows of anything, to the mean of their expression [n, G]."""
         return _product(read, states.heads.to_mean)
 
+    def _keys_of_layers(self, keys: DropoutKeys | None) -> list[DropoutKeys | None]:
+        return [None] * len(self.blks) if keys is None else keys.layers(len(self.blks))
+
     @staticmethod
     def _dropout_keys(graph: SpotGraph, slide_seed: Tensor | None) -> DropoutKeys:
         if slide_seed is None:
             slide_seed = torch.randint(2**62, (graph.n_slides,), device=graph.slide_of.device)
         return DropoutKeys.for_spots(slide_seed, graph.slide_of, graph.spot_id)
-
-
-def _keys_of_layer(keys: DropoutKeys | None, index: int) -> DropoutKeys | None:
-    return None if keys is None else keys.stream(-1 - index)
 
 
 class TimestepEmbedder(nn.Module):
@@ -584,7 +607,8 @@ class Denoiser(nn.Module, Pretrained):
         slide_seed: Tensor | None = None,
     ) -> Tensor:
         """:meth:`denoise` behind the embedding of the flow time, ``fourier_proj(t)`` [S, d]: device work alone."""
-        return self.backbone.run(graph, x_t, image + time[graph.slide_of], states, slide_seed)
+        of_spots = time if graph.n_slides == 1 else time[graph.slide_of]
+        return self.backbone.run(graph, x_t, image + of_spots, states, slide_seed)
 
     def inference(
         self,

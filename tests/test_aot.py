@@ -9,11 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from stflow_fast.kernels import aot, dropout, edge_attention, gated_mlp, joined_norm, launch, neighbors
+from stflow_fast.kernels import (
+    aot,
+    dropout,
+    edge_attention,
+    gated_mlp,
+    gene_head,
+    joined_norm,
+    launch,
+    neighbors,
+    residual,
+)
 
 KERNELS = {
     kernel.__name__: kernel
-    for module in (dropout, edge_attention, gated_mlp, joined_norm, neighbors)
+    for module in (dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -156,7 +166,7 @@ def test_interpreted_kernels_are_not_compiled() -> None:
 ABSENT_GPU = """
 import torch
 from stflow_fast.benchmarks.gpu.variants import Variants, absent_gpu
-from stflow_fast.kernels import dropout, edge_attention, gated_mlp, joined_norm, neighbors
+from stflow_fast.kernels import dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual
 
 absent = absent_gpu(90, Variants(0, 1), lambda kernel, made: launched(kernel, made))
 absent.__enter__()  # to the end of the process
@@ -181,7 +191,14 @@ for p in (0.0, 0.2):
     hidden = half(512, 128), half(512), half(256), half(256), half(128, 256), half(128)
     gated_mlp.gated_mlp(half(n, 128), hidden, "swiglu", p, keys if p else None, 3).sum().backward()
     dropout.dropout(half(n, 128), keys, p, 3)
-joined_norm.joined_norm(torch.ones(n, 128), (torch.ones(128),) * 2, torch.ones(n, 50), 184, torch.bfloat16)
+    total, cast = residual.residual(torch.ones(n, 128, requires_grad=True), half(n, 128), keys, torch.bfloat16, p, 3)
+    (total.sum() + cast.sum()).backward()
+gated_mlp.gelu_norm(half(n, 128), torch.ones(128), torch.ones(128)).sum().backward()
+tokens = torch.ones(n, 128, requires_grad=True)
+joined_norm.joined_norm(tokens, torch.ones(n, 50), 184, torch.bfloat16).sum().backward()
+with torch.no_grad():
+    affine, head = (torch.ones(128), torch.ones(128)), (half(50, 128), half(50))
+    gene_head.gene_head(half(n, 128), affine, head, torch.ones(n, 50), False)
 points = torch.arange(2.0 * n, dtype=torch.float64).view(n, 2)
 grid = neighbors.spot_grid(points, torch.tensor([0, n]))
 code, spot = neighbors.morton_code(grid.position.long()), torch.arange(n)
@@ -246,7 +263,7 @@ for precision in ("bf16", "ieee", "tf32"):
             model.denoise(graph, x_0, model.image_transform(slide[0]), torch.rand(1)).sum().backward()
     sampler = Sampler(model, precision="bf16" if precision == "bf16" else "float32")  # which keeps messages
     sampler.prepare(slide).draw(x_0)
-variants = (*aot.edge_variants(90), *aot.gate_variants(90), *aot.joined_variants(90), *aot.other_variants(90))
+variants = (*aot.edge_variants(90), *aot.variants_of_spots(90))
 compiled = [
     (each.kernel, described(each.types, each.constants, each.launch.options | {"enable_fp_fusion": each.fused}))
     for each in variants

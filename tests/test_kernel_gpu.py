@@ -317,6 +317,55 @@ def test_gated_mlp_gives_the_same_bits_in_every_run(multiply_in: Set) -> None:
         assert_same_bits(mlp_result(inputs, dtype, "triton"), first)
 
 
+def spot_result(operation: str, n: int, d: int, dtype: torch.dtype, backend: str, exactly: bool) -> Result:
+    """What treats every spot alone beside the gated MLP: outputs side by side, and gradients where there are any. The
+    LayerNorm's parameters, the tokens and the sum of a gene head are float32 whatever the products' type."""
+    draw, wide = torch.Generator("cuda").manual_seed(n + d), torch.float64 if exactly else torch.float32
+    narrow = torch.float64 if exactly else dtype
+
+    def drawn(*shape: int, of: torch.dtype = narrow) -> Tensor:
+        rounded = torch.randn(*shape, generator=draw, device="cuda").to(torch.float32 if of == wide else dtype)
+        return rounded.to(of).requires_grad_()
+
+    spots, genes, keys = (n, d), 50, spot_keys(n, "cuda")
+    cast = torch.autocast("cuda", dtype, enabled=not exactly and dtype != torch.float32)
+    with ops.use_backend(backend), cast:
+        if operation == "residual":
+            inputs = {"tokens": drawn(*spots, of=wide), "update": drawn(*spots)}
+            total, read = ops.residual(*inputs.values(), 0.2, keys, STREAM)
+            outputs = (total, read.to(narrow))  # as autocast casts it for the products in plain torch
+        elif operation == "joined norm":
+            inputs = {"tokens": drawn(*spots, of=wide), "x": drawn(n, genes)}
+            outputs = (ops.joined_norm(*inputs.values(), d + genes + 6).to(narrow),)
+        else:
+            inputs = {"pre": drawn(*spots), "gain": drawn(d, of=wide), "shift": drawn(d, of=wide)}
+            affine, head = tuple(inputs.values())[1:], (drawn(genes, d), drawn(genes))
+            if operation == "gelu norm":
+                outputs = (ops.gelu_norm(inputs["pre"], affine).to(narrow),)
+            else:
+                total = drawn(n, genes, of=wide).detach()
+                with torch.no_grad():
+                    outputs = (ops.gene_head(inputs["pre"], affine, head, total, relu=True), total)
+    output = torch.cat([output.to(wide) for output in outputs], dim=1)
+    if operation == "gene head":
+        return Result(output, {})
+    grad = torch.randn(*output.shape, generator=draw, device="cuda")
+    return differentiate(output, grad, inputs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("n", "d"), [(1000, 128), (333, 40), (1, 512), (0, 128)])
+@pytest.mark.parametrize("operation", ["residual", "joined norm", "gelu norm", "gene head"])
+def test_what_treats_spots_alone_is_as_exact_as_plain_torch(
+    operation: str, n: int, d: int, precision: str, multiply_in: Set
+) -> None:
+    dtype = multiply_in(precision)
+    found, plain = (spot_result(operation, n, d, dtype, backend, False) for backend in ("triton", "reference"))
+    exact = spot_result(operation, n, d, dtype, "reference", True)
+    ratios = ratios_to_torch(found, plain, exact, 2 * ROUNDING[precision])
+    assert_within(operation, f"[{n}, {d}], {precision}", ratios)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1000, 128), (333, 50)])
 def test_dropout_draws_the_masks_of_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:

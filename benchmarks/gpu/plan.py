@@ -123,8 +123,12 @@ EVERY_ALLOCATION = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """By the driver, so that what lies beyond a tensor is nobody's."""
 
 TUNED = {
-    "bf16": "edge_attention_fwd,edge_attention_bwd_query,edge_attention_bwd_key,edge_messages,gate_norm,joined_norm",
+    "bf16": (
+        "edge_attention_fwd,edge_attention_bwd_query,edge_attention_bwd_key,edge_messages,gate_norm,joined_norm,"
+        "residual,gene_head"
+    ),
     "tf32": "edge_attention_fwd,edge_messages",
+    "ieee": "edge_attention_fwd",
 }
 """Kernels of the default model whose tiles are timed, by precision."""
 

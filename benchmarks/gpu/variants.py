@@ -28,9 +28,11 @@ from stflow_fast.kernels import (
     dropout,
     edge_attention,
     gated_mlp,
+    gene_head,
     joined_norm,
     launch,
     neighbors,
+    residual,
 )
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
@@ -102,9 +104,9 @@ def absent_gpu(arch: int, variants: Variants, launched: Launched = lambda *_: No
 
     driver.set_active(AbsentGPU(arch))
     with contextlib.ExitStack() as patches:
-        for module in (dropout, edge_attention, gated_mlp, joined_norm):
+        for module in (dropout, edge_attention, gated_mlp, gene_head, joined_norm, residual):
             patches.enter_context(mock.patch.object(module, "check_device"))
-        for module in (joined_norm, launch, neighbors):
+        for module in (joined_norm, launch, neighbors, residual):
             patches.enter_context(mock.patch.object(module, "architecture", return_value=arch))
         patches.enter_context(mock.patch.object(neighbors, "_check"))
         patches.enter_context(mock.patch.object(backend, "why_not_triton", return_value=None))

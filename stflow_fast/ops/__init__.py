@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import SpotGraph
-from ..kernels.conventions import LAYERNORM_EPS, Settings, Sizes, context_padding
+from ..kernels.conventions import MOST_HEAD_COLUMNS, Settings, Sizes, context_padding
 from ..threads import blocks_of, in_turn
 from . import reference
 from .backend import (
@@ -48,11 +47,13 @@ __all__ = [
     "edge_attention",
     "gated_mlp",
     "gelu_norm",
+    "gene_head",
     "joined_norm",
     "make_messages",
     "message_bytes",
     "on_triton",
     "present_precision",
+    "residual",
     "use_backend",
     "use_compile",
     "weights_of_autocast",
@@ -166,35 +167,59 @@ def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) ->
 def gated_mlp(
     x: Tensor, weights: MLPWeights, activation: str, p: float, keys: DropoutKeys | None, stream: int
 ) -> Tensor:
-    """fc2(LayerNorm(dropout(gate(fc1(x))))) with dropout after it too: timm's GluMlp / Mlp. [N, in] -> [N, out].
-
-    Dropout uses the streams ``stream`` and ``stream + 1``.
-    """
+    """fc2(LayerNorm(dropout(gate(fc1(x))))), see ``reference.py``: [N, in] -> [N, out]."""
     if not on_triton(x):
         return reference.gated_mlp(x, weights, activation, p, keys, stream)
     from ..kernels.gated_mlp import gated_mlp as kernel
 
-    hidden = kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
-    return apply_dropout(hidden, p, keys, stream + 1)
+    return kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
+
+
+def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> tuple[Tensor, Tensor]:
+    """tokens + dropout(update) [N, d], see ``reference.py``, and the same for the products that read it: by a kernel in
+    the type of autocast. Without gradients and dropout the kernel writes over ``tokens``."""
+    if not on_triton(tokens):
+        total = reference.residual(tokens, update, p, keys, stream)
+        return total, total
+    from ..kernels import residual as kernels
+
+    dtype = autocast_dtype(tokens.device) or tokens.dtype
+    if torch.is_grad_enabled() or (keys is not None and p > 0):
+        return kernels.residual(tokens, update, None if keys is None else keys.keys, dtype, p, stream)
+    return tokens, kernels.residual_(tokens, update, dtype)
 
 
 def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm(gelu(pre)) of pre [N, d], behind its gain and bias [d]; by the gate's kernel without gradients."""
-    if torch.is_grad_enabled() or not on_triton(pre):
-        return F.layer_norm(F.gelu(pre), pre.shape[-1:], *affine, LAYERNORM_EPS)
-    from ..kernels.gated_mlp import gate_norm
+    """LayerNorm(gelu(pre)), see ``reference.py``; by the gate's kernel in the type of pre."""
+    if not on_triton(pre):
+        return reference.gelu_norm(pre, affine)
+    from ..kernels.gated_mlp import gelu_norm as kernel
 
-    return gate_norm(pre, affine, None, "gelu", 0.0, 0)
+    return kernel(pre, *affine)
 
 
-def joined_norm(tokens: Tensor, affine: tuple[Tensor, Tensor], x: Tensor, columns: int) -> Tensor:
-    """[LayerNorm(tokens) | x | 0] [N, columns], see ``reference.py``; by a kernel in the type of autocast, and without
-    gradients."""
+def gene_head(
+    pre: Tensor, affine: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], total: Tensor, relu: bool
+) -> Tensor:
+    """x [N, G] of :func:`gelu_norm` of pre [N, d], see ``reference.py``, added to ``total`` in place.
+
+    Without gradients; by one kernel up to MOST_HEAD_COLUMNS.
+    """
+    if not on_triton(pre) or pre.shape[1] > MOST_HEAD_COLUMNS:
+        return reference.gene_head(gelu_norm(pre, affine), head, total, relu)
+    from ..kernels.gene_head import gene_head as kernel
+
+    weight, bias = (each.to(pre.dtype) for each in head)  # as autocast would
+    return kernel(pre, affine, (weight, bias), total, relu)
+
+
+def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
+    """[LayerNorm(tokens) | x | 0] [N, columns], see ``reference.py``; by a kernel in the type of autocast."""
     if not on_triton(tokens):
-        return reference.joined_norm(tokens, affine, x, columns)
+        return reference.joined_norm(tokens, x, columns)
     from ..kernels.joined_norm import joined_norm as kernel
 
-    return kernel(tokens, affine, x, columns, autocast_dtype(tokens.device) or tokens.dtype)
+    return kernel(tokens, x, columns, autocast_dtype(tokens.device) or tokens.dtype)
 
 
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:

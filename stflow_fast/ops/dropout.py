@@ -52,6 +52,11 @@ class DropoutKeys:
     def stream(self, index: int) -> DropoutKeys:
         return DropoutKeys(combine(self.keys, torch.full_like(self.keys, index)))
 
+    def layers(self, count: int) -> list[DropoutKeys]:
+        """Keys of the network's layers, those of the streams -1, -2, ..., made together."""
+        index = torch.arange(-1, -1 - count, -1, dtype=torch.int32, device=self.keys.device)
+        return list(map(DropoutKeys, combine(self.keys, index.unsqueeze(1)).unbind()))
+
     def rows(self, start: int, stop: int) -> DropoutKeys:
         return DropoutKeys(self.keys[start:stop])
 

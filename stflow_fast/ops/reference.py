@@ -88,18 +88,35 @@ def gate(pre: Tensor, activation: str) -> Tensor:
 def gated_mlp(
     x: Tensor, weights: MLPWeights, activation: str, p: float, keys: DropoutKeys | None, stream: int
 ) -> Tensor:
-    """fc2(LayerNorm(dropout(gate(fc1(x))))) with dropout after it too: timm's GluMlp / Mlp. [N, in] -> [N, out].
-
-    Dropout uses the streams ``stream`` and ``stream + 1``.
-    """
+    """fc2(LayerNorm(dropout(gate(fc1(x))))), [N, in] -> [N, out]: timm's GluMlp / Mlp without the dropout of its
+    output, which :func:`residual` has."""
     hidden = dropout(gate(F.linear(x, weights.fc1_weight, weights.fc1_bias), activation), p, keys, stream)
     hidden = F.layer_norm(hidden, hidden.shape[-1:], weights.norm_weight, weights.norm_bias, LAYERNORM_EPS)
-    return dropout(F.linear(hidden, weights.fc2_weight, weights.fc2_bias), p, keys, stream + 1)
+    return F.linear(hidden, weights.fc2_weight, weights.fc2_bias)
 
 
-def joined_norm(tokens: Tensor, affine: tuple[Tensor, Tensor], x: Tensor, columns: int) -> Tensor:
-    """[LayerNorm(tokens) | x | 0] [N, columns] of tokens [N, d], behind gain and shift [d] ``affine``, and x [N, G]."""
-    normed = F.layer_norm(tokens, tokens.shape[-1:], *affine, LAYERNORM_EPS)
+def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
+    """tokens + dropout(update), both [N, d]."""
+    return tokens + dropout(update, p, keys, stream)
+
+
+def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
+    """LayerNorm(gelu(pre)) of pre [N, d], behind its gain and shift [d]."""
+    return F.layer_norm(F.gelu(pre), pre.shape[-1:], *affine, LAYERNORM_EPS)
+
+
+def gene_head(hidden: Tensor, head: tuple[Tensor, Tensor], total: Tensor, relu: bool) -> Tensor:
+    """Expression [N, G] of hidden [N, d] by weight [G, d] and bias [G], behind a ReLU or not; added to ``total`` [N, G]
+    in place."""
+    x = F.linear(hidden, *head)
+    x = x.relu_() if relu else x
+    total += x
+    return x
+
+
+def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
+    """[LayerNorm(tokens) | x | 0] [N, columns] of tokens [N, d], without gain and shift, and x [N, G]."""
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=LAYERNORM_EPS)
     return F.pad(torch.cat([normed, x.to(normed.dtype)], dim=1), (0, columns - tokens.shape[1] - x.shape[1]))
 
 
