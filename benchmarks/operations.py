@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
         return random_rows(*like.shape, seed=3).to(like)
 
     def messages(self) -> Tensor:
-        return ops.make_messages(self.graph.geometry, self.layer.folded.edges, self.spec)
+        return ops.make_messages(self.graph.geometry, self.layer.attention.edges, self.spec)
 
 
 def random_rows(n: int, width: int, seed: int) -> Tensor:
@@ -66,14 +66,14 @@ def random_rows(n: int, width: int, seed: int) -> Tensor:
 def edge_forward(inputs: Inputs) -> Call:
     """As in sampling: without dropout, of messages that are kept or of geometry."""
     messages = inputs.messages() if inputs.kept else None
-    weights, none = inputs.layer.folded.edges, Dropouts(None, 0.0, 0.0)
+    weights, none = inputs.layer.attention.edges, Dropouts(None, 0.0, 0.0)
     return lambda: (ops.edge_attention(inputs.terms, inputs.graph, messages, weights, inputs.spec, none),)
 
 
 def edge_backward(inputs: Inputs) -> Call:
     """As in training: with dropout."""
-    config, leaves = inputs.config, tuple(map(_leaf, (inputs.terms, *inputs.layer.folded.edges)))
-    weights = inputs.layer.folded.edges._make(leaves[1:])
+    config, leaves = inputs.config, tuple(map(_leaf, (inputs.terms, *inputs.layer.attention.edges)))
+    weights = inputs.layer.attention.edges._make(leaves[1:])
     dropouts = Dropouts(inputs.keys, config.dropout, config.attn_dropout)
     context = ops.edge_attention(leaves[0], inputs.graph, None, weights, inputs.spec, dropouts)
     grad = inputs.normal(context)

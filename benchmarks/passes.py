@@ -13,7 +13,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -36,8 +36,9 @@ from .workload import N_GENES
 
 MARK = "<!-- tables by python -m benchmarks.passes -->"
 
-FEW, MORE = 200, 400
-"""Spots of two runs; what differs is their spots', and the rest the weights'."""
+OF_SAMPLES, OF_STEPS = (200, 400), (2_500, 3_000)
+"""Spots of two runs; what differs is their spots', and the rest the weights'. With few spots a training step is largest
+where the gradients of weights are."""
 
 SIZES = (10_000, 100_000, 1_000_000)
 
@@ -67,7 +68,7 @@ class Pass(NamedTuple):
         return LAUNCH_MS + spots * max(self.bytes / BYTES_PER_MS, self.flops / FLOPS_PER_MS)
 
 
-MEMORY_ALONE = ("empty", "new_empty", "empty_like", "empty_strided")
+MEMORY_ALONE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "detach")
 GATHERS = ("index", "index_select")
 READ_AND_WRITTEN = {"gene_head_kernel": ("total",)}
 
@@ -116,7 +117,7 @@ class Passes(TorchDispatchMode):
         name = function.__name__.split(".")[0]
         if name == "_local_scalar_dense":
             self.waits += 1
-        elif not (function.is_view or name in (*MEMORY_ALONE, "detach")):
+        elif not (function.is_view or name in MEMORY_ALONE):
             read, written = _tensors(given), _tensors(made)
             if name in GATHERS:  # of what is gathered, as much as is written
                 read = [*read[1:], *written]
@@ -150,7 +151,7 @@ def prepared(spots: int, kept: int, n_genes: int = N_GENES) -> PreparedSlide:
     model = Denoiser(DenoiserConfig(n_genes=n_genes, feature_dim=8))
     sampler = Sampler(model, precision="bf16")
     with sampler.running():
-        edges, k = sampler.states.layers[0].folded.edges, model.config.n_neighbors
+        edges, k = sampler.states.layers[0].attention.edges, model.config.n_neighbors
         sampler.memory_budget = kept * ops.message_bytes(spots, k, edges)
     coords = spots**0.5 * torch.rand(spots, 2, dtype=torch.float64)
 
@@ -227,26 +228,27 @@ class Counted(NamedTuple):
 def counted_sample(kept: int, n_genes: int = N_GENES) -> Counted:
     """With the messages of ``kept`` layers kept."""
     with ops.use_backend("triton"):
-        slides = [prepared(spots, kept, n_genes) for spots in (FEW, MORE)]
-        return _of_spots(*map(passes_of_draw, slides), _of_spot(*map(held_bytes, slides)))
+        slides = [prepared(spots, kept, n_genes) for spots in OF_SAMPLES]
+        found, held = list(map(passes_of_draw, slides)), list(map(held_bytes, slides))
+    return _of_spots(found, held, OF_SAMPLES)
 
 
 def counted_step() -> Counted:
     """A training step."""
     with ops.use_backend("triton"):
-        return _of_spots(*map(passes_of_step, (FEW, MORE)), held=0.0)
+        return _of_spots(list(map(passes_of_step, OF_STEPS)), [0, 0], OF_STEPS)
 
 
-def _of_spots(few: Passes, more: Passes, held: float) -> Counted:
+def _of_spots(found: list[Passes], held: list[int], spots: tuple[int, int]) -> Counted:
+    def of_spot(pair: Iterable[float]) -> float:
+        few, more = pair
+        return (more - few) / (spots[1] - spots[0])
+
     passes = [
-        Pass(one.name, _of_spot(one.bytes, other.bytes), _of_spot(one.flops, other.flops))
-        for one, other in zip(few.found, more.found, strict=True)
+        Pass(one.name, of_spot((one.bytes, other.bytes)), of_spot((one.flops, other.flops)))
+        for one, other in zip(*(each.found for each in found), strict=True)
     ]
-    return Counted(passes, held, _of_spot(few.peak_bytes, more.peak_bytes))
-
-
-def _of_spot(few: float, more: float) -> float:
-    return (more - few) / (MORE - FEW)
+    return Counted(passes, of_spot(held), of_spot(each.peak_bytes for each in found))
 
 
 IN_A_LAYER = (

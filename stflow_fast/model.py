@@ -7,7 +7,6 @@ is the rearranged mathematics of ops/reference.py, on a SpotGraph; the padded ca
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,11 @@ from . import ops
 from .calls import CALLS_BUDGET, KnownSlides
 from .config import DenoiserConfig, parse_bytes
 from .errors import InputError
+from .folding import Affine, AttentionWeights, EncoderState, LayerState, LayerWeights, fold_heads, fold_layers
 from .graph import SpotGraph
-from .kernels.conventions import LAYERNORM_EPS, context_padding
+from .kernels.conventions import LAYERNORM_EPS
 from .ops.dropout import DropoutKeys
-from .ops.reference import (
-    AttentionSpec,
-    Dropouts,
-    EdgeWeights,
-    MLPWeights,
-    fold_edge_weights,
-)
+from .ops.reference import AttentionSpec, Dropouts, MLPWeights
 from .pretrained import Pretrained, Provenance
 from .threads import spread
 
@@ -55,34 +49,6 @@ class GatedMLP(nn.Module):
         )
 
 
-class Affine(NamedTuple):
-    """Weight [out, in] and bias [out] of a product that several of the model's own may be folded into."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> Affine:
-        return Affine(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
-class FoldedAttention(NamedTuple):
-    """Everything of an attention's weights that an edge or a spot multiplies with (autograd goes through it)."""
-
-    project: Tensor  # [2 * H * P + d, d] of the tokens, normalised without gain: query terms, key terms, values
-    project_bias: Tensor  # [2 * H * P + d]
-    gene: Affine | None  # [P, G], without a bias: of the expression to the gene terms; None of what is such terms
-    edges: EdgeWeights
-    output: MLPWeights  # W_output, its first matrix reading the context
-    joined: Affine | None = None  # [2 * H * P + d, d + G + padding] both products in one, for the kernels
-
-    def of_autocast(self, dtype: torch.dtype) -> FoldedAttention:
-        """With the weights in the type that the present autocast, of ``dtype``, brings them to."""
-        edges = self.edges._replace(message_to_logit=self.edges.message_to_logit.to(dtype))
-        project, bias = Affine(self.project, self.project_bias).to(dtype)
-        output, joined = ops.weights_of_autocast(self.output, dtype), self.joined and self.joined.to(dtype)
-        return FoldedAttention(project, bias, self.gene.to(dtype), edges, output, joined)
-
-
 class EdgeAttention(nn.Module):
     """Frame-averaged local attention (published: ``MLPAttnEdgeAggregation``)."""
 
@@ -99,54 +65,19 @@ class EdgeAttention(nn.Module):
         self.edge_trans = GatedMLP(3, de, de, config.activation)
         self.W_output = GatedMLP(d + de, d, d, config.activation)
 
-    def fold(self) -> FoldedAttention:
-        """Fold the weights: small matrices only, independent of the number of spots."""
-        n_heads, d = self.spec.n_heads, self.config.hidden_dim
-        head, edge_head = d // n_heads, self.config.pairwise_hidden_dim // n_heads
-        first = self.mlp_attn.fc1
-        by_query, by_key, by_edge, by_gene = first.weight.split([head, head, edge_head, self.config.n_genes], dim=1)
-        edges, constant, to_edge, to_edge_bias = fold_edge_weights(
-            self.edge_trans.weights, self.mlp_attn.weights, by_edge, n_heads
-        )
+    @property
+    def weights(self) -> AttentionWeights:
+        """But for what :attr:`by_gene` is of."""
         norm, qkv = self.layernorm_qkv
-        query, key, value = (qkv.weight * norm.weight).chunk(3)
-        query_bias, key_bias, value_bias = (qkv.bias + qkv.weight @ norm.bias).chunk(3)
-
-        def project(by: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            weight, bias = weight.unflatten(0, (n_heads, head)), bias.unflatten(0, (n_heads, head))
-            return (by @ weight).flatten(0, 1), (bias @ by.T).flatten()
-
-        query, query_bias = project(by_query, query, query_bias)
-        key, key_bias = project(by_key, key, key_bias)
+        logit = self.mlp_attn.weights
+        logit = logit._replace(fc1_weight=logit.fc1_weight[:, : -self.config.n_genes])
         output = self.W_output.weights
-        on_values, on_edges = output.fc1_weight.split([d, self.config.pairwise_hidden_dim], dim=1)
-        on_edges = on_edges.unflatten(1, (n_heads, edge_head)).transpose(0, 1)  # [H, d, edge head]
-        on_messages = (on_edges @ to_edge).transpose(0, 1).flatten(1)  # [d, H * E]
-        on_weight = (on_edges @ to_edge_bias.unsqueeze(-1)).squeeze(-1).T  # [d, H]
-        on_context = torch.cat([on_values, on_messages, on_weight], dim=1)
-        product = Affine(
-            torch.cat([query, key, value]),
-            torch.cat([query_bias + first.bias.repeat(n_heads) + constant, key_bias, value_bias]),
-        )
-        output = output._replace(fc1_weight=F.pad(on_context, (0, context_padding(on_context.shape[1]))))
-        gene = Affine(by_gene, None)
-        # Of more genes the heads are folded, or the product would be larger than what it saves.
-        joined = None if self.config.heads_are_narrow else self.join(product, gene)
-        return FoldedAttention(*product, gene, edges, output, joined)
+        return AttentionWeights(_affine(norm), _affine(qkv), logit, self.edge_trans.weights, output)
 
-    def join(self, product: Affine, gene: Affine) -> Affine | None:
-        """One product that reads tokens and expression: A less the gene terms of every head, B and these, values. Eight
-        times the work of what :meth:`project` does with the expression, and two passes over the terms less. None where
-        nothing would read it: with gradients, plain torch."""
-        if torch.is_grad_enabled() and not ops.on_triton(product.weight):
-            return None
-        by_head = gene.weight.repeat(self.config.n_heads, 1)
-        by_x = torch.cat([-by_head, by_head, by_head.new_zeros(self.config.hidden_dim, by_head.shape[1])])
-        weight, bias = torch.cat([product.weight, by_x], dim=1), product.bias
-        if gene.bias is not None:
-            of_gene = gene.bias.repeat(self.config.n_heads)
-            bias = bias + torch.cat([-of_gene, of_gene, of_gene.new_zeros(self.config.hidden_dim)])
-        return Affine(F.pad(weight, (0, context_padding(weight.shape[1]))), bias)
+    @property
+    def by_gene(self) -> Tensor:
+        """[P, G] what the attention MLP reads of the genes."""
+        return self.mlp_attn.fc1.weight[:, -self.config.n_genes :]
 
     def project(
         self, x: Tensor, tokens: Tensor, weights: tuple[Tensor | None, ...], out: Tensor | None = None
@@ -171,67 +102,6 @@ class EdgeAttention(nn.Module):
         return terms
 
 
-class LayerState(NamedTuple):
-    """What a layer needs beside its inputs."""
-
-    folded: FoldedAttention
-    mlp: MLPWeights
-    hidden: Affine  # [d, d] the first product of the gene head
-    head: Affine  # [G, d] the last
-    messages: Tensor | None = None  # [N, K, E], kept where memory allows
-
-    def of_autocast(self, dtype: torch.dtype) -> LayerState:
-        """As :meth:`FoldedAttention.of_autocast`."""
-        folded, mlp = self.folded.of_autocast(dtype), ops.weights_of_autocast(self.mlp, dtype)
-        return LayerState(folded, mlp, self.hidden.to(dtype), self.head.to(dtype), self.messages)
-
-    def reading(self, gene: Affine | None, joined: Affine | None) -> LayerState:
-        """The same layer for an x whose product ``gene`` is its gene terms, or, of None, which is them."""
-        return self._replace(folded=self.folded._replace(gene=gene, joined=joined))
-
-
-class LinearHeads(NamedTuple):
-    """The gene heads of all layers, folded into what reads their expression; no ReLU or dropout may be behind one.
-
-    With them nothing as wide as the genes is made between the first layer's gene terms and the mean; and as gene terms
-    and Euler's steps are linear too, nothing between the first terms and the last mean of a sample.
-    """
-
-    to_next: list[Affine]  # [P, d] of every layer but the last: what its head reads, to the next layer's gene terms
-    to_mean: Affine  # [G, L * d] what all heads read, to the mean of their expression
-    to_first: Affine  # [P, L * d] the same, to that mean's gene terms in the first layer
-    joined: list[Affine | None]  # of every layer: its :attr:`FoldedAttention.joined` of what it reads
-
-    def to(self, dtype: torch.dtype) -> LinearHeads:
-        joined = [each and each.to(dtype) for each in self.joined]
-        to_next = [each.to(dtype) for each in self.to_next]
-        return LinearHeads(to_next, self.to_mean.to(dtype), self.to_first.to(dtype), joined)
-
-
-class EncoderState(NamedTuple):
-    """What :meth:`SpatialTransformer.run` needs of the weights, made once for several flow steps."""
-
-    layers: list[LayerState]
-    heads: LinearHeads | None  # where the L * d numbers of a spot that heads read are fewer than its genes
-
-    def of_autocast(self) -> EncoderState:
-        """These weights as the present autocast casts them in every call: for several calls under it, without
-        gradients, which are the parameters'. The same without autocast."""
-        weight = self.layers[0].mlp.fc1_weight
-        dtype = ops.autocast_dtype(weight.device)
-        if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone
-            return self
-        return EncoderState([layer.of_autocast(dtype) for layer in self.layers], self.heads and self.heads.to(dtype))
-
-    def with_messages(self, messages: list[Tensor | None]) -> EncoderState:
-        layers = zip(self.layers, messages, strict=True)
-        return self._replace(layers=[layer._replace(messages=kept) for layer, kept in layers])
-
-    def linear_layers(self) -> list[LayerState]:
-        """The layers: the first of its gene terms, the others of what the gene head before them reads."""
-        return list(map(LayerState.reading, self.layers, [None, *self.heads.to_next], self.heads.joined))
-
-
 class GeneUpdate(nn.Module):
     """The gene head of a layer; its parameters are those of the published Sequential (0, 2 and 4)."""
 
@@ -253,7 +123,7 @@ class GeneUpdate(nn.Module):
         def read(pre: Tensor, norm: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
             return (self._hidden(pre, norm, keys),)
 
-        return ops.by_rows(read, (pre,), _of_norm(self.output[2]), keys)[0]
+        return ops.by_rows(read, (pre,), _affine(self.output[2]), keys)[0]
 
     def _hidden(self, pre: Tensor, norm: tuple[Tensor, ...], keys: DropoutKeys | None) -> Tensor:
         return ops.apply_dropout(ops.gelu_norm(pre, norm), self.config.dropout, keys, STREAM_GENE_HIDDEN)
@@ -261,7 +131,7 @@ class GeneUpdate(nn.Module):
     def genes(self, pre: Tensor, layer: LayerState, keys: DropoutKeys | None, total: Tensor) -> Tensor:
         """The head's expression [N, G] of the first product ``pre`` [N, d], added to ``total`` [N, G] in place; under a
         ReLU in place, as it is the widest tensor of all."""
-        config, weights = self.config, (*_of_norm(self.output[2]), *layer.head)
+        config, weights = self.config, (*_affine(self.output[2]), *layer.head)
 
         def at_once(pre: Tensor, total: Tensor, weights: tuple[Tensor, ...], keys: DropoutKeys | None) -> tuple[Tensor]:
             return (ops.gene_head(pre, weights[:2], weights[2:], total, config.non_negative),)
@@ -287,12 +157,9 @@ class TransformerBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_dim, 4 * config.hidden_dim, config.hidden_dim, config.activation)
         self.gene_updater = GeneUpdate(config)
 
-    def state(self) -> LayerState:
-        """The weights of the layer's products: those of the attention folded, the others its parameters."""
-        first, head = self.gene_updater.output[0], self.gene_updater.head
-        return LayerState(
-            self.attn.fold(), self.mlp.weights, Affine(first.weight, first.bias), Affine(head.weight, head.bias)
-        )
+    @property
+    def weights(self) -> LayerWeights:
+        return LayerWeights(self.attn.weights, self.mlp.weights, _affine(self.gene_updater.output[0]))
 
     def forward(
         self,
@@ -307,7 +174,7 @@ class TransformerBlock(nn.Module):
         the next layer's tokens, on a GPU without gradients in the memory of ``tokens``. ``terms`` is memory that the
         layers share: nine times the tokens, in pages that the system would else make anew for every layer (a tenth of a
         sample)."""
-        attn, folded = self.attn, layer.folded
+        attn, folded = self.attn, layer.attention
         p = attn.config.dropout
 
         def project(
@@ -329,10 +196,10 @@ class TransformerBlock(nn.Module):
             tokens, read = ops.residual(tokens, update, p, keys, STREAM_MLP + 1)
             return F.linear(read, *hidden), tokens
 
-        if folded.joined is not None and ops.on_triton(tokens):
-            projected = F.linear(ops.joined_norm(tokens, x, folded.joined.weight.shape[1]), *folded.joined)
+        if layer.joined is not None and ops.on_triton(tokens):
+            projected = F.linear(ops.joined_norm(tokens, x, layer.joined.weight.shape[1]), *layer.joined)
         else:
-            weights = (folded.project, folded.project_bias, *(folded.gene or (None, None)))
+            weights = (*folded.project, *(layer.gene or (None, None)))
             (projected,) = ops.by_rows(project, (x, tokens), weights, keys, terms)
         dropouts = Dropouts(keys, p, attn.config.attn_dropout)
         context = ops.edge_attention(projected, graph, layer.messages, folded.edges, attn.spec, dropouts)
@@ -341,8 +208,8 @@ class TransformerBlock(nn.Module):
         return ops.by_rows(finish, (tokens, context), weights, keys)
 
 
-def _of_norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return norm.weight, norm.bias
+def _affine(module: nn.Linear | nn.LayerNorm) -> Affine:
+    return Affine(module.weight, module.bias)
 
 
 def _product(x: Tensor, weights: Affine) -> Tensor:
@@ -396,45 +263,37 @@ class SpatialTransformer(nn.Module):
         def make(budget: int) -> list[Tensor | None]:
             return [layer.messages for layer in self.keep_messages(states, graph, budget).layers]
 
-        weights = [layer.folded.edges.edge for layer in states.layers]
+        weights = [layer.attention.edges.edge for layer in states.layers]
         return states.with_messages(self.known.messages(graph, weights, ops.circumstances(graph.order.device), make))
 
     def layer_states(self) -> EncoderState:
         """Folded weights of every layer; differentiable, and reusable while the parameters stay.
 
-        In the parameters' precision, under autocast too: products of weights would be rounded twice.
+        In the parameters' precision, under autocast too: products of weights would be rounded twice. With gradients
+        the kernels' are then cast, all layers together.
         """
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
+        dtype = ops.autocast_dtype(device)
         with spread(device), torch.autocast(device.type, enabled=False):
-            layers = [block.state() for block in self.blks]
+            layers = fold_layers(
+                [block.weights for block in self.blks],
+                [block.attn.by_gene for block in self.blks],
+                [_affine(block.gene_updater.head) for block in self.blks],
+                self.config,
+                dtype,
+            )
             foldable = self.config.heads_are_narrow and self._heads_are_linear
-            heads = self._fold_heads(layers) if foldable else None
-        return EncoderState(layers, heads)
+            return EncoderState(layers, fold_heads(layers, self.config.n_heads) if foldable else None)
 
     @property
     def _heads_are_linear(self) -> bool:
         return not self.config.non_negative and not (self.training and self.config.dropout)
 
-    def _fold_heads(self, layers: list[LayerState]) -> LinearHeads:
-        heads = [layer.head for layer in layers]
-        to_next = []
-        for head, layer in zip(heads[:-1], layers[1:], strict=True):
-            by_gene = layer.folded.gene.weight
-            to_next.append(Affine(by_gene @ head.weight, by_gene @ head.bias))
-        weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
-        bias, by_gene = torch.stack([head.bias for head in heads]).mean(dim=0), layers[0].folded.gene.weight
-        as_it_is = Affine(torch.eye(len(by_gene), dtype=by_gene.dtype, device=by_gene.device), None)
-        joined = [
-            block.attn.join(Affine(layer.folded.project, layer.folded.project_bias), gene)
-            for block, layer, gene in zip(self.blks, layers, [as_it_is, *to_next], strict=True)
-        ]
-        return LinearHeads(to_next, Affine(weight, bias), Affine(by_gene @ weight, by_gene @ bias), joined)
-
     def keep_messages(self, states: EncoderState, graph: SpotGraph, budget: int) -> EncoderState:
         """Keep the messages of as many layers as fit into ``budget`` bytes; the others are recomputed when needed."""
         messages = []
         for block, layer in zip(self.blks, states.layers, strict=True):
-            edges = layer.folded.edges
+            edges = layer.attention.edges
             budget -= ops.message_bytes(graph.n_spots, self.config.n_neighbors, edges)
             messages.append(ops.make_messages(graph.geometry, edges, block.attn.spec) if budget >= 0 else None)
         return states.with_messages(messages)
@@ -472,7 +331,7 @@ class SpatialTransformer(nn.Module):
 
     def gene_terms(self, x: Tensor, states: EncoderState) -> Tensor:
         """Expression [N, G], rows of anything, to all that the layers read of it where heads are folded: [N, P]."""
-        return _product(x, states.layers[0].folded.gene).to(x.dtype)
+        return _product(x, states.layers[0].gene).to(x.dtype)
 
     def run_folded(
         self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None = None

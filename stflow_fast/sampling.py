@@ -19,8 +19,9 @@ from .arrays import as_tensor
 from .config import parse_bytes
 from .errors import InputError
 from .flow import DEFAULT_SAMPLE_STEPS, EulerSolver, Predict, time_grid
+from .folding import EncoderState
 from .graph import SpotGraph
-from .model import Denoiser, EncoderState
+from .model import Denoiser
 from .priors import PRIORS, SOURCES, Prior, Source, check_seed, slide_seed
 from .priors.observation import ObservationModel
 from .slides import Slide, StoredRows

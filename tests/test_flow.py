@@ -372,7 +372,7 @@ def test_memory_does_not_change_the_result(budget: int | str) -> None:
 def test_the_default_budget_holds_the_messages_of_the_largest_public_slide():
     network = Denoiser(DenoiserConfig(n_genes=50, feature_dim=8))
     layers = Sampler(network).states.layers
-    needed = sum(ops.message_bytes(605_471, network.config.n_neighbors, layer.folded.edges) for layer in layers)
+    needed = sum(ops.message_bytes(605_471, network.config.n_neighbors, layer.attention.edges) for layer in layers)
     assert Sampler(network).memory_budget >= needed
 
 

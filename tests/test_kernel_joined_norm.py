@@ -131,6 +131,6 @@ def test_gradients_of_a_call_are_those_of_plain_torch(n_genes: int, training: bo
 
 def test_what_nothing_would_read_is_not_joined() -> None:
     network = small(3)
-    assert network.backbone.layer_states().layers[0].folded.joined is None
+    assert network.backbone.layer_states().layers[0].joined is None
     with use_backend("triton"):
-        assert network.backbone.layer_states().layers[0].folded.joined is not None
+        assert network.backbone.layer_states().layers[0].joined is not None

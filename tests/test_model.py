@@ -192,7 +192,7 @@ def test_kept_messages_change_nothing() -> None:
     with torch.no_grad():
         image = model.image_transform(graph.to_rows(features))
         states = model.backbone.layer_states()
-        one_layer = ops.message_bytes(graph.n_spots, 5, states.layers[0].folded.edges)
+        one_layer = ops.message_bytes(graph.n_spots, 5, states.layers[0].attention.edges)
         kept = [model.backbone.keep_messages(states, graph, budget) for budget in (0, one_layer, 10 * one_layer)]
         assert [sum(state.messages is not None for state in some.layers) for some in kept] == [0, 1, 2]
         first, *others = (model.denoise(graph, graph.to_rows(x), image, t, some) for some in kept)
@@ -206,7 +206,7 @@ def test_kept_messages_take_the_stated_bytes(autocast: bool) -> None:
     graph = model.build_graph(inputs(53)[2])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         states = model.backbone.layer_states()
-        stated = ops.message_bytes(graph.n_spots, 5, states.layers[0].folded.edges)
+        stated = ops.message_bytes(graph.n_spots, 5, states.layers[0].attention.edges)
         kept = model.backbone.keep_messages(states, graph, 2 * stated).layers
     assert [layer.messages.nbytes for layer in kept] == [stated, stated]
 

@@ -211,7 +211,8 @@ def attend_block(
 def fold_edge_weights(
     edge: MLPWeights, logit: MLPWeights, logit_edge_weight: Tensor, n_heads: int
 ) -> tuple[EdgeWeights, Tensor, Tensor, Tensor]:
-    """Fold what is linear between the edge MLP and the attention MLP (see the top of this file).
+    """Fold what is linear between the edge MLP and the attention MLP (see the top of this file), of one layer or of
+    several, stacked along the first axis.
 
     Args:
         edge: ``edge_trans``; out = H * (edge head width).
@@ -222,14 +223,16 @@ def fold_edge_weights(
         The edge weights; the constant [H * P] that the pre-activation of every edge shares; and the affine map from
         a message to e_ij: [H, edge head width, E] and [H, edge head width].
     """
-    to_edge = (edge.fc2_weight * edge.norm_weight).unflatten(0, (n_heads, -1))
-    to_edge_bias = (edge.fc2_weight @ edge.norm_bias + edge.fc2_bias).unflatten(0, (n_heads, -1))
-    message_to_logit = (logit_edge_weight @ to_edge).flatten(0, 1).T.contiguous()
-    constant = (to_edge_bias @ logit_edge_weight.T).flatten()
-    logit_out = logit.fc2_weight.squeeze(0)
+    to_edge = (edge.fc2_weight * edge.norm_weight.unsqueeze(-2)).unflatten(-2, (n_heads, -1))
+    shifted = (edge.fc2_weight @ edge.norm_bias.unsqueeze(-1)).squeeze(-1)
+    to_edge_bias = (shifted + edge.fc2_bias).unflatten(-1, (n_heads, -1))
+    message_to_logit = (logit_edge_weight.unsqueeze(-3) @ to_edge).flatten(-3, -2).mT.contiguous()
+    constant = (to_edge_bias @ logit_edge_weight.mT).flatten(-2)
+    by_norm = logit.norm_weight * logit.fc2_weight.squeeze(-2)
+    rest = (logit.fc2_weight @ logit.norm_bias.unsqueeze(-1)).squeeze(-1) + logit.fc2_bias
     weights = EdgeWeights(
-        torch.cat([edge.fc1_weight.T, edge.fc1_bias.unsqueeze(0)]),
+        torch.cat([edge.fc1_weight.mT, edge.fc1_bias.unsqueeze(-2)], dim=-2),
         message_to_logit,
-        torch.cat([logit.norm_weight * logit_out, logit.norm_bias @ logit_out.unsqueeze(1) + logit.fc2_bias]),
+        torch.cat([by_norm, rest], dim=-1),
     )
     return weights, constant, to_edge, to_edge_bias
