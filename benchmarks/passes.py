@@ -145,10 +145,10 @@ def counting() -> Iterator[Passes]:
         yield passes
 
 
-def prepared(spots: int, kept: int, n_genes: int = N_GENES) -> PreparedSlide:
+def prepared(spots: int, kept: int, **config: Any) -> PreparedSlide:
     """A slide of the default model with random weights, in bfloat16; ``kept`` of its layers keep messages."""
     torch.manual_seed(0)
-    model = Denoiser(DenoiserConfig(n_genes=n_genes, feature_dim=8))
+    model = Denoiser(DenoiserConfig(**{"n_genes": N_GENES, "feature_dim": 8, **config}))
     sampler = Sampler(model, precision="bf16")
     with sampler.running():
         edges, k = sampler.states.layers[0].attention.edges, model.config.n_neighbors
@@ -167,7 +167,7 @@ def prepared(spots: int, kept: int, n_genes: int = N_GENES) -> PreparedSlide:
 def passes_of_draw(slide: PreparedSlide) -> Passes:
     """Those of a sample; memory is counted without its source, which is the caller's."""
     x_0 = torch.rand(slide.graph.n_spots, slide.sampler.model.config.n_genes)
-    with mock.patch("stflow_fast.sampling._to_host", lambda x: x):
+    with mock.patch("stflow_fast.sampling._to_host", lambda *made: made):
         with counting():
             slide.draw(x_0)  # casts the weights
         with counting() as passes:
@@ -183,12 +183,12 @@ def held_bytes(slide: PreparedSlide) -> int:
     return sum(map(_bytes, [*tensors, *messages, slide.image]))
 
 
-def passes_of_step(spots: int) -> Passes:
+def passes_of_step(spots: int, n_genes: int) -> Passes:
     """Those of a training step with dropout, forward and backward, under autocast."""
     torch.manual_seed(0)
-    model = Denoiser(DenoiserConfig(n_genes=N_GENES, feature_dim=8, dropout=0.2, attn_dropout=0.2)).train()
+    model = Denoiser(DenoiserConfig(n_genes=n_genes, feature_dim=8, dropout=0.2, attn_dropout=0.2)).train()
     graph = SpotGraph.build(spots**0.5 * torch.rand(spots, 2), model.config.n_neighbors, dtype=torch.float32)
-    features, x_t, x_1 = (torch.rand(spots, width) for width in (8, N_GENES, N_GENES))
+    features, x_t, x_1 = (torch.rand(spots, width) for width in (8, n_genes, n_genes))
     with counting() as passes:
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model.denoise(graph, x_t, model.image_transform(features), torch.tensor([0.5]))
@@ -225,18 +225,18 @@ class Counted(NamedTuple):
         return sum(each.milliseconds(spots) for each in self.passes)
 
 
-def counted_sample(kept: int, n_genes: int = N_GENES) -> Counted:
-    """With the messages of ``kept`` layers kept."""
+def counted_sample(kept: int, **config: Any) -> Counted:
+    """With the messages of ``kept`` layers kept; ``config`` of a model other than the default."""
     with ops.use_backend("triton"):
-        slides = [prepared(spots, kept, n_genes) for spots in OF_SAMPLES]
+        slides = [prepared(spots, kept, **config) for spots in OF_SAMPLES]
         found, held = list(map(passes_of_draw, slides)), list(map(held_bytes, slides))
     return _of_spots(found, held, OF_SAMPLES)
 
 
-def counted_step() -> Counted:
+def counted_step(n_genes: int = N_GENES) -> Counted:
     """A training step."""
     with ops.use_backend("triton"):
-        return _of_spots(list(map(passes_of_step, OF_STEPS)), [0, 0], OF_STEPS)
+        return _of_spots([passes_of_step(spots, n_genes) for spots in OF_STEPS], [0, 0], OF_STEPS)
 
 
 def _of_spots(found: list[Passes], held: list[int], spots: tuple[int, int]) -> Counted:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from stflow_fast import Denoiser, DenoiserConfig, Sampler
+
 from . import jobs, measure, suite
 from .command import CPU_GRAPHS, CPU_PROVIDERS
 from .workload import N_GENES, ROUNDS, SPOTS, THREADS
@@ -22,6 +24,18 @@ RUNS = [
     for workload, names in WORKLOADS.items()
     for name, spots in itertools.product(names, SPOTS)
 ]
+
+
+@pytest.mark.benchmark(group="host of a draw")
+@pytest.mark.parametrize("spots", SPOTS)
+def test_what_a_draw_is_beside_its_loop(benchmark: BenchmarkFixture, spots: int) -> None:
+    """The share of the host where a GPU replays the loop: checks, modes, precision, order of the spots."""
+    network = Denoiser(DenoiserConfig(n_genes=N_GENES, feature_dim=8))
+    prepared = Sampler(network, precision="bf16", memory_budget=0).prepare((torch.rand(spots, 8), torch.rand(spots, 2)))
+    x_0 = torch.rand(spots, N_GENES)
+    prepared._loop = lambda terms: terms
+    benchmark.extra_info.update(spots=spots)
+    benchmark(lambda: prepared.draw(x_0))
 
 
 @pytest.mark.parametrize(("workload", "name", "spots"), RUNS)

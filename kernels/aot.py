@@ -320,24 +320,22 @@ def _of_types(typed: str, **pointers: str) -> str:
 
 def residual_variants(arch: int) -> Iterator[Variant]:
     """The residual additions of a layer of the default model. Under autocast tokens are float32 in sampling alone."""
-    forward, backward = residual.residual_fwd_kernel, residual.residual_bwd_kernel
-    for kernel, precision, p in itertools.product((forward, backward), PRECISIONS, (0.0, 0.2)):
-        d, typed = 128, POINTER.get(precision, "*fp32")
+    d = 128
+    for precision, p in itertools.product(PRECISIONS, (0.0, 0.2)):
+        typed = POINTER.get(precision, "*fp32")
         for tokens in dict.fromkeys(("*fp32", typed)):
             shape, launch = residual.residual_shape(arch, precision, d, tokens != typed, p)
-            types = dict.fromkeys(("tokens", "total", "grad_total", "grad_tokens"), tokens)
-            types |= dict.fromkeys(("update", "cast", "grad_cast", "grad_update"), typed)
-            types |= {"keys": "*i32", "n": "i32", "stream": "i32", "S": "constexpr"}
+            types = {"tokens": tokens, "update": typed, "keys": "*i32", "total": tokens, "cast": typed}
             constants: dict[str, Any] = {"S": shape}
             if not p:
                 types["keys"], constants["keys"] = "constexpr", None
             yield Variant(
-                kernel,
-                f"{_named(kernel)} {precision}" + _of_types(typed, tokens=tokens) + (f" dropout={p}" if p else ""),
-                {name: types[name] for name in kernel.arg_names},
+                residual.residual_kernel,
+                f"residual {precision}" + _of_types(typed, tokens=tokens) + (f" dropout={p}" if p else ""),
+                {**types, "n": "i32", "stream": "i32", "S": "constexpr"},
                 constants,
                 launch,
-                default=precision != "fp16" and (tokens == typed or (kernel is forward and not p)),
+                default=precision != "fp16" and (tokens == typed or not p),
                 trips=(),
                 rows=shape.rows,
                 work=streaming((4 if tokens != typed else 3) * d, precision),

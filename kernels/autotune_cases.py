@@ -160,7 +160,6 @@ def _residual(case: Case, numbers: Numbers) -> Run:
     return lambda: (
         *residual(tokens, update, None, case.dtype, 0.0, 0),
         *residual(tokens, update, keys, case.dtype, *drop),
-        *torch.ops.stflow_fast.residual_backward(tokens, update, keys, case.dtype, *drop),
     )
 
 

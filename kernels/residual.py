@@ -1,14 +1,15 @@
 """tokens + dropout(update), with the same in the type of the product that reads it next.
 
-    tokens [N, d], update [N, d], keys [N] int32  ->  sum [N, d] in the type of the tokens, cast [N, d] in another
+    tokens [N, d], update [N, d], keys [N] int32  ->  sum [N, d] in the type of the tokens, and cast to another one
 
 What it computes is ``residual`` of ``stflow_fast/ops/reference.py``. In plain torch the addition, the cast and, in
-training, the dropout are passes of their own: 25 of the 192 ms of a sample of a million spots on an H200.
+training, the dropout are passes of their own: 25 of the 192 ms of a sample of a million spots on an H200. The gradient
+of a sum is no kernel: that of the tokens is what arrives, and that of the update the dropout of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 from stflow_fast.errors import InputError
 
 from .conventions import dropout_threshold
+from .dropout import dropout
 from .launch import (
     Launch,
     architecture,
@@ -47,42 +49,27 @@ class ResidualShape(NamedTuple):
 
 
 def residual_shape(arch: int, precision: str, d: int, casts: bool, p: float) -> tuple[ResidualShape, Launch]:
-    """What the kernels are compiled for, and how they are launched on an architecture; ``precision`` of the cast."""
+    """What the kernel is compiled for, and how it is launched on an architecture; ``precision`` of the cast."""
     launch = launch_of("residual", arch, precision)
     return ResidualShape(launch.rows, d, casts, p, dropout_threshold(p), 1.0 / (1.0 - p)), launch
 
 
-@triton.jit
-def residual_tile(keys, n, stream, S: tl.constexpr):
-    """Places [rows, columns] of a tile, which exist, and the dropout factor."""
+@triton.jit(do_not_specialize=["n", "stream"])
+def residual_kernel(tokens, update, keys, total, cast, n, stream, S: tl.constexpr):
     i_row = (tl.program_id(0) * S.rows + tl.arange(0, S.rows)).to(tl.int64)
     i_d = tl.program_id(1) * S.columns + tl.arange(0, S.columns)
     m_row = i_row < n
-    b_factor = 1.0
+    i_place, m_place = i_row[:, None] * S.d + i_d[None, :], m_row[:, None] & (i_d < S.d)[None, :]
+    b_update = tl.load(update + i_place, mask=m_place, other=0.0).to(tl.float32)
     if S.dropout > 0:
         i_key = combine(combine(tl.load(keys + i_row, mask=m_row, other=0), stream), 0)
-        b_factor = dropout_factor(i_key[:, None], i_d[None, :], tl.constexpr(S.threshold), tl.constexpr(S.scale))
-    return i_row[:, None] * S.d + i_d[None, :], m_row[:, None] & (i_d < S.d)[None, :], b_factor
-
-
-@triton.jit(do_not_specialize=["n", "stream"])
-def residual_fwd_kernel(tokens, update, keys, total, cast, n, stream, S: tl.constexpr):
-    i_place, m_place, b_factor = residual_tile(keys, n, stream, S)
-    b_update = tl.load(update + i_place, mask=m_place, other=0.0).to(tl.float32)
-    b_sum = tl.load(tokens + i_place, mask=m_place, other=0.0).to(tl.float32) + b_update * b_factor
+        b_update = b_update * dropout_factor(
+            i_key[:, None], i_d[None, :], tl.constexpr(S.threshold), tl.constexpr(S.scale)
+        )
+    b_sum = tl.load(tokens + i_place, mask=m_place, other=0.0).to(tl.float32) + b_update
     tl.store(total + i_place, b_sum, mask=m_place)
     if S.casts:
         tl.store(cast + i_place, b_sum, mask=m_place)
-
-
-@triton.jit(do_not_specialize=["n", "stream"])
-def residual_bwd_kernel(grad_total, grad_cast, keys, grad_tokens, grad_update, n, stream, S: tl.constexpr):
-    i_place, m_place, b_factor = residual_tile(keys, n, stream, S)
-    b_grad = tl.load(grad_total + i_place, mask=m_place, other=0.0).to(tl.float32)
-    if S.casts:
-        b_grad += tl.load(grad_cast + i_place, mask=m_place, other=0.0).to(tl.float32)
-    tl.store(grad_tokens + i_place, b_grad, mask=m_place)
-    tl.store(grad_update + i_place, b_grad * b_factor, mask=m_place)
 
 
 def residual(
@@ -104,15 +91,10 @@ def residual(
 
 def residual_(tokens: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`residual` without dropout or gradient, written over ``tokens``; returns the cast."""
-    return _add(tokens, update, None, tokens, dtype, 0.0, 0)
-
-
-def _forward(
-    tokens: Tensor, update: Tensor, keys: Tensor | None, dtype: torch.dtype, p: float, stream: int
-) -> tuple[Tensor, Tensor]:
-    total = torch.empty_like(tokens)
-    cast = _add(tokens, update, keys, total, dtype, p, stream)
-    return total, tokens.new_empty(0) if cast is total else cast  # an operator may not return one memory twice
+    cast = _add(tokens, update, None, tokens, dtype, 0.0, 0)
+    if not tokens.is_inference():  # of which torch counts no versions
+        torch.autograd.graph.increment_version(tokens)
+    return cast
 
 
 def _add(
@@ -121,18 +103,15 @@ def _add(
     """Writes the sum to ``total``, and returns it in ``dtype``."""
     check_device("tokens", tokens)
     _check(tokens, update, keys, p)
-    casts = dtype != tokens.dtype
+    casts, (n, d) = dtype != tokens.dtype, tokens.shape
     cast = torch.empty_like(tokens, dtype=dtype) if casts else total
-    _launch(residual_fwd_kernel, (tokens, update, keys, total, cast), casts, dtype, p, stream)
-    return cast
-
-
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], casts: bool, dtype: torch.dtype, p: float, stream: int) -> None:
-    n, d = tensors[0].shape
     if n and d:
-        shape, launch = residual_shape(architecture(tensors[0].device), precision_of(dtype), d, casts, p)
-        with device_scope(tensors[0]):
-            kernel[(triton.cdiv(n, shape.rows), triton.cdiv(d, COLUMNS))](*tensors, n, stream, shape, **launch.options)
+        shape, launch = residual_shape(architecture(tokens.device), precision_of(dtype), d, casts, p)
+        with device_scope(tokens):
+            residual_kernel[(triton.cdiv(n, shape.rows), triton.cdiv(d, COLUMNS))](
+                tokens, update, keys, total, cast, n, stream, shape, **launch.options
+            )
+    return cast
 
 
 def _check(tokens: Tensor, update: Tensor, keys: Tensor | None, p: float) -> None:
@@ -147,6 +126,14 @@ def _check(tokens: Tensor, update: Tensor, keys: Tensor | None, p: float) -> Non
     check_tensors(expected, keys=torch.int32)
 
 
+def _forward(
+    tokens: Tensor, update: Tensor, keys: Tensor | None, dtype: torch.dtype, p: float, stream: int
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(tokens)
+    cast = _add(tokens, update, keys, total, dtype, p, stream)
+    return total, tokens.new_empty(0) if cast is total else cast  # an operator may not return one memory twice
+
+
 def _fake(
     tokens: Tensor, update: Tensor, keys: Tensor | None, dtype: torch.dtype, p: float, stream: int
 ) -> tuple[Tensor, Tensor]:
@@ -155,49 +142,28 @@ def _fake(
     return torch.empty_like(tokens), cast
 
 
-def _backward(
-    grad_total: Tensor, grad_cast: Tensor, keys: Tensor | None, update: torch.dtype, p: float, stream: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens, and of what was added to them, which is of type ``update``."""
-    grad_total, grad_cast = grad_total.contiguous(), grad_cast.contiguous()
-    grad_tokens, grad_update = torch.empty_like(grad_total), torch.empty_like(grad_total, dtype=update)
-    tensors = grad_total, grad_cast, keys, grad_tokens, grad_update
-    _launch(residual_bwd_kernel, tensors, grad_cast.numel() > 0, grad_cast.dtype, p, stream)
-    return grad_tokens, grad_update
-
-
-def _backward_fake(
-    grad_total: Tensor, grad_cast: Tensor, keys: Tensor | None, update: torch.dtype, p: float, stream: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad_total), torch.empty_like(grad_total, dtype=update)
-
-
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    _, update, keys, _, p, stream = inputs
+    tokens, update, keys, dtype, p, stream = inputs
     ctx.save_for_backward(keys)
-    ctx.settings = (update.dtype, p, stream)
+    ctx.settings = (dtype != tokens.dtype, update.dtype, p, stream)
 
 
 def _differentiate(
     ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, grad_cast: Tensor
 ) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.stflow_fast.residual_backward(grad_total, grad_cast, *ctx.saved_tensors, *ctx.settings)
-    return *gradients, None, None, None, None
+    (keys,), (casts, update, p, stream) = ctx.saved_tensors, ctx.settings
+    grad = grad_total + grad_cast if casts else grad_total
+    dropped = dropout(grad, keys, p, stream) if p > 0 else grad
+    return grad, dropped.to(update), None, None, None, None
 
 
 _LIBRARY = torch.library.Library("stflow_fast", "FRAGMENT")
 _LIBRARY.define(
     "residual(Tensor tokens, Tensor update, Tensor? keys, ScalarType dtype, float p, int stream) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(
-    "residual_backward(Tensor grad_total, Tensor grad_cast, Tensor? keys, ScalarType update, float p, int stream) "
-    "-> (Tensor, Tensor)"
-)
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("residual", _forward, _device)
-    _LIBRARY.impl("residual_backward", _backward, _device)
 torch.library.register_fake("stflow_fast::residual", _fake, lib=_LIBRARY)
-torch.library.register_fake("stflow_fast::residual_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("stflow_fast::residual", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
 
 settle_keys(globals())

@@ -93,7 +93,7 @@ def join(project: Affine, gene: Affine, n_heads: int) -> Affine:
     """One product [2 * H * P + d, d + G + padding] that reads tokens and expression: A less the gene terms of every
     head, B and these, values. ``gene`` [P, G] brings the expression to these terms. Of one layer or of several.
 
-    Eight times the work of a product with the expression alone, and two passes over the terms less.
+    For each head twice the work of a product with the expression alone, and two passes over the terms less.
     """
     by_head = torch.cat([gene.weight] * n_heads, dim=-2)
     values = project.weight.shape[-2] - 2 * by_head.shape[-2]
@@ -189,9 +189,10 @@ def fold_layers(
     attention, mlp, hidden = _stacked(weights)
     attention = fold_attention(attention, config)
     joined = None
-    # Of more genes the heads are folded, or the product would be larger than what it saves.
-    if not config.heads_are_narrow and _is_joined(mlp.fc1_weight):
-        joined = join(attention.project, Affine(torch.stack(list(genes)), None), config.n_heads)
+    if _is_joined(mlp.fc1_weight):
+        # Of more genes their terms are read, or the product would be larger than what it saves.
+        read = [_identity(gene) for gene in genes] if config.heads_are_narrow else list(genes)
+        joined = join(attention.project, Affine(torch.stack(read), None), config.n_heads)
     if dtype is not None and torch.is_grad_enabled() and ops.on_triton(mlp.fc1_weight):
         attention, mlp, hidden = attention.of_autocast(dtype), ops.weights_of_autocast(mlp, dtype), hidden.to(dtype)
         joined = joined and joined.to(dtype)
@@ -209,9 +210,10 @@ def fold_heads(layers: Sequence[LayerState], n_heads: int) -> LinearHeads:
     reading += [_behind(by, head) for by, head in zip(by_gene[1:], heads[:-1], strict=True)]
     weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
     bias = torch.stack([head.bias for head in heads]).mean(dim=0)
-    terms_themselves = Affine(torch.eye(len(by_gene[0]), dtype=weight.dtype, device=weight.device), None)
     joined = [
-        join(layer.attention.project, gene or terms_themselves, n_heads) if _is_joined(weight) else None
+        join(layer.attention.project, gene or Affine(_identity(by_gene[0]), None), n_heads)
+        if _is_joined(weight)
+        else None
         for layer, gene in zip(layers, reading, strict=True)
     ]
     of_mean = Affine(weight, bias)
@@ -222,8 +224,13 @@ def _behind(by: Tensor, product: Affine) -> Affine:
     return Affine(by @ product.weight, by @ product.bias)
 
 
+def _identity(by_gene: Tensor) -> Tensor:
+    """[P, P] what brings gene terms to gene terms."""
+    return torch.eye(len(by_gene), dtype=by_gene.dtype, device=by_gene.device)
+
+
 def _is_joined(weight: Tensor) -> bool:
-    """Whether anything would read a joined product: plain torch with gradients does not."""
+    """Whether a joined product is made: with gradients not where plain torch is known to run, which reads none."""
     return not torch.is_grad_enabled() or ops.on_triton(weight)
 
 

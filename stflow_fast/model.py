@@ -141,7 +141,7 @@ class GeneUpdate(nn.Module):
             genes = ops.apply_dropout(genes, config.dropout, keys, STREAM_GENE)
             return (genes.relu_() if config.non_negative else genes,)
 
-        if keys is None and not torch.is_grad_enabled():
+        if (keys is None or config.dropout == 0) and not torch.is_grad_enabled():
             return ops.by_rows(at_once, (pre, total), weights, None)[0]
         (x,) = ops.by_rows(genes, (pre,), weights, keys)
         total += x
@@ -322,8 +322,11 @@ class SpatialTransformer(nn.Module):
     def _run_layers(
         self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None
     ) -> Tensor:
-        total, terms = torch.zeros_like(x), ops.Gathered(len(x))
+        total, terms = x.new_zeros(x.shape), ops.Gathered(len(x))
+        by_terms = self.config.heads_are_narrow and ops.on_triton(x)  # see fold_layers
         for block, layer, layer_keys in zip(self.blks, states.layers, self._keys_of_layers(keys), strict=True):
+            if by_terms:
+                x, layer = _product(x, layer.gene), layer._replace(gene=None)
             pre, tokens = block(x, tokens, layer, graph, layer_keys, terms)
             x = block.gene_updater.genes(pre, layer, layer_keys, total)
             del pre  # not held while the next layer attends

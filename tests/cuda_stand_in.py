@@ -43,13 +43,23 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         assert function is not torch.ops.aten._local_scalar_dense.default, "a capture cannot wait for the device"
         kwargs = kwargs or {}
+        before = [(written, written.clone()) for written in _written(function, args, kwargs)]
         made = function(*args, **kwargs)
+        for written, value in before:
+            written.copy_(value)
         places, given = _tensors(made), {_memory(tensor) for tensor in _tensors((args, kwargs))}
         for place in places:
             if place.is_floating_point() and _memory(place) not in given:
                 place.fill_(torch.nan)  # a capture computes nothing
         self.graph.operations.append((function, args, kwargs, places))
         return made
+
+
+def _written(function: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """What an operation writes to of what it is given: a capture computes nothing, and leaves it as it was."""
+    named = dict(zip((each.name for each in function._schema.arguments), args, strict=False)) | kwargs
+    write = [each.name for each in function._schema.arguments if each.alias_info and each.alias_info.is_write]
+    return _tensors([named.get(name) for name in write])
 
 
 class StandIn:

@@ -711,8 +711,24 @@ def test_a_draw_waits_for_the_gpu_once_at_its_end(cuda_graph: bool) -> None:
         found = prepared.draw(seed=0).expression
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not found.is_pinned()
+    assert found.is_pinned()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_source_on_the_gpu_is_judged_without_another_wait() -> None:
+    prepared = Sampler(model().cuda()).prepare(slide(30))
+    x_0 = torch.rand(30, prepared.sampler.model.config.n_genes, device="cuda")
+    expected = [prepared.draw(x_0).expression for _ in range(2)][-1]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = prepared.draw(x_0).expression
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    x_0[3, 1] = torch.nan
+    with pytest.raises(InputError, match="x_0: has values that are NaN or infinite"):
+        prepared.draw(x_0)
 
 
 @pytest.mark.gpu

@@ -129,6 +129,31 @@ def test_gradients_of_a_call_are_those_of_plain_torch(n_genes: int, training: bo
         assert (found[name] - gradient).abs().max() < 1e-5 * largest, name
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("non_negative", [False, True])
+def test_expression_and_tokens_may_have_gaps(gradients: bool, non_negative: bool) -> None:
+    network = small(3, non_negative=non_negative).eval()
+    graph, t = network.build_graph(torch.rand(20, 2)), torch.tensor([0.3])
+    x_t, image = torch.rand(3, 20).T, torch.rand(20, 20)[:, :16]
+    found = []
+    for backend in ("reference", "triton"):
+        with torch.set_grad_enabled(gradients), use_backend(backend):
+            found.append(network.denoise(graph, x_t, image, t).detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_is_left_alone_by_autocast() -> None:
+    network = small(3).double().eval()
+    graph, t = network.build_graph(torch.rand(20, 2)), torch.tensor([0.3])
+    x_t, image = torch.rand(20, 3).double(), torch.rand(20, 16).double()
+    with torch.no_grad():
+        expected = network.denoise(graph, x_t, image, t)
+        with torch.autocast("cpu", torch.bfloat16), use_backend("auto"):
+            assert torch.equal(network.denoise(graph, x_t, image, t), expected)
+        with torch.autocast("cpu", torch.bfloat16), use_backend("triton"), pytest.raises(InputError, match="float64"):
+            network.denoise(graph, x_t, image, t)
+
+
 def test_what_nothing_would_read_is_not_joined() -> None:
     network = small(3)
     assert network.backbone.layer_states().layers[0].joined is None

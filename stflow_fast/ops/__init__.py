@@ -201,12 +201,10 @@ def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
 def gene_head(
     pre: Tensor, affine: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], total: Tensor, relu: bool
 ) -> Tensor:
-    """x [N, G] of :func:`gelu_norm` of pre [N, d], see ``reference.py``, added to ``total`` in place.
-
-    Without gradients; by one kernel up to MOST_HEAD_COLUMNS.
-    """
+    """Expression [N, G] of pre [N, d], added to ``total`` in place, see ``reference.py``; without gradients. Beyond
+    MOST_HEAD_COLUMNS by plain torch."""
     if not on_triton(pre) or pre.shape[1] > MOST_HEAD_COLUMNS:
-        return reference.gene_head(gelu_norm(pre, affine), head, total, relu)
+        return reference.gene_head(pre, affine, head, total, relu)
     from ..kernels.gene_head import gene_head as kernel
 
     weight, bias = (each.to(pre.dtype) for each in head)  # as autocast would
@@ -219,7 +217,7 @@ def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
         return reference.joined_norm(tokens, x, columns)
     from ..kernels.joined_norm import joined_norm as kernel
 
-    return kernel(tokens, x, columns, autocast_dtype(tokens.device) or tokens.dtype)
+    return kernel(tokens.contiguous(), x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
 
 
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
@@ -341,7 +339,8 @@ def _attention_in_blocks(
 
 
 def on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | None = None) -> bool:
-    dtype = autocast_dtype(x.device) or dtype or x.dtype
+    """Whether kernels run what reads x; autocast leaves float64 alone."""
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or dtype or x.dtype
     backend = backend_for(Workload(x.device, dtype, edges.sizes.k if edges else 1, edges=edges))
     if edges and backend.name == "triton":
         announce(backend)

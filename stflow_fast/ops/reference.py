@@ -105,10 +105,12 @@ def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
     return F.layer_norm(F.gelu(pre), pre.shape[-1:], *affine, LAYERNORM_EPS)
 
 
-def gene_head(hidden: Tensor, head: tuple[Tensor, Tensor], total: Tensor, relu: bool) -> Tensor:
-    """Expression [N, G] of hidden [N, d] by weight [G, d] and bias [G], behind a ReLU or not; added to ``total`` [N, G]
-    in place."""
-    x = F.linear(hidden, *head)
+def gene_head(
+    pre: Tensor, affine: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], total: Tensor, relu: bool
+) -> Tensor:
+    """Expression [N, G] of :func:`gelu_norm` of pre [N, d] by weight [G, d] and bias [G], behind a ReLU or not; it is
+    added to ``total`` [N, G] in place."""
+    x = F.linear(gelu_norm(pre, affine), *head)
     x = x.relu_() if relu else x
     total += x
     return x

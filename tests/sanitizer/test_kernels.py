@@ -185,9 +185,17 @@ def test_joined_norm(precision: Precision) -> None:
         check_gradients(operation, tensors, f"joined norm of {n}", precision)
 
 
-@pytest.mark.launches("residual_fwd_kernel", "residual_bwd_kernel")
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_residual(p: float, precision: Precision) -> None:
+@pytest.mark.launches("residual_kernel")
+def test_residual(precision: Precision) -> None:
+    check_residual(0.0, precision)
+
+
+@pytest.mark.launches("residual_kernel", "dropout_kernel")
+def test_residual_with_dropout(precision: Precision) -> None:
+    check_residual(0.3, precision)
+
+
+def check_residual(p: float, precision: Precision) -> None:
     def operation(tokens: Tensor, update: Tensor) -> Tensor:
         total, cast = ops.residual(tokens, update, p, spot_keys(len(tokens), "cuda"), STREAM)
         return total + cast
@@ -197,7 +205,7 @@ def test_residual(p: float, precision: Precision) -> None:
         check_gradients(operation, tensors, f"residual of {n}", precision)
 
 
-@pytest.mark.launches("residual_fwd_kernel", "residual_bwd_kernel")
+@pytest.mark.launches("residual_kernel")
 def test_residual_with_a_cast() -> None:
     from stflow_fast.kernels.residual import residual, residual_
 
