@@ -12,7 +12,7 @@ calls itself; 3.5 comes with torch 2.9.
 
 ``python -m stflow_fast.kernels.aot --default --arch 90``, of 53 variants: 3.5.0 and 3.6.0 compile them all; ``nearest``
 spills 32 bytes in both, in 3.5.0 three more with dropout 8 or 16 (the gate's backward in tf32 and ieee, the query-owned
-one in tf32); 3.7.1 spills none. Since tiles were measured, of 60: 3.6.0, 3.7.1, 3.8.0 and 3.9.0 compile them all, and
+one in tf32); 3.7.1 spills none. Since tiles were measured, of 79: 3.6.0, 3.7.1, 3.8.0 and 3.9.0 compile them all, and
 spill 3,112, 3,048, 3,032 and 3,328 bytes in 15, 13, 14 and 14 (``benchmarks/results/triton_versions.md``)."""
 
 OLDEST_INTERPRETER = "3.7"
