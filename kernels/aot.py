@@ -228,13 +228,13 @@ def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
     }[name]
 
 
-def streaming(numbers: int, precision: str) -> dict[str, float]:
-    """The work of what reads and writes so many numbers a spot, and nothing else."""
+def streaming(numbers: int, precision: str, wide: int = 0) -> dict[str, float]:
+    """The work of what reads and writes so many numbers a spot, ``wide`` ones in float32, and nothing else."""
     return {
         "matrix_flops": 0,
         "gates": 0,
         "bytes_gathered": 0,
-        "bytes_streamed": numbers * element_size(precision),
+        "bytes_streamed": numbers * element_size(precision) + wide * element_size("ieee"),
     }
 
 
@@ -338,7 +338,7 @@ def residual_variants(arch: int) -> Iterator[Variant]:
                 default=precision != "fp16" and (tokens == typed or not p),
                 trips=(),
                 rows=shape.rows,
-                work=streaming((4 if tokens != typed else 3) * d, precision),
+                work=streaming(3 * d, precision) if tokens == typed else streaming(2 * d, precision, 2 * d),
             )
 
 
@@ -361,7 +361,7 @@ def head_variants(arch: int) -> Iterator[Variant]:
             default=(d, genes, relu) == (128, 50, False) and precision != "fp16",
             trips=(parts,) if parts > 1 else (),
             rows=shape.rows,
-            work=streaming(d + genes, precision) | {"matrix_flops": 2 * d * genes, "gates": d},
+            work=streaming(d + genes, precision, 2 * genes) | {"matrix_flops": 2 * d * genes, "gates": d},
         )
 
 
