@@ -228,14 +228,15 @@ def edge_work(name: str, shape: EdgeShape, size: int) -> dict[str, float]:
     }[name]
 
 
-def streaming(numbers: int, precision: str, wide: int = 0) -> dict[str, float]:
-    """The work of what reads and writes so many numbers a spot, ``wide`` ones in float32, and nothing else."""
-    return {
-        "matrix_flops": 0,
-        "gates": 0,
-        "bytes_gathered": 0,
-        "bytes_streamed": numbers * element_size(precision) + wide * element_size("ieee"),
-    }
+def streaming(numbers: int, precision: str) -> dict[str, float]:
+    """The work of what reads and writes so many numbers a spot, and nothing else."""
+    return moving((numbers, POINTER.get(precision, "*fp32")))
+
+
+def moving(*tensors: tuple[int, str]) -> dict[str, float]:
+    """:func:`streaming` of numbers a spot of several types."""
+    bytes_streamed = sum(numbers * (4 if pointer == "*fp32" else 2) for numbers, pointer in tensors)
+    return {"matrix_flops": 0, "gates": 0, "bytes_gathered": 0, "bytes_streamed": bytes_streamed}
 
 
 GATE_TYPES = {"keys": "*i32", "grad_gain": "*fp32", "grad_bias": "*fp32", "n": "i32", "stream": "i32"}
@@ -295,17 +296,17 @@ def joined_variants(arch: int) -> Iterator[Variant]:
         for tokens, read in dict.fromkeys(itertools.product(("*fp32", typed), repeat=2)):
             types = dict.fromkeys(("tokens", "grad_tokens"), tokens) | dict.fromkeys(("x", "grad_x"), read)
             types |= dict.fromkeys(("joined", "grad_joined"), typed) | {"n": "i32", "S": "constexpr"}
-            numbers = columns * (1 if kernel is kernels[0] else 2)
+            backward = kernel is kernels[1]
             yield Variant(
                 kernel,
                 f"{_named(kernel)} {precision} d={d}" + _of_types(typed, tokens=tokens, x=read),
                 {name: types[name] for name in kernel.arg_names},
                 {"S": shape},
                 launch,
-                default=d == 128 and precision != "fp16" and (kernel is kernels[0] or tokens == typed),
+                default=d == 128 and precision != "fp16" and (not backward or tokens == typed),
                 trips=None,
                 rows=shape.rows,
-                work=streaming(numbers, precision),
+                work=moving(((1 + backward) * d, tokens), (genes, read), (columns, typed)),
             )
 
 
@@ -338,7 +339,7 @@ def residual_variants(arch: int) -> Iterator[Variant]:
                 default=precision != "fp16" and (tokens == typed or not p),
                 trips=(),
                 rows=shape.rows,
-                work=streaming(3 * d, precision) if tokens == typed else streaming(2 * d, precision, 2 * d),
+                work=moving((2 * d, tokens), ((2 if tokens != typed else 1) * d, typed)),
             )
 
 
@@ -361,7 +362,7 @@ def head_variants(arch: int) -> Iterator[Variant]:
             default=(d, genes, relu) == (128, 50, False) and precision != "fp16",
             trips=(parts,) if parts > 1 else (),
             rows=shape.rows,
-            work=streaming(d + genes, precision, 2 * genes) | {"matrix_flops": 2 * d * genes, "gates": d},
+            work=moving((d + genes, typed), (2 * genes, "*fp32")) | {"matrix_flops": 2 * d * genes, "gates": d},
         )
 
 
