@@ -93,7 +93,7 @@ def join(project: Affine, gene: Affine, n_heads: int) -> Affine:
     """One product [2 * H * P + d, d + G + padding] that reads tokens and expression: A less the gene terms of every
     head, B and these, values. ``gene`` [P, G] brings the expression to these terms. Of one layer or of several.
 
-    For each head twice the work of a product with the expression alone, and two passes over the terms less.
+    More than twice the work for each head of a product with the expression alone, and two passes over the terms less.
     """
     by_head = torch.cat([gene.weight] * n_heads, dim=-2)
     values = project.weight.shape[-2] - 2 * by_head.shape[-2]
@@ -204,7 +204,7 @@ def fold_layers(
 
 
 def fold_heads(layers: Sequence[LayerState], n_heads: int) -> LinearHeads:
-    """The gene heads of all layers, which must be linear, in the precision of their parameters."""
+    """The gene heads of all layers, which must be linear."""
     heads, by_gene = [layer.head for layer in layers], [layer.gene.weight for layer in layers]
     reading: list[Affine | None] = [None]
     reading += [_behind(by, head) for by, head in zip(by_gene[1:], heads[:-1], strict=True)]

@@ -270,7 +270,7 @@ class SpatialTransformer(nn.Module):
         """Folded weights of every layer; differentiable, and reusable while the parameters stay.
 
         In the parameters' precision, under autocast too: products of weights would be rounded twice. With gradients
-        the kernels' are then cast, all layers together.
+        the kernels' are then cast, all layers together: such states are for calls under the same autocast.
         """
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
         dtype = ops.autocast_dtype(device)
@@ -313,6 +313,7 @@ class SpatialTransformer(nn.Module):
         ``slide_seed`` [S] int64 seeds dropout in training mode; drawn by the graph's device when None.
         """
         with spread(x.device):
+            tokens = tokens.contiguous()
             keys = self._dropout_keys(graph, slide_seed) if self.training else None
             if states.heads is not None and self._heads_are_linear:  # states may be of the other mode
                 read = self.run_folded(graph, self.gene_terms(x, states), tokens, states, keys)

@@ -233,7 +233,7 @@ class PreparedSlide:
         Args:
             x_0: [N, G] source sample in the order of the spots; drawn from the sampler's prior when None.
             seed: with the slide's id, decides x_0.
-            trajectory: return every call's prediction too; such a draw replays no CUDA graph.
+            trajectory: return every call's prediction too, none of them smoothed; such a draw replays no CUDA graph.
 
         Raises:
             InputError: x_0 of another shape, or NaN or infinite; a negative seed.
@@ -241,24 +241,22 @@ class PreparedSlide:
         with self.sampler.running():
             source = self._source(x_0, seed)
             # A GPU's answer comes with the sample: nothing waits for it.
-            finite = source.isfinite().all() if source.is_cuda else torch.tensor(_is_finite(source))
-            if not source.is_cuda:
-                self._refuse_unless(finite)
+            finite = [source.isfinite().all()] if source.is_cuda else []
+            self._refuse_unless(source.is_cuda or _is_finite(source))
+            kept: list[Tensor] = []
             if trajectory:
-                sample = self._trajectory(self._on_device(source))
-                (finite,) = _to_host(finite)
+                x_1 = self._trajectory(self._on_device(source), kept)
             else:
                 x_1 = self._loop(self.graph.to_rows(self._call.enter(self._on_device(source))))
-                x_1, finite = _to_host(x_1, finite)
-                sample = Sample(x_1, self.sampler.solver.nfe)
-            self._refuse_unless(finite)
-            return sample
+            x_1, *finite = _to_host(x_1, *finite)
+            self._refuse_unless(all(finite))
+            return Sample(x_1, self.sampler.solver.nfe, torch.stack(kept) if kept else None)
 
     def _on_device(self, x: Tensor) -> Tensor:
         weight = self.sampler.model.image_transform.weight
         return x.to(weight, non_blocking=weight.is_cuda)
 
-    def _refuse_unless(self, finite: Tensor) -> None:
+    def _refuse_unless(self, finite: bool) -> None:
         if not finite:
             raise InputError(f"{_where(self.slide_id)}x_0: has values that are NaN or infinite")
 
@@ -320,16 +318,16 @@ class PreparedSlide:
         """x_t [N, G] to the x_1 [N, G] that one call predicts."""
         return self._call.leave(self.graph.to_spots(self._call.read(self.graph.to_rows(self._call.enter(x_t)), t)))
 
-    def _trajectory(self, source: Tensor) -> Sample:
-        kept = []
+    def _trajectory(self, source: Tensor, kept: list[Tensor]) -> Tensor:
+        """The sample from x_0 [N, G], by single calls, whose predictions go into ``kept``."""
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             x_1 = self._predicted(x_t, t)
             kept.extend(_to_host(x_1))
             return x_1
 
-        self.sampler.solver.solve(predict, source)
-        return Sample(kept[-1], len(kept), torch.stack(kept))
+        x_1 = self.graph.to_rows(self.sampler.solver.solve(predict, source))
+        return self.graph.to_spots(smoothed(self.graph, x_1, self.sampler.smooth))
 
     def _source(self, x_0: Tensor | None, seed: int) -> Tensor:
         """:meth:`draw`'s x_0 [N, G], where it is; for a GPU, in memory that it copies from."""
@@ -339,8 +337,9 @@ class PreparedSlide:
             size, of_slide = (graph.n_spots, model.config.n_genes), slide_seed(seed, self.slide_id)
             x_0 = torch.from_numpy(self.sampler.prior.draw(*size, of_slide, self._features))
         x_0 = _expression("x_0", x_0, (graph.n_spots, model.config.n_genes), self.slide_id)
-        on_gpu = model.image_transform.weight.is_cuda
-        return x_0.pin_memory() if on_gpu and not x_0.is_cuda else x_0
+        weight = model.image_transform.weight
+        x_0 = x_0.to(weight.dtype)
+        return x_0.pin_memory() if weight.is_cuda and not x_0.is_cuda else x_0
 
 
 class _Call(NamedTuple):
@@ -684,8 +683,8 @@ def _where(slide_id: str) -> str:
 
 
 def _to_host(*tensors: Tensor) -> list[Tensor]:
-    """On the CPU, in memory of their own; from a GPU in pinned memory, to which the driver copies at once, and which
-    the next draw finds again where its result is not kept."""
+    """What is on the CPU itself; from a GPU in pinned memory, to which the driver copies at once, and which the next
+    draw finds again where its result is not kept."""
     if not tensors[0].is_cuda:
         return [x.cpu() for x in tensors]
     staged = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]

@@ -763,3 +763,21 @@ def test_a_graph_outlives_those_of_other_slides() -> None:
     torch.cuda.empty_cache()
     torch.full((2**28,), torch.nan, device="cuda")
     assert torch.equal(kept.draw(x_0).expression, expected)
+
+
+def test_a_trajectory_ends_in_the_sample_smoothed_or_not() -> None:
+    sampler = Sampler(model(), smooth=0.4)
+    prepared, x_0 = sampler.prepare(slide(30)), torch.rand(30, sampler.model.config.n_genes)
+    whole, drawn = prepared.draw(x_0, trajectory=True), prepared.draw(x_0)
+    torch.testing.assert_close(whole.expression, drawn.expression, rtol=1e-5, atol=1e-6)
+    plain = Sampler(sampler.model).prepare(slide(30)).draw(x_0).expression
+    torch.testing.assert_close(whole.trajectory[-1], plain, rtol=1e-5, atol=1e-6)
+    assert (whole.expression - plain).abs().max() > 1e-3
+
+
+def test_a_source_is_judged_as_the_model_reads_it() -> None:
+    prepared = Sampler(model()).prepare(slide(30))
+    x_0 = torch.zeros(30, prepared.sampler.model.config.n_genes, dtype=torch.float64)
+    x_0[2, 1] = 1e200
+    with pytest.raises(InputError, match="x_0: has values that are NaN or infinite"):
+        prepared.draw(x_0)

@@ -217,7 +217,7 @@ def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
         return reference.joined_norm(tokens, x, columns)
     from ..kernels.joined_norm import joined_norm as kernel
 
-    return kernel(tokens.contiguous(), x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
+    return kernel(tokens, x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
 
 
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
