@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # decided when a kernel's file is loaded
-
 import torch
 import triton.runtime.interpreter
 from torch import Tensor
@@ -302,6 +300,7 @@ def step_line(step: Counted) -> str:
 
 
 def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel's file is loaded
     samples = {kept: counted_sample(kept) for kept in (4, 3)}
     page = RESULTS / "roofline.md"
     before, _, after = page.read_text().split(MARK)

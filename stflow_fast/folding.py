@@ -170,13 +170,14 @@ class EncoderState(NamedTuple):
         return [layer._replace(gene=gene, joined=joined) for layer, (gene, joined) in layers]
 
 
-def fold_layers(
+def fold_network(
     weights: Sequence[LayerWeights],
     genes: Sequence[Tensor],
     heads: Sequence[Affine],
     config: DenoiserConfig,
     dtype: torch.dtype | None,
-) -> list[LayerState]:
+    linear: bool,
+) -> EncoderState:
     """All layers of a network.
 
     Args:
@@ -185,39 +186,41 @@ def fold_layers(
         heads: [G, d] of every layer.
         dtype: of the caller's autocast. With gradients the kernels' weights are cast to it here, together, as each
             product would; without, see :meth:`EncoderState.of_autocast`.
+        linear: whether nothing behind a gene head keeps it from being folded.
     """
     attention, mlp, hidden = _stacked(weights)
     attention = fold_attention(attention, config)
-    joined = None
-    if _is_joined(mlp.fc1_weight):
+    folded, joined = None, None
+    if config.heads_are_narrow and linear:
+        folded = fold_heads(_unstacked(attention.project), genes, heads, config.n_heads)
+    elif _is_joined(mlp.fc1_weight):
         # Of more genes their terms are read, or the product would be larger than what it saves.
         read = [_identity(gene) for gene in genes] if config.heads_are_narrow else list(genes)
         joined = join(attention.project, Affine(torch.stack(read), None), config.n_heads)
     if dtype is not None and torch.is_grad_enabled() and ops.on_triton(mlp.fc1_weight):
         attention, mlp, hidden = attention.of_autocast(dtype), ops.weights_of_autocast(mlp, dtype), hidden.to(dtype)
-        joined = joined and joined.to(dtype)
+        folded, joined = folded and folded.to(dtype), joined and joined.to(dtype)
     of_layers = _unstacked((attention, mlp, hidden)), _unstacked(joined) if joined else [None] * len(weights)
-    return [
+    layers = [
         LayerState(*layer, head, Affine(gene, None), together)
         for layer, together, gene, head in zip(*of_layers, genes, heads, strict=True)
     ]
+    return EncoderState(layers, folded)
 
 
-def fold_heads(layers: Sequence[LayerState], n_heads: int) -> LinearHeads:
-    """The gene heads of all layers, which must be linear."""
-    heads, by_gene = [layer.head for layer in layers], [layer.gene.weight for layer in layers]
+def fold_heads(
+    projects: Sequence[Affine], genes: Sequence[Tensor], heads: Sequence[Affine], n_heads: int
+) -> LinearHeads:
+    """The gene heads of all layers, which must be linear. ``projects`` are those of :class:`FoldedAttention`."""
     reading: list[Affine | None] = [None]
-    reading += [_behind(by, head) for by, head in zip(by_gene[1:], heads[:-1], strict=True)]
+    reading += [_behind(by, head) for by, head in zip(genes[1:], heads[:-1], strict=True)]
     weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
-    bias = torch.stack([head.bias for head in heads]).mean(dim=0)
-    joined = [
-        join(layer.attention.project, gene or Affine(_identity(by_gene[0]), None), n_heads)
-        if _is_joined(weight)
-        else None
-        for layer, gene in zip(layers, reading, strict=True)
-    ]
-    of_mean = Affine(weight, bias)
-    return LinearHeads(list(zip(reading, joined, strict=True)), of_mean, _behind(by_gene[0], of_mean))
+    of_mean = Affine(weight, torch.stack([head.bias for head in heads]).mean(dim=0))
+    joined: list[Affine | None] = [None] * len(heads)
+    if _is_joined(weight):
+        read = [gene or Affine(_identity(genes[0]), None) for gene in reading]
+        joined = [join(project, gene, n_heads) for project, gene in zip(projects, read, strict=True)]
+    return LinearHeads(list(zip(reading, joined, strict=True)), of_mean, _behind(genes[0], of_mean))
 
 
 def _behind(by: Tensor, product: Affine) -> Affine:

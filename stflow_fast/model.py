@@ -16,7 +16,7 @@ from . import ops
 from .calls import CALLS_BUDGET, KnownSlides
 from .config import DenoiserConfig, parse_bytes
 from .errors import InputError
-from .folding import Affine, AttentionWeights, EncoderState, LayerState, LayerWeights, fold_heads, fold_layers
+from .folding import Affine, AttentionWeights, EncoderState, LayerState, LayerWeights, fold_network
 from .graph import SpotGraph
 from .kernels.conventions import LAYERNORM_EPS
 from .ops.dropout import DropoutKeys
@@ -275,15 +275,14 @@ class SpatialTransformer(nn.Module):
         device = self.blks[0].attn.layernorm_qkv[1].weight.device
         dtype = ops.autocast_dtype(device)
         with spread(device), torch.autocast(device.type, enabled=False):
-            layers = fold_layers(
+            return fold_network(
                 [block.weights for block in self.blks],
                 [block.attn.by_gene for block in self.blks],
                 [_affine(block.gene_updater.head) for block in self.blks],
                 self.config,
                 dtype,
+                self._heads_are_linear,
             )
-            foldable = self.config.heads_are_narrow and self._heads_are_linear
-            return EncoderState(layers, fold_heads(layers, self.config.n_heads) if foldable else None)
 
     @property
     def _heads_are_linear(self) -> bool:
@@ -324,7 +323,7 @@ class SpatialTransformer(nn.Module):
         self, graph: SpotGraph, x: Tensor, tokens: Tensor, states: EncoderState, keys: DropoutKeys | None
     ) -> Tensor:
         total, terms = x.new_zeros(x.shape), ops.Gathered(len(x))
-        by_terms = self.config.heads_are_narrow and ops.on_triton(x)  # see fold_layers
+        by_terms = self.config.heads_are_narrow and ops.on_triton(x)  # see fold_network
         for block, layer, layer_keys in zip(self.blks, states.layers, self._keys_of_layers(keys), strict=True):
             if by_terms:
                 x, layer = _product(x, layer.gene), layer._replace(gene=None)

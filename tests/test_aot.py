@@ -9,23 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from stflow_fast.kernels import (
-    aot,
-    dropout,
-    edge_attention,
-    gated_mlp,
-    gene_head,
-    joined_norm,
-    launch,
-    neighbors,
-    residual,
-)
+from stflow_fast.kernels import aot, launch, modules
 
 KERNELS = {
-    kernel.__name__: kernel
-    for module in (dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
+    kernel.__name__: kernel for module in modules() for name, kernel in vars(module).items() if name.endswith("_kernel")
 }
 
 

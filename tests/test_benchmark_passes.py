@@ -7,7 +7,12 @@ import torch
 
 from stflow_fast import Denoiser, DenoiserConfig, Sampler
 
+from .kernel_cases import DEVICE
+
 pytest.importorskip("triton")
+
+if DEVICE == "cuda":
+    pytest.skip("counts what is interpreted; a GPU has its profiler", allow_module_level=True)
 
 from benchmarks import passes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stflow_fast.kernels import dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual
+from stflow_fast.kernels import modules
 from triton.runtime import cache as triton_cache
 
 from benchmarks.gpu import __main__ as gpu
@@ -26,8 +26,7 @@ from benchmarks.lines import NEWER, newest, read
 from benchmarks.suite import LINE
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (dropout, edge_attention, gated_mlp, gene_head, joined_norm, neighbors, residual)
-KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+KERNELS = {name for module in modules() for name in vars(module) if name.endswith("_kernel")}
 FIRST, SAMPLE = "kernels compiled", "sample of 10,000 spots in bf16"
 
 

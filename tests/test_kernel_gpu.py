@@ -323,27 +323,29 @@ def spot_result(operation: str, n: int, d: int, dtype: torch.dtype, backend: str
     draw, wide = torch.Generator("cuda").manual_seed(n + d), torch.float64 if exactly else torch.float32
     narrow = torch.float64 if exactly else dtype
 
-    def drawn(*shape: int, of: torch.dtype = narrow) -> Tensor:
-        rounded = torch.randn(*shape, generator=draw, device="cuda").to(torch.float32 if of == wide else dtype)
-        return rounded.to(of).requires_grad_()
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cuda").to(dtype).to(narrow).requires_grad_()
+
+    def drawn_wide(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cuda").to(wide).requires_grad_()
 
     spots, genes, keys = (n, d), 50, spot_keys(n, "cuda")
     cast = torch.autocast("cuda", dtype, enabled=not exactly and dtype != torch.float32)
     with ops.use_backend(backend), cast:
         if operation == "residual":
-            inputs = {"tokens": drawn(*spots, of=wide), "update": drawn(*spots)}
+            inputs = {"tokens": drawn_wide(*spots), "update": drawn(*spots)}
             total, read = ops.residual(*inputs.values(), 0.2, keys, STREAM)
             outputs = (total, read.to(narrow))  # as autocast casts it for the products in plain torch
         elif operation == "joined norm":
-            inputs = {"tokens": drawn(*spots, of=wide), "x": drawn(n, genes)}
+            inputs = {"tokens": drawn_wide(*spots), "x": drawn(n, genes)}
             outputs = (ops.joined_norm(*inputs.values(), d + genes + 6).to(narrow),)
         else:
-            inputs = {"pre": drawn(*spots), "gain": drawn(d, of=wide), "shift": drawn(d, of=wide)}
+            inputs = {"pre": drawn(*spots), "gain": drawn_wide(d), "shift": drawn_wide(d)}
             affine, head = tuple(inputs.values())[1:], (drawn(genes, d), drawn(genes))
             if operation == "gelu norm":
                 outputs = (ops.gelu_norm(inputs["pre"], affine).to(narrow),)
             else:
-                total = drawn(n, genes, of=wide).detach()
+                total = drawn_wide(n, genes).detach()
                 with torch.no_grad():
                     outputs = (ops.gene_head(inputs["pre"], affine, head, total, relu=True), total)
     output = torch.cat([output.to(wide) for output in outputs], dim=1)

@@ -22,18 +22,7 @@ from unittest import mock
 
 import torch
 import triton
-from stflow_fast.kernels import (
-    autotune,
-    autotune_cases,
-    dropout,
-    edge_attention,
-    gated_mlp,
-    gene_head,
-    joined_norm,
-    launch,
-    neighbors,
-    residual,
-)
+from stflow_fast.kernels import autotune, autotune_cases, launch, modules, neighbors
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
 
@@ -104,10 +93,11 @@ def absent_gpu(arch: int, variants: Variants, launched: Launched = lambda *_: No
 
     driver.set_active(AbsentGPU(arch))
     with contextlib.ExitStack() as patches:
-        for module in (dropout, edge_attention, gated_mlp, gene_head, joined_norm, residual):
-            patches.enter_context(mock.patch.object(module, "check_device"))
-        for module in (joined_norm, launch, neighbors, residual):
-            patches.enter_context(mock.patch.object(module, "architecture", return_value=arch))
+        for module in modules():
+            if hasattr(module, "check_device"):
+                patches.enter_context(mock.patch.object(module, "check_device"))
+            if hasattr(module, "architecture"):
+                patches.enter_context(mock.patch.object(module, "architecture", return_value=arch))
         patches.enter_context(mock.patch.object(neighbors, "_check"))
         patches.enter_context(mock.patch.object(backend, "why_not_triton", return_value=None))
         # No hook of Triton's: before it calls one, it writes constants as JSON, and a NamedTuple is none.

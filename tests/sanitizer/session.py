@@ -20,15 +20,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import pkgutil
 import re
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
-import stflow_fast.kernels
+from stflow_fast.kernels import modules
 from triton.backends.compiler import GPUTarget
 from ttsem import harness, memory, mlir, ops, pidraces, sanitize
 
@@ -92,12 +89,6 @@ def _refuse_unchecked() -> NoReturn:
     raise AssertionError("a launch is too large to be checked for races: make the test smaller")
 
 
-def kernel_modules() -> list[ModuleType]:
-    """Every module of the kernels."""
-    package = stflow_fast.kernels
-    return [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
-
-
 mlir.enable_generic_printing()
 harness.record_launch = _record_apart
 harness.ir_for_launch = _ir_alone
@@ -108,7 +99,7 @@ ops.PTX_FRAGMENTS["tanh.approx.f32 $0, $1;"] = (_tanh_approx, "div")
 _open = contextlib.ExitStack()
 _open.enter_context(sanitize.session(HOPPER, on_unchecked=_refuse_unchecked))
 # Inside an operator of ours ttsem's tensors are on the CPU, for which kernels would take the interpreter's tiles.
-for _module in kernel_modules():
+for _module in modules():
     if hasattr(_module, "architecture"):
         _module.architecture = lambda device: architecture
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from stflow_fast.kernels import modules
 from stflow_fast.kernels.launch import Launch, use_launch
 from torch import Tensor
 
@@ -268,11 +269,9 @@ def test_nearest_of_packed_slides() -> None:
 
 
 def test_every_kernel_is_launched() -> None:
-    from .session import kernel_modules
-
     kernels = {
         value.fn.__name__
-        for module in kernel_modules()
+        for module in modules()
         for value in vars(module).values()
         if isinstance(value, triton.JITFunction) and value.fn.__name__.endswith("_kernel")
     }
