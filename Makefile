@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test sanitize test-others check format bench bench-compare gpu gpu-cache triton-versions clean
+.PHONY: setup demo test sanitize test-others check release-check format bench bench-compare gpu gpu-cache triton-versions clean
 
 setup: $(VENV)/.done
 
@@ -38,7 +38,7 @@ ANNDATAS := $(OTHERS)/anndata-0.10 $(OTHERS)/anndata-0.11
 test-others: setup $(ANNDATAS:=/.done) $(OTHERS)/squidpy/.done
 	STFLOW_ANNDATA_PYTHONS=$(OTHERS)/anndata-0.10/bin/python:$(OTHERS)/anndata-0.11/bin/python \
 		STFLOW_SQUIDPY_PYTHON=$(OTHERS)/squidpy/bin/python \
-		$(BIN)/python -m pytest tests/test_outputs.py -q -k "other_versions or squidpy"
+		$(BIN)/python -m pytest tests/test_outputs_elsewhere.py -q
 
 # anndata 0.10 is older than numpy 2.
 $(OTHERS)/anndata-%/.done:
@@ -51,10 +51,21 @@ $(OTHERS)/squidpy/.done:
 	$(@D)/bin/pip install --quiet squidpy
 	touch $@
 
+# Types are checked of what is installed, where kernels/ is stflow_fast/kernels and benchmarks/ is stflow_fast/benchmarks.
+TYPED := build/typed
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	rm -rf $(TYPED)
+	$(BIN)/python setup.py --quiet build_py --build-lib $(TYPED)
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# What would be published: sdist and wheel in build/release, what they hold, and the wheel in an empty environment of its
+# own: demo, benchmark, doctor. Minutes, and the network. RELEASE_FLAGS=--borrow takes the libraries of .venv instead.
+RELEASE_FLAGS ?=
+release-check: setup
+	$(BIN)/python .ci/release_check.py $(RELEASE_FLAGS)
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -76,7 +87,7 @@ BENCH_BUSY = --spots 1e4 --threads 1,2 --busy 0,2 --busy-nice 0,10 --rounds 3 --
 # What torch.compile compiled before would make first calls short.
 BENCH = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/stflow-fast benchmark --resume --minutes $(BENCH_MINUTES) --out benchmarks/results
 
-# What the README's first table shows comes first. Genes before it, so that the file has all numbers of them in one run; 50
+# What the first table of benchmarks/README.md shows comes first. Genes before it, so that the file has all numbers of them in one run; 50
 # are measured again beside the other providers, and so is what is timed with one thread and two, and beside busy ones.
 bench: setup
 	$(BENCH) --workload sample,denoise --spots 1e4 --genes 50,500,18000 --providers reference,eager_stflow \
@@ -103,7 +114,7 @@ bench: setup
 
 # Is HEAD (the working tree where none is named) slower than BASE? make bench-compare BASE=HEAD~1
 bench-compare: setup
-	$(BIN)/python -m benchmarks.compare "$(BASE)" $(HEAD)
+	$(BIN)/python -m benchmarks compare "$(BASE)" $(HEAD)
 
 # Compiles the kernels of `make gpu` without a GPU, for a machine with this Triton and Python, into carried/, and copies the
 # golden files there.
@@ -116,7 +127,7 @@ gpu-cache: setup
 # into benchmarks/results. Ten to twenty minutes of one core.
 TRITON_VERSIONS ?= 3.6.0,3.7.1,3.8.0,3.9.0
 triton-versions: setup
-	$(BIN)/python -m benchmarks.triton_versions --versions $(TRITON_VERSIONS)
+	$(BIN)/python -m benchmarks triton_versions --versions $(TRITON_VERSIONS)
 
 # On a machine with a GPU and its own torch and triton: needs no network, and no git where COMMIT names the commit. What to
 # type, and what comes back: benchmarks/gpu/README.md. GPU_FLAGS=--rehearse runs the same plan on the CPU, tiny.
@@ -126,7 +137,7 @@ GPU_MINUTES ?= 7
 GPU_FLAGS ?=
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
+	$(GPU_PYTHON) -m benchmarks gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
 
 clean:
-	rm -rf $(VENV) demo build carried *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) demo build carried *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache

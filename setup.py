@@ -4,9 +4,25 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "stflow_fast" / "_version.py").read_text()).group(1)
+
+
+def description():
+    """README.md for a page that has no repository around it: of links to files the words stay, and pictures go."""
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", (HERE / "README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
+class WithoutTests(build_py):
+    """Benchmarks have tests of pytest-benchmark among them, which nobody runs from an installed package."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [each for each in found if each[1] != "conftest" and not each[1].startswith("test_")]
+
 
 # What `stflow-fast embed` runs but for timm, which brings torchvision: that must fit the torch that is there.
 EMBED = [
@@ -24,8 +40,27 @@ setup(
     name="stflow-fast",
     version=VERSION,
     description="Spatial gene expression from histology for whole slides: STFlow in memory linear in the spots",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=description(),
     long_description_content_type="text/markdown",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2506.05361",
+        "Published code": "https://github.com/Graph-and-Geometric-Learning/STFlow",
+    },
+    keywords="spatial transcriptomics, histology, computational pathology, gene expression, flow matching, triton",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Bio-Informatics",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     python_requires=">=3.10",
     # Top-level import packages called "kernels" and "benchmarks" would collide with well-known ones.
@@ -33,11 +68,11 @@ setup(
         *find_packages(include=["stflow_fast", "stflow_fast.*"]),
         "stflow_fast.kernels",
         "stflow_fast.benchmarks",
-        "stflow_fast.benchmarks.baselines",
-        "stflow_fast.benchmarks.gpu",
+        *(f"stflow_fast.benchmarks.{room}" for room in find_packages("benchmarks")),
     ],
     package_dir={"stflow_fast.kernels": "kernels", "stflow_fast.benchmarks": "benchmarks"},
-    package_data={"stflow_fast.kernels": ["launch_table.csv"]},
+    package_data={"stflow_fast": ["py.typed", "model_card.md"], "stflow_fast.kernels": ["launch_table.csv"]},
+    cmdclass={"build_py": WithoutTests},
     install_requires=[
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",
@@ -48,6 +83,7 @@ setup(
         "anndata>=0.11",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.26",
+        "jinja2>=3.0",  # of the hub's model cards
         "accelerate>=1.0",
         "scikit-learn>=1.3",
         "scoringrules>=0.9",
@@ -73,6 +109,8 @@ setup(
             "psutil",
             "ruff>=0.6",
             "import-linter>=2.1",
+            "mypy>=1.15",
+            "build>=1.2",
         ],
     },
     entry_points={"console_scripts": ["stflow-fast = stflow_fast.cli:main"]},

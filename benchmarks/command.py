@@ -23,17 +23,18 @@ from stflow_fast.devices import choose_device
 from stflow_fast.errors import InputError, OutputError
 from stflow_fast.progress import figures_bar
 
-from . import measure, report
-from .cases import CHECK_SPOTS, NETWORK, PRECISION, Case, Plan
-from .jobs import input_bytes, job_of, providers_of, why_not
-from .lines import WORKLOADS, load, out_of_memory, read
-from .operations import OPERATIONS
-from .pictures import write_pictures
-from .providers import OVER_BUDGET, class_of
-from .slides import LAYOUTS
-from .suite import TOO_LONG, Suite
-from .terminal import terminal_table
-from .workload import parse_sizes
+from .pages import report
+from .pages.lines import WORKLOADS, load, out_of_memory, read
+from .pages.pictures import write_pictures
+from .pages.terminal import terminal_table
+from .suite import measure
+from .suite.cases import CHECK_SPOTS, NETWORK, PRECISION, Case, Plan
+from .suite.jobs import input_bytes, job_of, providers_of, why_not
+from .suite.operations import OPERATIONS
+from .suite.providers import OVER_BUDGET, class_of
+from .suite.run import TOO_LONG, Suite
+from .suite.slides import LAYOUTS
+from .suite.workload import parse_sizes
 
 CPU_PROVIDERS = ("reference", "reference_compiled", "eager_stflow", "flash_attention")
 CPU_GRAPHS = ("scipy_kdtree", "dense_cdist")
@@ -53,7 +54,8 @@ TINY = dataclasses.replace(NETWORK, feature_dim=16, **TINY_WIDTHS)
 TINY_SPOTS, TINY_GENES, TINY_K = 24, 5, 4
 
 COMMITTED = Path("benchmarks/results")
-"""Beside a README with a section of benchmarks, the lines that it is drawn from."""
+PAGE = COMMITTED.with_name("README.md")
+"""Its section is drawn from the lines of the folder beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Order:
     providers: dict[str, tuple[str, ...]]
 
     @property
-    def places(self) -> set[tuple]:
+    def places(self) -> set[tuple[Any, ...]]:
         return {(*case, name) for case in self.cases for name in self.providers[case.workload]}
 
     def rehearsed(self) -> Order:
@@ -101,7 +103,7 @@ class Order:
         kept = {workload: tuple(filter(_rehearses, names)) for workload, names in self.providers.items()}
         return Order(plan, list(dict.fromkeys(cases)), kept)
 
-    def without(self, lines: Iterable[tuple]) -> Order:
+    def without(self, lines: Iterable[tuple[Any, ...]]) -> Order:
         """All but the cases of which every provider has its line; the others whole, so that all take turns again, and
         with the same of other numbers of threads and busy processes, so that these are of one run."""
 
@@ -182,7 +184,7 @@ def run(options: Options, out: Path, pictures: bool = True, complete: bool = Fal
     earlier = read(path) if path.exists() else []  # a broken line is told before anything is measured
     before = measured_before(earlier, order.plan) if options.resume else {}
     ordered, order = order.places, order.without(before)
-    lines: dict[tuple, dict[str, Any]] = {}
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         with figures_bar(len(order.places)) as (begin, done), appending(path) as write:
@@ -234,7 +236,7 @@ def _is_refused(line: dict[str, Any], plan: Plan) -> bool:
     return now is not None and now.partition(OVER_BUDGET)[0] == note.partition(OVER_BUDGET)[0]
 
 
-def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple, dict[str, Any]]:
+def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple[Any, ...], dict[str, Any]]:
     """By case and provider, those of this very code and its libraries; of those without a time what is refused."""
     same_code, versions = functools.cache(measure.same_code), measure.versions()
 
@@ -246,7 +248,7 @@ def measured_before(lines: list[dict[str, Any]], plan: Plan) -> dict[tuple, dict
     return {_place(line): line for line in lines if stands(line)}
 
 
-def _place(line: dict[str, Any]) -> tuple:
+def _place(line: dict[str, Any]) -> tuple[Any, ...]:
     """The case of a line, and its provider."""
     return (*Case.of(line), line["provider"])
 
@@ -290,10 +292,10 @@ def show(lines: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(lines))
 
 
-def redraw(folder: Path | None, readme: Path = Path("README.md")) -> None:
+def redraw(folder: Path | None, readme: Path = PAGE) -> None:
     """Show what was measured before. Where the results are those that a README has a section for, which they are where
     no folder is named, write that anew."""
-    committed = readme.parent / COMMITTED
+    committed = readme.parent / COMMITTED.name
     folder = folder or committed
     lines = load(folder)
     show(lines)
@@ -354,8 +356,8 @@ def _providers(text: str | None, workloads: tuple[str, ...], device: torch.devic
     """Those of each workload; of a list, each workload takes the ones it has."""
     if text is None:
         if device.type == "cpu":
-            found = dict.fromkeys(OPERATIONS, CPU_OPERATIONS) | {"graph": CPU_GRAPHS}
-            return {workload: found.get(workload, CPU_PROVIDERS) for workload in workloads}
+            special: dict[str, tuple[str, ...]] = {**dict.fromkeys(OPERATIONS, CPU_OPERATIONS), "graph": CPU_GRAPHS}
+            return {workload: special.get(workload, CPU_PROVIDERS) for workload in workloads}
         return {workload: providers_of(workload) for workload in workloads}
     known = dict.fromkeys(name for workload in (*workloads, *WORKLOADS) for name in providers_of(workload))
     names = _names("--providers", text, known)

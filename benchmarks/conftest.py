@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from .workload import THREADS
+from .suite.workload import THREADS
 
 
 @pytest.fixture(autouse=True)
-def _threads_and_load(request: pytest.FixtureRequest):
+def _threads_and_load(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     if "benchmark" in request.fixturenames:

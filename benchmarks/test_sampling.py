@@ -7,6 +7,7 @@ holds on a busy machine. For a rehearsal: STFLOW_BENCH_SPOTS, STFLOW_BENCH_ROUND
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from stflow_fast import Denoiser, DenoiserConfig, Sampler
 
-from . import jobs, measure, suite
 from .command import CPU_GRAPHS, CPU_PROVIDERS
-from .workload import N_GENES, ROUNDS, SPOTS, THREADS
+from .suite import jobs, measure, run
+from .suite.cases import Case, Plan
+from .suite.workload import N_GENES, ROUNDS, SPOTS, THREADS
 
 WORKLOADS = {"graph": CPU_GRAPHS, **dict.fromkeys(("denoise", "sample", "train_step"), CPU_PROVIDERS)}
 RUNS = [
@@ -41,14 +43,15 @@ def test_what_a_draw_is_beside_its_loop(benchmark: BenchmarkFixture, spots: int)
 @pytest.mark.parametrize(("workload", "name", "spots"), RUNS)
 def test_provider(benchmark: BenchmarkFixture, workload: str, name: str, spots: int) -> None:
     device = torch.device("cpu")
-    plan = jobs.Plan(device, int(0.9 * measure.free_memory(device)), ROUNDS)
-    case = jobs.Case(workload, "visium", spots, 8, N_GENES, "float32", THREADS)
+    plan = Plan(device, int(0.9 * measure.free_memory(device)), ROUNDS)
+    case = Case(workload, "visium", spots, 8, N_GENES, "float32", THREADS)
     job = jobs.job_of(plan, case, name)
     if lacks := job.why_not(spots, plan.memory_budget):
         pytest.skip(lacks)
     assert jobs.check(plan, case, name).check != "red"
-    peak = measure.in_own_process(suite.peak_of, plan, case, name)
+    peak = measure.in_own_process(run.peak_of, plan, case, name)
     benchmark.extra_info.update(spots=spots, provider=name, peak_bytes=peak and peak.get("peak_bytes"))
     job.prepare(spots, case.layout)
     turns = itertools.count()
-    benchmark.pedantic(lambda: job.call(next(turns)), rounds=ROUNDS, warmup_rounds=1)
+    timed: Any = benchmark  # pytest-benchmark says no types
+    timed.pedantic(lambda: job.call(next(turns)), rounds=ROUNDS, warmup_rounds=1)

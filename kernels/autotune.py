@@ -196,7 +196,8 @@ def gpu_clock(run: Run) -> float:
     run()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop)
+    elapsed: float = start.elapsed_time(stop)
+    return elapsed
 
 
 def cpu_clock(run: Run) -> float:
@@ -267,10 +268,11 @@ def summary(results: Sequence[Result]) -> Table:
     table = Table("kernel", "row", "ms", "chosen", "ms", "left out")
     for result in results:
         row, chosen = result.row, result.chosen
-        before = f"{result.times[row].median:.4g}" if chosen else ""
-        after = ("confirmed", "") if chosen == row else (str(chosen), f"{result.times[chosen].median:.4g}")
-        left_out = ", ".join(map(str, result.left_out))
-        table.add_row(str(result.case), str(row), before, *(after if chosen else ("none", "")), left_out)
+        before, after = "", ("none", "")
+        if chosen:
+            before = f"{result.times[row].median:.4g}"
+            after = ("confirmed", "") if chosen == row else (str(chosen), f"{result.times[chosen].median:.4g}")
+        table.add_row(str(result.case), str(row), before, *after, ", ".join(map(str, result.left_out)))
     return table
 
 

@@ -172,10 +172,10 @@ def _gene_head(case: Case, numbers: Numbers) -> Run:
 
 
 def _nearest(case: Case, numbers: Numbers) -> Run:
-    received: list[tuple] = []
+    received: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]] = []
 
-    def search(*arguments: Tensor) -> Tensor:
-        received.append(arguments)
+    def search(points: Tensor, code: Tensor, slide_ptr: Tensor, tied: Tensor, spot: Tensor, k: int) -> Tensor:
+        received.append((points, code, slide_ptr, tied, spot, k))
         return numbers.graph.neighbors
 
     SpotGraph.build(numbers.coords, N_NEIGHBORS, device=numbers.device, search=search)

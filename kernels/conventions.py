@@ -64,5 +64,5 @@ def float32_is_tf32() -> bool:
     """torch's setting, by the newer of its two interfaces where there is one: once it is used, the older one raises."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
+        return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"

@@ -1,12 +1,14 @@
 """Dropout whose mask is a hash of spot, stream and channel: ``dropout`` of ``stflow_fast/ops/dropout.py``.
 
-    x [N, C], keys [N] int32  ->  [N, C], zero with probability p, else scaled by 1 / (1 - p)
+    x [N, .], keys [N] int32  ->  [N, .], zero with probability p, else scaled by 1 / (1 - p)
 
 In plain torch the hash alone is a dozen passes over int32 tensors of the size of x; here it is none. The gradient is
 the same function of the gradient.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -36,12 +38,13 @@ def dropout_kernel(
 
 
 def dropout(x: Tensor, keys: Tensor, p: float, stream: int) -> Tensor:
-    """Inverted dropout of x [N, C] in its type, by keys [N] int32; differentiable in x.
+    """Inverted dropout of x [N, .] in its type, by keys [N] int32; differentiable in x.
 
     Raises:
         InputError: a shape, type, device or layout that the kernel does not take, named.
     """
-    return torch.ops.stflow_fast.dropout(x.contiguous(), keys, p, stream)
+    dropped: Tensor = torch.ops.stflow_fast.dropout(x.contiguous(), keys, p, stream)
+    return dropped
 
 
 def _forward(x: Tensor, keys: Tensor, p: float, stream: int) -> Tensor:
@@ -73,12 +76,12 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("stflow_fast::dropout", _fake, lib=_LIBRARY)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.drawn = inputs[2:]
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (keys,) = ctx.saved_tensors
     return torch.ops.stflow_fast.dropout(grad.contiguous(), keys, *ctx.drawn), None, None, None
 

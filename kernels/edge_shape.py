@@ -92,7 +92,8 @@ class EdgeShape:
 
 def _padded(size: int) -> int:
     """Tiles have powers of two for sides, and matrix products at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    side: int = max(16, triton.next_power_of_2(size))
+    return side
 
 
 WHOLE_SPOTS = ("edge_attention_fwd", "edge_attention_bwd_query")

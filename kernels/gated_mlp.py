@@ -159,7 +159,8 @@ def gated_mlp(
         x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
     if keys is None or p == 0:  # either of both is no dropout, and one kernel is compiled for it
         keys, p = None, 0.0
-    return torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, p, stream)
+    made: Tensor = torch.ops.stflow_fast.gated_mlp(x, *weights, keys, activation, p, stream)
+    return made
 
 
 def _forward(*arguments: Any) -> Tensor:
@@ -285,13 +286,13 @@ def _backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return *(torch.empty_like(tensor) for tensor in inputs[:6]), grad.new_empty(grad.shape[1])
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, _fc2_bias, keys, activation, p, stream = inputs
     ctx.save_for_backward(*tensors, keys)
     ctx.settings = (activation, p, stream)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.stflow_fast.gated_mlp_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return *gradients, None, None, None, None
 
@@ -302,7 +303,8 @@ def gelu_norm(pre: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     Raises:
         InputError: a shape, type, device or layout that the kernel does not take, named.
     """
-    return torch.ops.stflow_fast.gelu_norm(pre, gain, bias)
+    hidden: Tensor = torch.ops.stflow_fast.gelu_norm(pre, gain, bias)
+    return hidden
 
 
 def _gelu_norm(pre: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -327,12 +329,13 @@ def _gelu_norm_backward_fake(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...
     return tuple(map(torch.empty_like, inputs))
 
 
-def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_gelu_norm(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.stflow_fast.gelu_norm_backward(grad, *ctx.saved_tensors)
+def _differentiate_gelu_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.ops.stflow_fast.gelu_norm_backward(grad, *ctx.saved_tensors)
+    return gradients
 
 
 _WEIGHTS = "Tensor fc1, Tensor fc1_bias, Tensor gain, Tensor bias, Tensor fc2"

@@ -88,7 +88,7 @@ def _head_shape(rows: int, rounds: int, precision: str, d: int, genes: int, relu
 
 
 def _padded(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))  # products want 16 columns at least
+    return int(max(16, triton.next_power_of_2(d)))  # products want 16 columns at least
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -9,7 +9,7 @@ shift of the LayerNorm are folded into the weights of the product. The backward 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -92,7 +92,8 @@ def joined_norm(tokens: Tensor, x: Tensor, columns: int, dtype: torch.dtype) -> 
     Raises:
         InputError: a shape, type, device or layout that the kernel does not take, named.
     """
-    return torch.ops.stflow_fast.joined_norm(tokens, x, columns, dtype)
+    joined: Tensor = torch.ops.stflow_fast.joined_norm(tokens, x, columns, dtype)
+    return joined
 
 
 def _forward(tokens: Tensor, x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -141,13 +142,13 @@ def _backward_fake(grad_joined: Tensor, tokens: Tensor, genes: int, dtype: torch
     return torch.empty_like(tokens), tokens.new_empty(tokens.shape[0], genes, dtype=dtype)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, x, *_ = inputs
     ctx.save_for_backward(tokens)
     ctx.of_x = (x.shape[1], x.dtype)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_joined: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_joined: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.stflow_fast.joined_norm_backward(grad_joined, *ctx.saved_tensors, *ctx.of_x), None, None
 
 

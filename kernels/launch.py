@@ -115,7 +115,7 @@ def _parsed(fields: list[str]) -> Row:
         raise ValueError("reason: is missing")
     columns = _whole("columns", field["columns"]) if field["columns"] else WIDEST
     programs = _whole("programs", field["programs"]) if field["programs"] else 0
-    launch = Launch(*(_power(name, field[name]) for name in ("rows", "warps")), programs)
+    launch = Launch(_power("rows", field["rows"]), _power("warps", field["warps"]), programs)
     return Row(kernel, _whole("arch", field["arch"]), " ".join(precisions), columns, launch, field["reason"])
 
 
@@ -276,6 +276,6 @@ def halves_of(name: str, activation: str) -> int:
     return 2 if activation == "swiglu" else 1
 
 
-def device_scope(tensor: Tensor) -> contextlib.AbstractContextManager:
+def device_scope(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

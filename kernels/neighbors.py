@@ -1,4 +1,4 @@
-"""Exact K nearest neighbours of 2-D points, equal entry by entry to ``knn_graph`` of ``stflow_fast/graph.py``.
+"""Exact K nearest neighbours of 2-D points, equal entry by entry to ``knn_graph`` of ``stflow_fast/graph``.
 
 What it computes, for every row i of the packed slides, among the rows of its slide but itself:
 

@@ -9,7 +9,7 @@ of a sum is no kernel: that of the tokens is what arrives, and that of the updat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -142,15 +142,13 @@ def _fake(
     return torch.empty_like(tokens), cast
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tokens, update, keys, dtype, p, stream = inputs
     ctx.save_for_backward(keys)
     ctx.settings = (dtype != tokens.dtype, update.dtype, p, stream)
 
 
-def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, grad_cast: Tensor
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_total: Tensor, grad_cast: Tensor) -> tuple[Tensor | None, ...]:
     (keys,), (casts, update, p, stream) = ctx.saved_tensors, ctx.settings
     grad = grad_total + grad_cast if casts else grad_total
     dropped = dropout(grad, keys, p, stream) if p > 0 else grad

@@ -40,7 +40,8 @@ def installed(package: str) -> str | None:
 @functools.cache
 def release(version: str) -> tuple[int, ...]:
     """The numbers that a version begins with: (3, 6, 0) of 3.6.0rc1 and of 3.6.0+git1234."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+    beginning = re.match(r"[\d.]*", version)
+    return tuple(map(int, re.findall(r"\d+", beginning[0]))) if beginning else ()
 
 
 def older(version: str, other: str) -> bool:

@@ -97,7 +97,7 @@ def _name(name: str, value: Any) -> str:
             return value.decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{name}: {_short(value)} is not UTF-8 text") from error
-    if isinstance(value, str) or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
+    if isinstance(value, str) or (not isinstance(value, bool) and isinstance(value, numbers.Integral)):
         return str(value)
     raise InputError(f"{name}: {_short(value)} is not a name; give text")
 
@@ -125,7 +125,8 @@ def _read(name: str, value: Any) -> Tensor | np.ndarray:
             raise InputError(f"{name}: {missing} values are masked; fill them or leave those spots out")
         return np.asarray(value.data)
     if scipy.sparse.issparse(value):
-        return value.toarray()
+        dense: np.ndarray = value.toarray()
+        return dense
     if hasattr(value, "iloc") and hasattr(value, "columns"):
         return _of_frame(name, value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):

@@ -18,6 +18,7 @@ import numpy as np
 
 from .errors import InputError
 from .evaluation import certainty, left_out_groups
+from .evaluation.certainty import Draws
 from .files import read_json
 from .model import Denoiser
 from .priors.observation import LAWS, Law, ObservationModel, laws_of
@@ -74,12 +75,13 @@ def calibrate(
     folder = Path(run)
     if not (folder / MODEL_FOLDER).is_dir():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/; give the folder of a finished run of train")
-    model = Denoiser.from_pretrained(folder / MODEL_FOLDER, observation=False)
+    model: Denoiser = Denoiser.from_pretrained(folder / MODEL_FOLDER, observation=False)
     told = read_json(folder / RUN_FILE)
     slides = _training_side(folder, told, data, embeddings)
-    model.observation = fit_observation(predict_left_out(model, slides, folder / LEFT_OUT_FOLDER, on_epoch), model)
+    observation = fit_observation(predict_left_out(model, slides, folder / LEFT_OUT_FOLDER, on_epoch), model)
+    model.observation = observation
     model.save_pretrained(folder / MODEL_FOLDER)
-    return model.observation
+    return observation
 
 
 def predict_left_out(
@@ -145,7 +147,7 @@ def _trained(
     begun = folder / RUN_FILE
     same = begun.exists() and read_json(begun)["training"] == dataclasses.asdict(config)
     precision = model.provenance.training.get("precision")
-    how = {"precision": precision, "resume": same, "overwrite": not same, "on_epoch": on_epoch}
+    how: dict[str, Any] = {"precision": precision, "resume": same, "overwrite": not same, "on_epoch": on_epoch}
     return fit(data, folder, shape, config, **how).model
 
 
@@ -192,12 +194,17 @@ def _cross_validated(laws: Sequence[Law], predicted: Sequence[Predicted]) -> dic
     for number, group in enumerate(predicted):
         law = ObservationModel((), _typical([*laws[:number], *laws[number + 1 :]]), independent, {})
         draw = law.drawer(0, str(number), DRAWS, np.concatenate(group.coords))
-        scores.append(certainty(group.truth, group.mean, lambda rows, draw=draw, mean=group.mean: draw(mean[rows])))
+        scores.append(certainty(group.truth, group.mean, _around(group.mean, draw)))
     weights, found = [len(group.mean) for group in predicted], {}
     for name in ("crps_mean", "coverage_50", "coverage_90", "spread_ratio"):
         values = [each[name] for each in scores]
         found[name] = None if None in values else float(np.average(values, weights=weights))
     return found
+
+
+def _around(mean: np.ndarray, draw: Callable[[np.ndarray], np.ndarray]) -> Draws:
+    """Draws of some rows of a mean [N, G]."""
+    return lambda rows: draw(mean[rows])
 
 
 def _training_side(folder: Path, told: Any, data: str | Path | None, embeddings: str | Path | None) -> list[Slide]:

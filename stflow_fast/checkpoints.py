@@ -7,16 +7,15 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .calls import CALLS_BUDGET, KnownSlides
 from .config import DenoiserConfig, parse_bytes
 from .errors import InputError, with_path
 from .kernels.conventions import LAYERNORM_EPS
-from .model import Denoiser, SpatialTransformer
+from .model import CALLS_BUDGET, Denoiser, KnownSlides, SpatialTransformer
 from .pretrained import Provenance, load_state
 
 _ENCODER_PREFIX = "backbone."
@@ -204,11 +203,11 @@ def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **set
     The module is recognised by its parameters. They are shared: an optimiser that holds them goes on working, and
     so do its ``state_dict`` and its checkpoints. Its own ``forward`` and ``inference`` stay; what they call is faster
     and needs memory linear in the spots. What hangs on coordinates alone is kept from one call to the next
-    (:class:`~stflow_fast.calls.KnownSlides`), so a sampling loop makes it once.
+    (:class:`~stflow_fast.model.KnownSlides`), so a sampling loop makes it once.
 
     Slides of K spots or fewer differ: there the published code lets spots attend to themselves. Coordinates get no
     gradient. Code of a fork that no attribute tells of (a ``forward`` of its classes) is not seen:
-    ``python -m benchmarks.published --code FOLDER`` holds a checkout against ours.
+    ``python -m benchmarks published --code FOLDER`` holds a checkout against ours.
 
     Args:
         module: on any device, in any dtype. A module that is ours already is left as it is, with a warning.
@@ -251,7 +250,8 @@ def accelerate(module: nn.Module, memory_budget: int | str = CALLS_BUDGET, **set
     # The class changes, not the object: whoever holds a reference to the encoder holds the fast one.
     encoder.__class__ = SpatialTransformer
     vars(encoder).pop("n_neighbors", None)
-    encoder.config, encoder.blks, encoder.known = config, ours.blks, KnownSlides(budget)
+    fast = cast(SpatialTransformer, encoder)
+    fast.config, fast.blks, fast.known = config, ours.blks, KnownSlides(budget)
     encoder.train(encoder.training)
     return module
 
@@ -301,7 +301,8 @@ def _places(encoder: nn.Module) -> Iterator[tuple[str, str, Any]]:
         yield "n_neighbors", "n_neighbors", encoder.n_neighbors
     if hasattr(encoder, "non_negative"):
         yield "non_negative", "non_negative", bool(encoder.non_negative)
-    for index, block in enumerate(encoder.blks):
+    blocks: Any = encoder.blks
+    for index, block in enumerate(blocks):
         at = f"blks.{index}"
         for name in ("n_heads", "n_neighbors"):
             if hasattr(block.attn, name):
@@ -342,8 +343,8 @@ def _activation_of(at: str, mlp: nn.Module) -> Iterator[tuple[str, str, Any]]:
         yield "activation", f"{at}.act", "swiglu" if name == "silu" and _is_gated(mlp) else name
 
 
-def _is_gated(mlp: nn.Module) -> bool:
-    return mlp.norm.normalized_shape[0] < mlp.fc1.out_features
+def _is_gated(mlp: Any) -> bool:
+    return bool(mlp.norm.normalized_shape[0] < mlp.fc1.out_features)
 
 
 def _check_logit_activation(at: str, mlp: nn.Module) -> None:
@@ -354,7 +355,7 @@ def _check_logit_activation(at: str, mlp: nn.Module) -> None:
             raise InputError(f"{where}: is {value}; the fast encoder computes {wanted} there, as published")
 
 
-def _gene_head(at: str, head: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def _gene_head(at: str, head: Any) -> Iterator[tuple[str, str, Any]]:
     if hasattr(head, "non_negative"):
         yield "non_negative", f"{at}.non_negative", bool(head.non_negative)
     kinds = (nn.Linear, nn.GELU, nn.LayerNorm, (nn.Dropout, nn.Identity), nn.Linear, (nn.Dropout, nn.Identity))

@@ -85,7 +85,11 @@ class DenoiserConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DenoiserConfig:
-        """The inverse of :meth:`to_dict`; an unknown or missing field is an InputError that names it."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: an unknown or missing field, with its name.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

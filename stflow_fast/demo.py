@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from . import report
 from ._version import __version__
@@ -72,6 +73,7 @@ def _score_shuffled(model: Denoiser, slide: Slide, seed: int) -> dict[str, Any]:
 def _train(out: Path, cohort: Cohort, config: TrainingConfig) -> Run:
     train, regions = hold_out_regions(cohort.train, config.validation_fraction, config.seed)
     data = TrainingData(train, regions, HELD_OUT_REGIONS, cohort.genes, "synthetic", description={"data": "synthetic"})
+    assert config.epochs is not None  # run_demo says it
     with epochs_bar(config.epochs, data.selected_on) as on_epoch:
         return fit(data, out, DENOISER, config, overwrite=True, on_epoch=on_epoch)
 
@@ -84,7 +86,7 @@ def _write_report(out: Path, cohort: Cohort, run: Run, evaluation: Evaluation, s
         out / "pictures", result, evaluation.slides, evaluation.truth, evaluation.predicted
     )
     slide = cohort.test[0]
-    sections = [
+    sections: list[tuple[str, str | Table]] = [
         (
             "What this is",
             f"stflow-fast trained a small denoiser on {len(cohort.train)} synthetic slides of "

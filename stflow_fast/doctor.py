@@ -6,6 +6,7 @@ import os
 import platform
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from . import ops
@@ -46,9 +47,9 @@ def diagnose() -> Table:
         table.add_column(heading)
     table.add_row("python", platform.python_version(), platform.platform())
     for name in REQUIRED:
-        table.add_row(name, installed(name) or "missing", _remark(name, f"pip install {name}"))
+        table.add_row(name, installed(name) or "missing", escape(_remark(name, f"pip install {name}")))
     for name, absent in OPTIONAL.items():
-        table.add_row(name, installed(name) or "not installed (optional)", _remark(name, absent))
+        table.add_row(name, installed(name) or "not installed (optional)", escape(_remark(name, absent)))
     table.add_section()
     for row in (_device(), _threads(), *_load(), _backend(), _compiler()):
         table.add_row(*row)

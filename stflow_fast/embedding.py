@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def embed(
 ) -> list[Path]:
     """Embed the patches of slides and write one ``{out}/{name}/fp32/{slide}.h5`` each, in STFlow's layout.
 
-    A file has ``embeddings`` [N, D] in the order of the patches; ``coords`` [N, 2], top-left corners in level-0 pixels,
+    A file has ``embeddings`` [N, F] in the order of the patches; ``coords`` [N, 2], top-left corners in level-0 pixels,
     with the attributes that they have beside the patches (and the size of a patch wherever it is known: centres are
     found by it); ``barcodes`` [N, 1] bytes; and attributes that say what made it, and of which patches: "patches" is a
     SHA-256 of their number, side, size, coordinates, barcodes and some of their images. In a task folder it is what
@@ -70,8 +70,8 @@ def embed(
     the rounding of an embedding.
 
     Args:
-        patches: HEST's files (``img`` uint8 [N, S, S, 3] RGB, ``coords``, ``barcode``), or their folders: ``patches/``,
-            or the task folder around it.
+        patches: HEST's files (``img`` uint8 [N, side, side, 3] RGB, ``coords``, ``barcode``), or their folders:
+            ``patches/``, or the task folder around it.
         encoder: a name, see :mod:`stflow_fast.encoders`, or an encoder.
         out: folder of the embeddings of all encoders; ``embeddings/`` beside ``patches/`` when None.
         name: of this encoder's folder; from the encoder's when None.
@@ -96,9 +96,7 @@ def embed(
     name = name or (encoder.name if isinstance(encoder, Encoder) else short_name(encoder))
     folder = (_beside_patches(files.values()) if out is None else Path(out)) / name / "fp32"
     targets = {slide: folder / f"{slide}.h5" for slide in files}
-    for slide, path in files.items():
-        if is_same_file(path, targets[slide]):
-            raise InputError(f"{path}: its embeddings would take its own place; choose another --out or --name")
+    _check_places(files, targets)
     if not (resume or overwrite):
         _check_absent(list(targets.values()))
     if not isinstance(encoder, Encoder):
@@ -172,6 +170,12 @@ def _beside_patches(files: Iterable[Path]) -> Path:
     if len(folders) > 1 or any(folder.name != "patches" for folder in folders):
         raise InputError("out: must be given where the patches are not those of one task folder (TASK/patches)")
     return folders.pop().parent / "embeddings"
+
+
+def _check_places(files: Mapping[str, Path], targets: Mapping[str, Path]) -> None:
+    for slide, path in files.items():
+        if is_same_file(path, targets[slide]):
+            raise InputError(f"{path}: its embeddings would take its own place; choose another --out or --name")
 
 
 def _check_absent(targets: list[Path]) -> None:
@@ -265,7 +269,7 @@ class _Embedder(NamedTuple):
         }
 
     def embed(self, patches: _Patches, tell: Callable[[int, int], None]) -> np.ndarray:
-        """[N, D]. InputError where images are too small for the encoder, or embeddings not finite."""
+        """[N, F]. InputError where images are too small for the encoder, or embeddings not finite."""
         preprocessing = self.encoder.preprocessing
         if (preprocessing.resize or patches.side) < preprocessing.crop:
             raise InputError(
@@ -285,7 +289,7 @@ class _Embedder(NamedTuple):
         return found
 
     def _batches(self, patches: _Patches) -> Iterator[tuple[slice, np.ndarray]]:
-        """Images [B, C, C, 3] uint8 as the encoder wants them, read by a thread that is :data:`AHEAD` batches ahead."""
+        """Images [B, crop, crop, 3] uint8 as the encoder wants them; a thread is :data:`AHEAD` batches ahead."""
 
         def read(block: slice) -> np.ndarray:
             with opened(patches.path) as store:
@@ -302,7 +306,7 @@ class _Embedder(NamedTuple):
                 yield block, images
 
     def _encode(self, images: np.ndarray) -> np.ndarray:
-        """[B, D] float32 of one batch."""
+        """[B, F] float32 of one batch."""
         encoder, dtype = self.encoder, PRECISIONS[self.precision]
         on_device = torch.from_numpy(images).to(encoder.device)
         found = torch.empty(len(images), encoder.dimension, device=encoder.device)

@@ -60,7 +60,7 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """The part in whole numbers: [B, S, S, 3] uint8 to [B, crop, crop, 3] uint8."""
+        """The part in whole numbers: [B, side, side, 3] uint8 to [B, crop, crop, 3] uint8."""
         if self.resize not in (None, images.shape[1]):
             size, how = (self.resize, self.resize), Image.Resampling[self.interpolation.upper()]
             images = np.stack([np.asarray(Image.fromarray(image).resize(size, how)) for image in images])
@@ -68,7 +68,7 @@ class Preprocessing:
         return images[:, start : start + self.crop, start : start + self.crop]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """The other part: [B, C, C, 3] uint8 to [B, 3, C, C] float32, on the same device."""
+        """The other part: [B, crop, crop, 3] uint8 to [B, 3, crop, crop] float32, on the same device."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
@@ -79,10 +79,10 @@ class Encoder:
 
     Attributes:
         name: of the folder of its embeddings.
-        dimension: D.
+        dimension: F.
         preprocessing: what becomes of the patches first.
-        forward: the network, in evaluation mode: [B, 3, C, C] float32 on ``device`` to [B, D]. Several threads may call
-            it at once, for different patches.
+        forward: the network, in evaluation mode: [B, 3, crop, crop] float32 on ``device`` to [B, F]. Several threads
+            may call it at once, for different patches.
         weights: what tells its weights from others: the SHA-256 of the parameters, or any text.
         source: where they come from, for people.
         device: where the network is.
@@ -117,7 +117,7 @@ class Published(NamedTuple):
         model: timm's name.
         arguments: of ``timm.create_model``.
         swiglu: with ``mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU`` too.
-        pool: (network, its output) to [B, D].
+        pool: (network, its output) to [B, F].
         preprocessing: where the card gives it; what the model's configuration says when None.
     """
 
@@ -197,7 +197,8 @@ def _load_lite0(device: torch.device) -> Encoder:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
         def forward(images: Tensor) -> Tensor:
-            return network.extract_features(images).mean((2, 3))
+            maps: Tensor = network.extract_features(images)
+            return maps.mean((2, 3))
 
         return _finished(LITE0, Path(path).name, network, forward, Preprocessing(), device)
 
@@ -254,7 +255,8 @@ def _load_transformers(name: str, device: torch.device) -> Encoder:
         def forward(images: Tensor) -> Tensor:
             output = call(pixel_values=images)
             pooled = None if untrained else getattr(output, "pooler_output", None)
-            return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+            embedded: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+            return embedded
 
         preprocessing = _transformers_preprocessing(processor)
         return _finished(name, _source(name, repository), network, forward, preprocessing, device)
@@ -285,7 +287,9 @@ def _transformers_preprocessing(processor: Any) -> Preprocessing:
 
 def _side(size: int | Mapping[str, int]) -> int:
     """Of a square, of the ways in which transformers states a size."""
-    sides = {size} if isinstance(size, int) else set(size.values())
+    if isinstance(size, int):
+        return size
+    sides = set(size.values())
     if len(sides) > 1:
         raise InputError(f"its images are not square ({dict(size)})")
     return sides.pop()

@@ -43,7 +43,7 @@ def as_input_error(error: Exception) -> InputError:
     return error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {first_line(error)}")
 
 
-def with_path(path: str | os.PathLike | None, error: InputError) -> str:
+def with_path(path: str | os.PathLike[str] | None, error: InputError) -> str:
     """What is wrong with a file, in a line that has its path; None is of what is no file."""
     said = str(error)
     return said if path is None or str(path) in said else f"{path}: {said}"

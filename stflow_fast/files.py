@@ -36,7 +36,7 @@ def _writing(final: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``final``; rename it on success, remove it on failure.
 
     The temporary name keeps the suffix of ``final`` (some writers choose the format by it).
@@ -75,7 +75,7 @@ def remove_parts(folder: Path, stems: Container[str]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: str | os.PathLike, stem: str = "") -> Iterator[Path]:
+def atomic_files(folder: str | os.PathLike[str], stem: str = "") -> Iterator[Path]:
     """Yield a temporary folder; when all its files are written, move them into ``folder``, beside what is there.
     ``stem``: by which :func:`remove_parts` finds it.
 
@@ -107,7 +107,7 @@ def _remove_until_gone(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_hdf5(final: str | os.PathLike) -> Iterator[h5py.File]:
+def atomic_hdf5(final: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """Yield an HDF5 file in memory; write it atomically on success.
 
     Raises:
@@ -147,13 +147,13 @@ def growing_hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[int], None]]
         disk.truncate(size)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON, atomically; NaN is refused because JSON has none."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -175,7 +175,7 @@ def is_same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def check_output(folder: str | os.PathLike, marker: str, reuse: bool) -> Path:
+def check_output(folder: str | os.PathLike[str], marker: str, reuse: bool) -> Path:
     """Make sure that results may be written into ``folder``; nothing is touched or made.
 
     An earlier result is recognised by its file ``marker``, so that --overwrite never spoils somebody's other folder.

@@ -41,19 +41,24 @@ class CondOTPath:
 
 
 def time_grid(n_sample_steps: int) -> list[float]:
-    """The published grid of S times from 0.01 to 1, the last of them the end.
+    """The published grid of ``n_sample_steps`` times from 0.01 to 1, the last of them the end.
 
     Raises:
         InputError: fewer than 2 times, which would be no call of the network at all.
     """
+    _check_steps(n_sample_steps)
+    grid: list[float] = np.linspace(FIRST_TIME, 1.0, n_sample_steps).tolist()
+    return grid
+
+
+def _check_steps(n_sample_steps: object) -> None:
     if not isinstance(n_sample_steps, numbers.Integral) or n_sample_steps < 2:
         raise InputError(f"n_sample_steps: must be at least 2 (S times are S - 1 denoiser calls), not {n_sample_steps}")
-    return np.linspace(FIRST_TIME, 1.0, n_sample_steps).tolist()
 
 
 @dataclass(frozen=True)
 class EulerSolver:
-    """Euler steps over a time grid t_1 < ... < t_S = 1; the target predicted at t_(S-1) is the solution.
+    """Euler steps over a time grid that ends with 1; the target predicted at the last time before it is the solution.
 
     That is Euler's last step too: x + (1 - t)(x_1 - x)/(1 - t) = x_1.
     """

@@ -221,7 +221,7 @@ def _where(slide: Slide) -> str:
 
 
 def _stored_type(slide: Slide) -> str | None:
-    if not slide.feature_dim:
+    if slide.features is None or not slide.feature_dim:
         return None
     return str(slide.features.stored if isinstance(slide.features, StoredRows) else slide.features.dtype)
 

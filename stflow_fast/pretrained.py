@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub import (
+    ModelCard,
     PyTorchModelHubMixin,
     constants,
     get_session,
@@ -28,8 +30,10 @@ from ._version import __version__
 from .config import DenoiserConfig
 from .errors import InputError, first_line, with_path
 from .files import atomic_files, atomic_path, read_json, write_json
+from .model_card import CARD_FILE, SCORES_FILE, keep_if_edited, known_scores, model_card
+from .priors.fitted import FittedSource
 from .priors.observation import ObservationModel, load_observation
-from .priors.sources import FittedSource, load_source
+from .priors.sources import load_source
 from .priors.streams import fingerprint as of_arrays
 from .slides import NORMALIZATIONS
 
@@ -78,26 +82,7 @@ class Provenance:
         return cls(**{**known, "genes": tuple(known.get("genes", ()))})
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# A STFlow denoiser, written by stflow-fast
-
-Predicts spatial gene expression from histology (flow matching, [STFlow](https://arxiv.org/abs/2506.05361)).
-`config.json` has the network's settings and where it comes from: genes in the order of its output, patch encoder,
-normalisation, training data, how the epoch was chosen. `model.safetensors` has the parameters by their published names.
-
-```python
-import stflow_fast
-
-model = stflow_fast.Denoiser.from_pretrained("this folder")
-stflow_fast.sample(model, (features, coords)).expression  # [N, genes]
-```
-"""
-
-
-class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_template=MODEL_CARD):
+class Pretrained(PyTorchModelHubMixin):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a module made from (config, provenance)."""
 
     config: DenoiserConfig
@@ -107,37 +92,64 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **options: Any,
     ) -> str | None:
-        """Write config.json, model.safetensors and a model card; the options are those of PyTorchModelHubMixin.
+        """Write config.json, model.safetensors and a card, README.md; the options are those of PyTorchModelHubMixin.
+
+        A card that somebody has edited stays as it is, which is logged as a warning. The scores that ``stflow-fast
+        evaluate`` kept in the folder are in the card as long as they are of these weights. What is pushed is what the
+        folder then holds; ``push_to_hub(NAME, model_card_kwargs={"beside": FOLDER})`` takes card and scores from a
+        folder too.
 
         Raises:
             OutputError: the folder cannot be written; an earlier model in it is untouched.
         """
-        with atomic_files(save_directory) as temporary:
-            super().save_pretrained(temporary, **({} if push_to_hub else options))
-        return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
+        folder = Path(save_directory)
+        beside = Path((options.pop("model_card_kwargs", None) or {}).get("beside", folder))
+        told = {"scores": known_scores(beside, fingerprint(cast(torch.nn.Module, self)))}
+        with atomic_files(folder) as temporary:
+            super().save_pretrained(temporary, model_card_kwargs=told, **({} if push_to_hub else options))
+            if beside != folder:
+                for name in (CARD_FILE, SCORES_FILE):
+                    if (beside / name).exists():
+                        shutil.copyfile(beside / name, temporary / name)
+            elif keep_if_edited(folder / CARD_FILE):
+                (temporary / CARD_FILE).unlink()
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs={"beside": folder}, **options)
+
+    def generate_model_card(self, scores: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
+        """The card of this model, see :func:`.model_card.model_card`; PyTorchModelHubMixin asks for it."""
+        return model_card(self.described(), scores)
+
+    def described(self) -> dict[str, Any]:
+        """The content of config.json (plain JSON types)."""
+        laws = {kind: getattr(self, kind) for kind in LAWS_BESIDE}
+        return {
+            "denoiser": self.config.to_dict(),
+            "provenance": dataclasses.asdict(self.provenance),
+            **{kind: law.to_dict() for kind, law in laws.items() if law is not None},
+        }
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        content = {"denoiser": self.config.to_dict(), "provenance": dataclasses.asdict(self.provenance)}
+        state = {name: value.contiguous() for name, value in cast(torch.nn.Module, self).state_dict().items()}
         for kind in LAWS_BESIDE:
             law = getattr(self, kind)
             if law is not None:
-                content[kind] = law.to_dict()
                 for name, array in law.tensors().items():
                     state[f"{kind}.{name}"] = torch.from_numpy(np.array(array, order="C"))
         save_tensors(Path(save_directory) / WEIGHTS_FILE, state)
-        write_json(Path(save_directory) / CONFIG_FILE, content)
+        write_json(Path(save_directory) / CONFIG_FILE, self.described())
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         map_location: str = "cpu",
         observation: bool = True,
@@ -167,7 +179,9 @@ class Pretrained(PyTorchModelHubMixin, library_name="stflow-fast", model_card_te
         content = read_json(config_file)
         if not isinstance(content, dict) or not isinstance(content.get("denoiser"), dict):
             raise InputError(f"{config_file}: has no 'denoiser' section; it is not a stflow-fast model")
-        model = cls(DenoiserConfig.from_dict(content["denoiser"]), Provenance.from_dict(content.get("provenance", {})))
+        model: Any = cls(
+            DenoiserConfig.from_dict(content["denoiser"]), Provenance.from_dict(content.get("provenance", {}))
+        )
         state, _ = load_tensors(weights_file)
         arrays = {kind: _taken(state, f"{kind}.") for kind in LAWS_BESIDE}
         load_state(model, state, weights_file)
@@ -203,8 +217,9 @@ def _download(name: str, options: dict[str, Any]) -> tuple[Path, Path]:
             cached = _cached(name, options)
             if len(cached) < 2 or options.get("force_download"):
                 raise
-            return cached
-        return tuple(Path(hf_hub_download(name, file, **options)) for file in (CONFIG_FILE, WEIGHTS_FILE))
+            return cached[0], cached[1]
+        config, weights = (Path(hf_hub_download(name, file, **options)) for file in (CONFIG_FILE, WEIGHTS_FILE))
+        return config, weights
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = first_line(error.__cause__ or error)
         raise InputError(

@@ -22,6 +22,12 @@ LEFT_OUT_FOLDER = "left_out"
 """Of networks that ``calibrate`` trained without some of the slides each."""
 
 
+def model_folder(run: str | Path) -> Path:
+    """Where a run keeps its model; ``run`` itself where it is the folder of a model, or a name of the Hub."""
+    inside = Path(run) / MODEL_FOLDER
+    return inside if inside.is_dir() else Path(run)
+
+
 def open_run(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Make sure that a run may be written into ``out``, and write its description where that loses nothing.
 

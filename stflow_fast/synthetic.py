@@ -70,10 +70,10 @@ class _World:
 
     gene_names: tuple[str, ...]
     log_mean: np.ndarray  # [G_all] log expected count where no programme is active
-    loading: np.ndarray  # [P, G_all]
+    loading: np.ndarray  # [programmes, G_all]
     dispersion: np.ndarray  # [G_all] inverse over-dispersion of the negative binomial
     zero_probability: np.ndarray  # [G_all] excess zeros
-    encoder: np.ndarray  # [P, F]
+    encoder: np.ndarray  # [programmes, F]
     encoder_bias: np.ndarray  # [F]
 
 
@@ -196,7 +196,8 @@ def _spots_in_outline(n_spots: int, rng: np.random.Generator) -> np.ndarray:
     centred = (points - points.mean(axis=0)) / (np.ptp(points, axis=0) + PITCH_MICRON)
     outside = np.linalg.norm(centred, axis=1) + 0.06 * _fields(centred, 0.2, 1, rng)[:, 0]
     chosen = np.sort(np.argsort(outside, kind="stable")[:n_spots])
-    return points[chosen] - points[chosen].min(axis=0) + PITCH_MICRON
+    kept: np.ndarray = points[chosen] - points[chosen].min(axis=0) + PITCH_MICRON
+    return kept
 
 
 def _domains(micron: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +229,8 @@ def _programmes(micron: np.ndarray, domains: np.ndarray, core: np.ndarray, rng: 
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-x))
+    shares: np.ndarray = 1.0 / (1.0 + np.exp(-x))
+    return shares
 
 
 def _counts(
@@ -252,7 +254,7 @@ def _features(programmes: np.ndarray, world: _World, rng: np.random.Generator) -
     n_spots, n_programmes = programmes.shape
     seen = programmes + _PATCH_NOISE * rng.normal(size=(n_spots, n_programmes))
     stain = rng.normal(0.0, 0.1, world.encoder_bias.shape)
-    view = np.tanh(seen @ world.encoder + world.encoder_bias)
+    view: np.ndarray = np.tanh(seen @ world.encoder + world.encoder_bias)
     return (view + stain + rng.normal(0.0, 0.2, view.shape)).astype(np.float32)
 
 

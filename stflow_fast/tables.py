@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from .arrays import as_array, as_names
 from .cohort import SamplingConfig, drawn_by, gene_names, made_by, model_and_origin
 from .errors import InputError
 from .model import Denoiser
+from .sampling import observation_of
 from .slides import Origin, Slide
 from .slides.anndata_file import library_of
 from .slides.genes import known_otherwise, other_spelling
@@ -72,20 +73,19 @@ def predict_adata(
     before = _earlier(adata, key_added, (key_added, *([std_key] if sampling.draws else [])))
     names = _gene_index(adata, gene_key)
     column = _columns(names, genes)
-    target, width, chosen, columns = "obsm", len(genes), slice(None), slice(None)
-    if column:
-        target, width = "layers", adata.n_vars
-        chosen, columns = np.array([gene in column for gene in genes]), list(column.values())
-    predicted = {key_added: np.full((adata.n_obs, width), np.nan, dtype=np.float32)}
+    place = _place_of(column, genes, adata.n_vars)
+    predicted = {key_added: np.full((adata.n_obs, place.width), np.nan, dtype=np.float32)}
     if sampling.draws:
         predicted[std_key] = predicted[key_added].copy()
-    draw, slides, notes = sampling.drawer(model), [], []
+    draw, slides = sampling.drawer(model), []
+    notes: list[str] = []
     for slide, rows in _slides(adata, features, spatial_key, library_key):
         drawn = draw(slide)
         mean = drawn.expression.float().numpy()
         for name, values in predicted.items():
+            made = mean if name == key_added else observation_of(model).std(mean)
             of_slide = values[rows]
-            of_slide[:, columns] = (mean if name == key_added else model.observation.std(mean))[:, chosen]
+            of_slide[:, place.columns] = made[:, place.chosen]
             values[rows] = of_slide
         slides.append(slide.id)
         notes.extend(f"{slide.id}: {note}" for note in slide.notes)
@@ -95,13 +95,13 @@ def predict_adata(
     for part, name in before:
         del getattr(adata, part)[name]
     for name, values in predicted.items():
-        added = values if target == "layers" else pd.DataFrame(values, adata.obs_names, list(genes))
-        getattr(adata, target)[name] = added
+        added = values if place.part == "layers" else pd.DataFrame(values, adata.obs_names, list(genes))
+        getattr(adata, place.part)[name] = added
     adata.uns[key_added] = {
         "model": origin,
         **made_by(model, sampling),
         **drawn_by(model, drawn),
-        "in": target,
+        "in": place.part,
         "features": features,
         "slides": slides,
         "notes": "; ".join(notes),
@@ -147,6 +147,22 @@ def _columns(names: pd.Index, genes: Sequence[str]) -> dict[str, int]:
     if twice:
         raise InputError(f"adata: gene {min(twice)} stands in several columns; make {names.name} unique")
     return {gene: place[gene] for gene in genes if gene in place}
+
+
+class _Place(NamedTuple):
+    """Where a prediction of G genes goes."""
+
+    part: str  # of the table: "layers" or "obsm"
+    width: int  # columns of what is added
+    chosen: np.ndarray | slice  # of the G genes, those that are added
+    columns: list[int] | slice  # of what is added, those of these genes
+
+
+def _place_of(column: Mapping[str, int], genes: Sequence[str], n_vars: int) -> _Place:
+    """By the columns of :func:`_columns`."""
+    if not column:
+        return _Place("obsm", len(genes), slice(None), slice(None))
+    return _Place("layers", n_vars, np.array([gene in column for gene in genes]), list(column.values()))
 
 
 def _genes_missing(missing: Sequence[str], genes: Sequence[str], names: pd.Index, var: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -95,7 +95,7 @@ def in_turn(
             job.end()
 
 
-def ahead(task: Callable[[Block], Made], blocks: Sequence[Block], device: torch.device) -> Iterator[Made]:
+def ahead(task: Callable[[Block], Made], blocks: Sequence[Block], device: torch.device) -> Generator[Made, None, None]:
     """``task(block)`` of one block after another, made by a thread of its own while the caller works on ``device`` with
     the one before. With one thread all stays in the caller's. To be closed where it is left before its end.
     Unlike :func:`in_turn`, the thread has modes (gradients, autocast) of its own."""
@@ -131,7 +131,7 @@ def _thread_is_watched() -> bool:
     """By what belongs to its thread, and would not see the operations of others: a dispatch mode (a counter of
     operations, say), or hooks on saved tensors (``torch.utils.checkpoint``, ``save_on_cpu``)."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None or _get_current_dispatch_mode() is not None
+    return _get_current_dispatch_mode() is not None or hooks is not None
 
 
 def _split_no_operation(others: int) -> None:
@@ -163,14 +163,14 @@ class _Job:
             while self._error is None and (index := self._take()) < len(self._blocks):
                 result = self._task(self._blocks[index])
                 if self._then is not None:
-                    self._receive(index, result)
+                    self._receive(index, result, self._then)
         except BaseException as error:
             self._error = self._error or error
 
     def helper(self) -> Callable[[], None]:
         """:meth:`work` for another thread, in the circumstances of this one."""
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        autocast = {"enabled": torch.is_autocast_enabled("cpu"), "dtype": torch.get_autocast_dtype("cpu")}
+        enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         context, ended = contextvars.copy_context(), threading.Event()
         self._helpers.append(ended)
 
@@ -179,7 +179,7 @@ class _Job:
                 with (
                     torch.inference_mode(inference),
                     torch.set_grad_enabled(gradients),
-                    torch.autocast("cpu", **autocast),
+                    torch.autocast("cpu", dtype=dtype, enabled=enabled),
                 ):
                     context.run(self.work)
             finally:
@@ -193,8 +193,8 @@ class _Job:
             while not ended.is_set():
                 try:
                     ended.wait()
-                except BaseException as error:
-                    self._error = self._error or error
+                except BaseException as interrupt:
+                    self._error = self._error or interrupt
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -207,11 +207,11 @@ class _Job:
             self._begun += 1
             return self._begun - 1
 
-    def _receive(self, index: int, result: Any) -> None:
+    def _receive(self, index: int, result: Any, then: Callable[[Any], None]) -> None:
         with self._receiving:
             self._results[index] = result
             while self._received in self._results:
-                self._then(self._results.pop(self._received))
+                then(self._results.pop(self._received))
                 self._received += 1
 
 
@@ -234,7 +234,7 @@ class _Crew:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        _are_leaving([thread.native_id for thread in self._threads])
+        _are_leaving([thread.native_id for thread in self._threads if thread.native_id is not None])
 
     def _begin(self) -> None:
         for index in range(1, self.size):

@@ -33,7 +33,7 @@ class TrainingConfig:
         clip_norm: largest norm of the gradient.
         prior: name of the source distribution, one of :data:`.priors.SOURCES`; what is to be fitted is fitted on the
             slides that train. The three after it are the parameters of ``zinb``, see Prior.
-        n_sample_steps: times S of the sampler that scores an epoch.
+        n_sample_steps: times of the sampler that scores an epoch.
         validation_fraction: share of the training slides that is held out to choose the epoch by; with too few
             slides for that, one region of every slide, this share of its spots.
         ema_decay: the model that is scored and kept is a running mean of the weights, with this share of the old per
@@ -184,7 +184,14 @@ class WindowBatch(NamedTuple):
     slide_seed: Tensor  # [S] of the dropout
 
     def to(self, device: torch.device) -> WindowBatch:
-        return WindowBatch(*(part.to(device) for part in self))
+        return WindowBatch(
+            self.graph.to(device),
+            self.features.to(device),
+            self.x_0.to(device),
+            self.x_1.to(device),
+            self.t.to(device),
+            self.slide_seed.to(device),
+        )
 
 
 class _Window(NamedTuple):
@@ -228,8 +235,11 @@ class Windows:
         coords, features, x_0, x_1, t, seeds = zip(*made, strict=True)
         slide_ptr = np.cumsum([0, *map(len, coords)])
         graph = SpotGraph.build(np.concatenate(coords), self._n_neighbors, slide_ptr)
-        rows = [graph.to_rows(torch.from_numpy(np.concatenate(part))) for part in (features, x_0, x_1)]
-        return WindowBatch(graph, *rows, torch.tensor(t), torch.tensor(seeds))
+
+        def rows(parts: tuple[np.ndarray, ...]) -> Tensor:
+            return graph.to_rows(torch.from_numpy(np.concatenate(parts)))
+
+        return WindowBatch(graph, rows(features), rows(x_0), rows(x_1), torch.tensor(t), torch.tensor(seeds))
 
     def _window(self, epoch: int, index: int, number: int) -> _Window:
         slide = self._slides[index]
@@ -239,6 +249,7 @@ class Windows:
         size = min(slide.n_spots, max(self._n_neighbors + 1, math.ceil(rng.uniform() * slide.n_spots)))
         # In the slide's order: ties between neighbours are broken by it, here as in the whole slide.
         spots = np.sort(_nearest(slide.coords, int(rng.integers(slide.n_spots)), size))
+        assert slide.features is not None  # what trains has them
         features, x_1 = slide.features[spots], self._targets[index][spots]
         x_0 = self.source.draw(size, x_1.shape[1], for_noise, features)
         seed = int(for_dropout.generate_state(1, np.uint64)[0] >> np.uint64(2))

@@ -130,3 +130,11 @@ def write_split(root: Path, side: str, names: tuple[str, ...], fold: int = 0) ->
     rows = [f"{name},patches/{name}.h5,adata/{name}.h5ad" for name in names]
     content = "\n".join(["sample_id,patches_path,expr_path", *rows]) + "\n"
     (root / "splits" / f"{side}_{fold}.csv").write_text(content)
+
+
+def slide_file(folder: Path, name: str = "S0", n: int = 60, **changes: np.ndarray) -> Path:
+    return write_h5ad(folder / f"{name}.h5ad", {**arrays(name, n), **changes}, features=True)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

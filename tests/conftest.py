@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from stflow_fast.kernels import versions
 
-from benchmarks.baselines.eager_stflow import EagerTimeEmbedding
+from benchmarks.opponents.eager_stflow import EagerTimeEmbedding
 from stflow_fast.model import TimestepEmbedder
 
 from . import margins

@@ -23,7 +23,7 @@ import torch
 import zarr
 
 from .builders import N_SPOTS, PATCH, arrays, gene_names, write_embeddings, write_h5ad, write_model
-from .test_formats import TRIDENT_COORDS, save_as_trident
+from .format_cases import TRIDENT_COORDS, save_as_trident
 
 ABSURD = 10**12
 """Spots of a file whose head is broken: terabytes."""
@@ -91,7 +91,7 @@ def _zarr(path: Path, format: int) -> Path:
 
 def spatialdata(path: Path) -> Path:
     """Spots as circles, with their features in obsm of a table."""
-    from .test_slide_stores import Spatial
+    from .store_cases import Spatial
 
     spatial = Spatial()
     table = anndata.AnnData(scipy.sparse.csr_matrix(MADE["counts"]), _annotation(), obsm={"features": FEATURES})
@@ -101,7 +101,7 @@ def spatialdata(path: Path) -> Path:
 
 def wsidata(path: Path) -> Path:
     """Tiles, with their features as X of a table, and the marks of wsidata."""
-    from .test_slide_stores import Spatial
+    from .store_cases import Spatial
 
     spatial = Spatial()
     shapes = spatial.squares(CENTRES, PATCH)
@@ -482,7 +482,8 @@ BROKEN: dict[str, tuple[Any, ...]] = {
     "a closed zarr": (REFUSED, zarr_3, closed),
     "a closed folder": (REFUSED, other(".h5", Path.mkdir), closed),
 }
-"""What is not predicted. Beside what others have in tests/test_bad_input.py, test_formats.py, test_slide_stores.py."""
+"""What is not predicted. Beside what others have in tests/test_bad_input_training.py, test_formats_refused.py,
+test_slides_spatialdata.py, test_slides_stimage.py."""
 
 NO_COUNTS: dict[str, tuple[Any, ...]] = {
     "counts out of range": ("X cannot be read .*indices must be >= 0", h5ad, sparse("X", indices=-1)),

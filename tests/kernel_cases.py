@@ -15,12 +15,17 @@ from stflow_fast.graph import SpotGraph
 from stflow_fast.ops.dropout import DropoutKeys
 from stflow_fast.ops.reference import AttentionSpec, Dropouts, EdgeWeights, MLPWeights, attend_block
 
-from .test_graph import hexagonal
+from .graph_cases import hexagonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGIT_ACTIVATION = {"swiglu": "swiglu", "gelu": "gelu", "relu": "gelu"}  # as in the model
 GRADIENTS = ("terms", "edge", "message_to_logit", "logit")
 MLP_INPUTS = ("x", *MLPWeights._fields)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = {"ieee": 2e-6, "tf32": 2**-10, "bf16": 2**-8, "fp16": 2**-10}  # the gates by tanh.approx are 2^-11 off
+STREAM = 6
+
+Set = Callable[[str], torch.dtype]
 
 
 def poison(patch: pytest.MonkeyPatch) -> None:
@@ -256,3 +261,40 @@ def assert_same_bits(found: Result, expected: Result) -> None:
     assert torch.equal(found.output, expected.output)
     for name, value in expected.gradients.items():
         assert torch.equal(found.gradients[name], value), name
+
+
+@pytest.fixture
+def multiply_in() -> Iterator[Set]:
+    """Sets how float32 multiplies, and gives the type of the tensors."""
+    before = torch.get_float32_matmul_precision()
+
+    def choose(precision: str) -> torch.dtype:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        return DTYPES.get(precision, torch.float32)
+
+    yield choose
+    torch.set_float32_matmul_precision(before)
+
+
+def ratios_to_torch(found: Result, plain: Result, exact: Result, rounding: float) -> dict[str, float]:
+    """Errors over their limits: twice the error of plain torch in the same precision, and a tenth of a rounding, for
+    where torch happens to be exact."""
+    parts = {"output": (found.output, plain.output, exact.output)} | {
+        f"gradient of {name}": (found.gradients[name], plain.gradients[name], exact.gradients[name])
+        for name in exact.gradients
+    }
+    return {
+        name: error(ours, truth) / (2 * error(theirs, truth) + rounding / 10)
+        for name, (ours, theirs, truth) in parts.items()
+    }
+
+
+def attention_exactly(inputs: AttentionInputs, dtype: torch.dtype) -> Result:
+    if not len(inputs.terms):
+        gradients = {name: torch.zeros_like(tensor) for name, tensor in named_tensors(inputs).items()}
+        return Result(torch.zeros_like(inputs.grad_context), gradients)
+    return attention_reference(inputs, dtype)
+
+
+def named_tensors(inputs: AttentionInputs) -> dict[str, Tensor]:
+    return {"terms": inputs.terms, **inputs.weights._asdict()}

@@ -1,7 +1,7 @@
 """A stand-in of the published module: its layout of attributes, written here, around the formulas of the baseline.
 
 The published code itself is not in this repository. That ours computes what it computes is shown by the golden files,
-and on anybody's checkout by ``python -m benchmarks.published``.
+and on anybody's checkout by ``python -m benchmarks published``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines.eager_stflow import EagerAttention, EagerDenoiser
-from benchmarks.published_code import Mlp, SwiGLUPacked
+from benchmarks.opponents.eager_stflow import EagerAttention, EagerDenoiser
+from benchmarks.studies.published_code import Mlp, SwiGLUPacked
 from stflow_fast.config import DenoiserConfig
 
 SETTINGS = [name for name in DenoiserConfig.__dataclass_fields__ if name != "non_negative"]

@@ -205,7 +205,7 @@ def test_launches_pass_through_triton_as_on_a_gpu() -> None:
 
 
 KEYS = """
-from stflow_fast.kernels.edge_attention import edge_attention_fwd_kernel as forward
+from stflow_fast.kernels.edge_attention_forward import edge_attention_fwd_kernel as forward
 from stflow_fast.kernels.gated_mlp import gate_norm_fwd_kernel as gate
 print(*sorted(kernel.__name__ + kernel.cache_key for kernel in {order}))
 """
@@ -222,7 +222,7 @@ MODEL = """
 import torch.nn.functional as F
 import triton.compiler
 from stflow_fast import Denoiser, DenoiserConfig, Sampler
-from stflow_fast.kernels import aot
+from stflow_fast.kernels import aot_variants
 
 def described(types, constants, options):
     return types, constants, {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
@@ -250,7 +250,7 @@ for precision in ("bf16", "ieee", "tf32"):
             model.denoise(graph, x_0, model.image_transform(slide[0]), torch.rand(1)).sum().backward()
     sampler = Sampler(model, precision="bf16" if precision == "bf16" else "float32")  # which keeps messages
     sampler.prepare(slide).draw(x_0)
-variants = (*aot.edge_variants(90), *aot.variants_of_spots(90))
+variants = (*aot_variants.edge_variants(90), *aot_variants.variants_of_spots(90))
 compiled = [
     (each.kernel, described(each.types, each.constants, each.launch.options | {"enable_fp_fusion": each.fused}))
     for each in variants

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.dot_product import dense_softmax, flash_attention, neighbor_attention, neighbor_block_mask
-from benchmarks.baselines.message_passing import scatter_softmax
-from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.slides import BenchmarkSlide, benchmark_slide
+from benchmarks.opponents.dot_product import dense_softmax, flash_attention, neighbor_attention, neighbor_block_mask
+from benchmarks.opponents.message_passing import scatter_softmax
+from benchmarks.suite.providers import PROVIDERS, Provider
+from benchmarks.suite.slides import BenchmarkSlide, benchmark_slide
 from stflow_fast import DenoiserConfig
 from stflow_fast.graph import SpotGraph
 from stflow_fast.ops import COMPILED_BLOCK, cpp_compiler, use_backend
@@ -211,7 +211,7 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_why_not_without_compiler_or_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.providers.cpp_compiler", lambda: None)
+    monkeypatch.setattr("benchmarks.suite.providers.cpp_compiler", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     lacks = {name: factory(small_config()).why_not("cpu", 1000, PLENTY) for name, factory in PROVIDERS.items()}
     assert lacks["reference_compiled"] == "there is no C++ compiler (g++ or clang++)"
@@ -227,9 +227,9 @@ def test_flags_of_the_published_function() -> None:
 
 MEASURE = """
 import json, torch
-from benchmarks.measure import resident_peak
-from benchmarks.providers import PROVIDERS
-from benchmarks.slides import benchmark_slide
+from benchmarks.suite.measure import resident_peak
+from benchmarks.suite.providers import PROVIDERS
+from benchmarks.suite.slides import benchmark_slide
 from stflow_fast import DenoiserConfig
 config = DenoiserConfig(n_genes=20, feature_dim=8, hidden_dim=32, pairwise_hidden_dim=32, n_layers=1, n_neighbors=4)
 torch.set_num_threads(1)

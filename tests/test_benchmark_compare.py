@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare
+from benchmarks.studies import compare
 
 WORKLOADS = {"sample": 900.0, "train step": 700.0, "graph": 300.0}
 

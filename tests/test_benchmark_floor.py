@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from stflow_fast.benchmarks import floor
-from stflow_fast.benchmarks.floor import Rates, Work
-from stflow_fast.benchmarks.jobs import Case, Plan, job_of
+from stflow_fast.benchmarks.suite import floor
+from stflow_fast.benchmarks.suite.floor import Rates, Work
+from stflow_fast.benchmarks.suite.jobs import Case, Plan, job_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from stflow_fast import DenoiserConfig

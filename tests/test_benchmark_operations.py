@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import jobs
-from benchmarks.cases import Case, Plan
-from benchmarks.operations import OPERATIONS, OperationJob, operation_providers, random_rows
+from benchmarks.suite import jobs
+from benchmarks.suite.cases import Case, Plan
+from benchmarks.suite.operations import OPERATIONS, OperationJob, operation_providers, random_rows
 from stflow_fast import DenoiserConfig, cli, ops
 
 NETWORK = DenoiserConfig(n_genes=5, feature_dim=7, hidden_dim=32, pairwise_hidden_dim=16, n_layers=1, n_heads=2)
@@ -79,7 +79,7 @@ def test_on_a_cpu_there_is_no_floor_of_a_kernel() -> None:
 
 
 def test_random_rows_are_of_their_seed_and_repeat_beyond_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.operations.REPEATED", 8)
+    monkeypatch.setattr("benchmarks.suite.operations.REPEATED", 8)
     rows = random_rows(20, 3, seed=1)
     assert rows.shape == (20, 3)
     assert torch.equal(rows[:8], rows[8:16])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if DEVICE == "cuda":
     pytest.skip("counts what is interpreted; a GPU has its profiler", allow_module_level=True)
 
-from benchmarks import passes
+from benchmarks.counts import passes
 
 
 @pytest.fixture(scope="module")

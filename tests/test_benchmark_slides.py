@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from benchmarks.slides import LAYOUTS, benchmark_slide, features
-from benchmarks.workload import PITCH, parse_sizes
+from benchmarks.suite.slides import LAYOUTS, benchmark_slide, features
+from benchmarks.suite.workload import PITCH, parse_sizes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sources
+from benchmarks.studies import sources
 from stflow_fast.priors.shared_error import SharedError
 from stflow_fast.protocol import Plan, hest_tasks, run_protocol
 

@@ -30,7 +30,7 @@ from stflow_fast.training import Run, fit, train
 from stflow_fast.windows import NOTHING, TrainingConfig, TrainingData
 
 from .builders import ENCODER, SLIDES, arrays, embeddings_of, small_model, write_task
-from .test_bad_input import say
+from .command_cases import say
 
 __all__ = ["say"]  # a fixture
 

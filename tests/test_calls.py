@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stflow_fast import ops
-from stflow_fast.calls import MOST_SLIDES, KnownSlides
 from stflow_fast.config import DenoiserConfig
-from stflow_fast.model import Denoiser
+from stflow_fast.model import Denoiser, KnownSlides
+from stflow_fast.model.calls import MOST_SLIDES
 
 CONFIG = DenoiserConfig(n_genes=6, feature_dim=9, hidden_dim=16, pairwise_hidden_dim=8, n_layers=2, n_neighbors=4)
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import stflow_fast
 import stflow_fast.demo as demo
-from benchmarks.baselines.eager_stflow import EagerDenoiser
+from benchmarks.opponents.eager_stflow import EagerDenoiser
 from stflow_fast import cli, doctor
 from stflow_fast.cli import app
 from stflow_fast.errors import InputError
@@ -118,7 +118,7 @@ def test_bad_input_is_a_line_each_without_a_traceback(
         (InputError("a.h5: is empty\nb.h5: is empty"), ["a.h5: is empty", "b.h5: is empty"]),
         (PermissionError(13, "Permission denied", "/closed/a"), ["/closed/a: Permission denied; .*name another path"]),
     ):
-        monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+        monkeypatch.setattr(cli.program, "app", Mock(side_effect=error))
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 2

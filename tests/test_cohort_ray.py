@@ -13,9 +13,8 @@ import pytest
 from stflow_fast.cohort import RunConfig, SamplingConfig, predict, predict_iter, read_lines
 from stflow_fast.errors import InputError, SlidesFailed
 
-from .builders import gene_names, write_model
-from .test_bad_input import cut, slide_file
-from .test_cohort_run import values
+from .builders import cut, gene_names, slide_file, write_model
+from .cohort_cases import values
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 

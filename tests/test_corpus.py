@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stflow_fast.cli import MOST_SHOWN
+from stflow_fast.cli.program import MOST_SHOWN
 from stflow_fast.cohort import predict, read_lines
 from stflow_fast.errors import InputError
 from stflow_fast.slides import ReadOptions, read

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.baselines import eager_stflow
-from benchmarks.baselines.eager_stflow import (
+from benchmarks.opponents import eager_stflow
+from benchmarks.opponents.eager_stflow import (
     EagerDenoiser,
     EagerGeneUpdate,
     EagerMLP,

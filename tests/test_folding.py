@@ -7,8 +7,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from stflow_fast import Denoiser, DenoiserConfig, ops
-from stflow_fast.folding import fold_attention
 from stflow_fast.model import SpatialTransformer
+from stflow_fast.model.folding import fold_attention
 
 from .kernel_cases import DEVICE
 

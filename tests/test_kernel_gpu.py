@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,67 +16,40 @@ from stflow_fast.ops.reference import MLPWeights
 
 from .golden import CASES, relative_error
 from .kernel_cases import (
+    DTYPES,
     MLP,
     MLP_INPUTS,
+    ROUNDING,
+    STREAM,
     Attention,
-    AttentionInputs,
     MLPTensors,
     Result,
+    Set,
     assert_same_bits,
+    attention_exactly,
     attention_inputs,
     attention_kernel,
-    attention_reference,
     differentiate,
     error,
     kernel_arguments,
     leaves,
     mlp_inputs,
+    multiply_in,
     poisoned_memory,
+    ratios_to_torch,
     spot_keys,
 )
 from .margins import assert_within
 from .test_golden import TOLERANCE, Load, load
 
+__all__ = ["load", "multiply_in"]  # fixtures
+
 pytestmark = pytest.mark.gpu
 
-__all__ = ["load"]  # a fixture
-
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDING = {"ieee": 2e-6, "tf32": 2**-10, "bf16": 2**-8, "fp16": 2**-10}  # the gates by tanh.approx are 2^-11 off
-STREAM = 6
 MEMORY_WANTED = 30 * 2**30
 
 nothing_unwritten_is_read = pytest.fixture(autouse=True, scope="module")(poisoned_memory)
-
-Set = Callable[[str], torch.dtype]
-
-
-@pytest.fixture
-def multiply_in() -> Iterator[Set]:
-    """Sets how float32 multiplies, and gives the type of the tensors."""
-    before = torch.get_float32_matmul_precision()
-
-    def choose(precision: str) -> torch.dtype:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        return DTYPES.get(precision, torch.float32)
-
-    yield choose
-    torch.set_float32_matmul_precision(before)
-
-
-def ratios_to_torch(found: Result, plain: Result, exact: Result, rounding: float) -> dict[str, float]:
-    """Errors over their limits: twice the error of plain torch in the same precision, and a tenth of a rounding, for
-    where torch happens to be exact."""
-    parts = {"output": (found.output, plain.output, exact.output)} | {
-        f"gradient of {name}": (found.gradients[name], plain.gradients[name], exact.gradients[name])
-        for name in exact.gradients
-    }
-    return {
-        name: error(ours, truth) / (2 * error(theirs, truth) + rounding / 10)
-        for name, (ours, theirs, truth) in parts.items()
-    }
-
 
 DEFAULT = Attention(sizes=(1000,), k=8, heads=4, e=64, z=64, dh=32)  # the default model: P = 128, d = 128
 ATTENTIONS = {
@@ -94,17 +66,6 @@ ATTENTIONS = {
     "K + 1 spots": replace(DEFAULT, sizes=(9,)),
     "no spots": replace(DEFAULT, sizes=(0,)),
 }
-
-
-def attention_exactly(inputs: AttentionInputs, dtype: torch.dtype) -> Result:
-    if not len(inputs.terms):
-        gradients = {name: torch.zeros_like(tensor) for name, tensor in named_tensors(inputs).items()}
-        return Result(torch.zeros_like(inputs.grad_context), gradients)
-    return attention_reference(inputs, dtype)
-
-
-def named_tensors(inputs: AttentionInputs) -> dict[str, Tensor]:
-    return {"terms": inputs.terms, **inputs.weights._asdict()}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stflow_fast import graph as graph_module
 from stflow_fast.errors import InputError
 from stflow_fast.graph import MISSING, SpotGraph
+from stflow_fast.graph.trees import Forest
 
-from .test_graph import exact_table, hexagonal, motion, square
+from .graph_cases import exact_table, hexagonal, motion, square
 
 triton = pytest.importorskip("triton")
 neighbors = pytest.importorskip("stflow_fast.kernels.neighbors")
@@ -166,7 +166,7 @@ def test_ties_are_chains(millionths: list[float], order: list[int]) -> None:
     spot = given_["spot"]
     assert spot[neighbors.nearest(**given_)[spot == 0]][0].tolist() == order
     points, code, slide_ptr, tied, spot, k = (part.cpu() if torch.is_tensor(part) else part for part in given_.values())
-    rows = graph_module._Forest(points, code, slide_ptr, spot, k).nearest(tied, k)
+    rows = Forest(points, code, slide_ptr, spot, k).nearest(tied, k)
     assert spot[rows[spot == 0]][0].tolist() == order
 
 

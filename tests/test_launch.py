@@ -238,6 +238,19 @@ def test_an_interrupted_run_keeps_the_old_table(
     assert path.read_text() == HEADER + GOOD
 
 
+def test_a_row_that_cannot_run_stays_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = autotune.Result(autotune.Case("dropout", "bf16"), Launch(16, 4), {}, {Launch(16, 4): "no room"})
+    path = tmp_path / "table.csv"
+    monkeypatch.setattr(sys, "argv", ["autotune", "--out", str(path)])
+    monkeypatch.setattr(autotune, "machine_of", lambda _: None)
+    monkeypatch.setattr(autotune, "tune_all", lambda *_: [broken])
+    assert autotune.main() == 1
+    assert launch.read_table(path) == launch.TABLE
+    assert "none" in capsys.readouterr().out
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stflow_fast.kernels.autotune", *arguments]
     hidden = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

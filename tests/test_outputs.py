@@ -1,13 +1,10 @@
-"""What predictions hold, and that everybody's tools open and draw them."""
+"""What predictions hold: columns of the input, libraries and their spots, genes, precision, and the layout."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,45 +20,19 @@ from typer.testing import CliRunner
 
 from stflow_fast import outputs
 from stflow_fast.cli import app
-from stflow_fast.cohort import MANIFEST, SamplingConfig, predict
+from stflow_fast.cohort import MANIFEST, predict
 from stflow_fast.errors import InputError, OutputError
 from stflow_fast.files import atomic_files, write_json
 from stflow_fast.model import Denoiser
-from stflow_fast.outputs import LAYOUT, Expression, OutputConfig, as_dtype, prediction_table, read_about, write_h5ad
+from stflow_fast.outputs import LAYOUT, OutputConfig, as_dtype
+from stflow_fast.outputs.table import CANVAS
 from stflow_fast.slides import Origin, Slide
 
-from .builders import arrays, small_model
+from .builders import arrays
 from .builders import write_h5ad as write_input
+from .output_cases import GENES, HUNDREDS, TENS, model, predict_one, reread, slide, table_of
 
-GENES = ("ERBB2", "CD3E", "GATA3", "VWF")
-
-
-@pytest.fixture(scope="module")
-def model() -> Denoiser:
-    return small_model(len(GENES), GENES, "tiny")
-
-
-def slide(name: str = "S0", n: int = 60, **more: Any) -> Slide:
-    made = arrays("S0", n)
-    return Slide(name, made["features"], made["centres"], made["barcodes"], **more)
-
-
-def table_of(one: Slide) -> anndata.AnnData:
-    return prediction_table(one, ["A", "B"], {"layout": LAYOUT})
-
-
-def zeros(table: anndata.AnnData) -> Expression:
-    return Expression(table.shape, "float32", [(slice(0, table.n_obs), [np.zeros(table.shape, np.float32)])])
-
-
-def reread(table: anndata.AnnData, path: Path) -> anndata.AnnData:
-    write_h5ad(path, table, zeros(table))
-    return anndata.read_h5ad(path)
-
-
-def predict_one(model: Denoiser, path: Path, one: Slide | None = None, **options: Any) -> anndata.AnnData:
-    [written] = predict(model, [one or slide()], path, output=OutputConfig(**options))
-    return anndata.read_h5ad(written)
+__all__ = ["model"]  # a fixture
 
 
 def test_obs_of_the_input_is_carried(model: Denoiser, tmp_path: Path) -> None:
@@ -172,10 +143,6 @@ def test_spots_have_a_diameter_and_where_it_is_from(
     assert list(found.obs["library_id"].cat.categories) == ["S0"]
 
 
-HUNDREDS = {"A": {"spot_diameter_fullres": 180.0, "fiducial_diameter_fullres": 900.0}}
-TENS = {"B": {"spot_diameter_fullres": 18.0}}
-
-
 @pytest.mark.parametrize(
     ("origin", "diameters", "known_from"),
     [
@@ -223,7 +190,7 @@ def test_all_spots_lie_on_the_image_that_they_are_drawn_on() -> None:
     image, factors = drawn_by["images"]["hires"], drawn_by["scalefactors"]
     reach = (table.obsm["spatial"].max(axis=0) + factors["spot_diameter_fullres"] / 2) * factors["tissue_hires_scalef"]
     assert (reach <= image.shape[1::-1]).all()
-    assert max(image.shape) == outputs.CANVAS
+    assert max(image.shape) == CANVAS
 
 
 def test_sections_of_a_table_are_libraries(tmp_path: Path) -> None:
@@ -320,214 +287,6 @@ def test_the_command_takes_a_list_of_genes_and_a_dtype(model: Denoiser, tmp_path
     found = anndata.read_h5ad(tmp_path / "out" / "S0.h5ad")
     assert list(found.var_names) == ["GATA3", "CD3E"]
     assert found.X.dtype == np.float16
-
-
-def test_spatialdata_that_is_not_installed_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "spatialdata", None)
-    with pytest.raises(InputError, match=r"^to: spatialdata .*; pip install 'stflow-fast\[spatialdata\]'$"):
-        OutputConfig("spatialdata")
-
-
-def run_in(python: str, script: str, *arguments: object) -> Any:
-    """What a script prints as JSON in its last line, run by another interpreter."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TRITON"))}
-    command = [python, "-W", "ignore", "-c", script, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=clean)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
-READ = """
-import json, sys
-import anndata
-table = anndata.read_h5ad(sys.argv[1])
-plain = lambda each: {key: plain(value) for key, value in each.items()} if hasattr(each, "items") else (
-    each.tolist() if hasattr(each, "tolist") else each)
-print(json.dumps({
-    "X": table.X.astype("float64").tolist(), "dtype": str(table.X.dtype), "var": list(table.var_names),
-    "obs": {name: [None if missing else str(value) for value, missing in zip(table.obs[name], table.obs[name].isna())]
-            for name in table.obs},
-    "barcodes": list(table.obs_names), "spatial": table.obsm["spatial"].tolist(), "uns": plain(table.uns),
-}))
-"""
-
-
-@pytest.mark.parametrize("dtype", outputs.DTYPES)
-def test_other_versions_of_anndata_read_the_same(model: Denoiser, tmp_path: Path, dtype: str) -> None:
-    pythons = os.environ.get("STFLOW_ANNDATA_PYTHONS")
-    if not pythons:
-        pytest.skip(
-            "STFLOW_ANNDATA_PYTHONS names no interpreters (with colons between) that have other versions of anndata"
-        )
-    n = 60
-    obs = pd.DataFrame(
-        {
-            "number": np.linspace(0, 1, n),
-            "text": [f"cell {i}" for i in range(n)],
-            "missing": ["a", None] * (n // 2),
-            "whole": pd.array([1, None] * (n // 2), dtype="Int64"),
-            "flag": pd.array([True, None] * (n // 2), dtype="boolean"),
-            "string": pd.array(["q", "r"] * (n // 2), dtype="string"),
-            "ordered": pd.Categorical(["hi", "lo"] * (n // 2), categories=["lo", "hi"], ordered=True),
-        }
-    )
-    output = OutputConfig(dtype=dtype, genes=GENES[:3])
-    [path] = predict(model, [slide(obs=obs, notes=("ä note",))], tmp_path / "out", output=output)
-    expected, *others = [run_in(python, READ, path) for python in (sys.executable, *pythons.split(":"))]
-    assert expected["dtype"] == dtype
-    assert expected["obs"]["whole"] == ["1", None] * (n // 2)
-    for found in others:
-        assert found == expected
-
-
-DRAW = """
-import json, sys
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import anndata, numpy as np, scanpy, squidpy
-
-table = anndata.read_h5ad(sys.argv[1])
-gene = table.var_names[0]
-several = {"library_key": "library_id"} if len(table.uns["spatial"]) > 1 else {}
-drawings = {
-    "squidpy": lambda: squidpy.pl.spatial_scatter(table, color=gene, **several),
-    "embedding": lambda: scanpy.pl.embedding(table, basis="spatial", color=gene, show=False),
-}
-if not several:
-    drawings["scanpy"] = lambda: scanpy.pl.spatial(table, color=gene, show=False)
-shares = {}
-for name, draw in drawings.items():
-    plt.close("all")
-    draw()
-    figure = plt.gcf()
-    figure.savefig(f"{sys.argv[2]}/{name}.png")
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[::-1, :, :3].astype(int)
-    boxes = [axes.get_window_extent() for axes in figure.axes if axes.get_label() != "<colorbar>"]
-    panels = [pixels[int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)] for box in boxes]
-    shares[name] = [float((np.ptp(panel, axis=-1) > 30).mean()) for panel in panels]
-print(json.dumps(shares))
-"""
-
-
-@pytest.mark.parametrize("sections", [1, 2])
-def test_squidpy_and_scanpy_draw_predictions_as_they_are(model: Denoiser, tmp_path: Path, sections: int) -> None:
-    """Circles fill a good part of each panel: of several sections, one has a panel of its own."""
-    python = os.environ.get("STFLOW_SQUIDPY_PYTHON")
-    if not python:
-        pytest.skip("STFLOW_SQUIDPY_PYTHON names no interpreter that has squidpy and scanpy")
-    n = 200
-    library = None if sections == 1 else np.where(np.arange(n) < n // 2, "upper", "lower")
-    [path] = predict(model, [slide(n=n, library_id=library)], tmp_path / "out")
-    shares = run_in(python, DRAW, path, tmp_path)
-    assert len(shares["squidpy"]) == sections
-    assert all(share > 0.2 for panels in shares.values() for share in panels), shares
-
-
-@pytest.fixture
-def spatialdata() -> Any:
-    reason = "spatialdata is not installed; pip install 'stflow-fast[spatialdata]'"
-    return pytest.importorskip("spatialdata", reason=reason)
-
-
-ODD_OBS = {"percent mt (%)": 0.5, "Region": "cortex", "region": "gyrus", "__x": 1, "day": pd.Timestamp("2026-01-01")}
-
-
-def test_spatialdata_reads_what_is_written_for_it(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
-    from spatialdata import models
-    from spatialdata.transformations import Identity, get_transformation
-
-    one = slide(obs=pd.DataFrame(ODD_OBS, index=range(60)), origin=Origin(scalefactors={"spot_diameter_fullres": 55.0}))
-    expected = predict_one(model, tmp_path / "h5ad", one)
-    [path] = predict(model, [one], tmp_path / "out", output=OutputConfig("spatialdata", "float16"))
-    assert path == tmp_path / "out" / "S0.zarr"
-    found = spatialdata.read_zarr(path)
-    table, circles = found.tables["table"], found.shapes["spots"]
-    models.TableModel().validate(table)
-    models.ShapesModel().validate(circles)
-    assert np.array_equal(table.X, expected.X.astype(np.float16))
-    assert list(table.obs_names) == list(circles.index) == list(one.barcodes)
-    assert np.array_equal(np.column_stack([circles.geometry.x, circles.geometry.y]), one.coords)
-    assert (circles["radius"] == 27.5).all()
-    assert get_transformation(circles, get_all=True) == {"global": Identity()}
-    names = ["percent_mt____", "Region_1", "region_2", "_x", "day"]
-    assert list(table.obs) == ["library_id", *names, "region", "instance_id"]
-    assert [table.obs[name].iloc[0] for name in names[:4]] == [0.5, "cortex", "gyrus", 1]
-    about = {**expected.uns["stflow_fast"], "to": "spatialdata", "dtype": "float16"}
-    assert table.uns["stflow_fast"] == about
-    assert np.array_equal(table.obsm["spatial"], one.coords)
-
-
-def test_circles_are_as_large_as_the_spots_of_their_library(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
-    library = np.repeat(["A", "B"], 30)
-    one = slide(library_id=library, origin=Origin(library_scalefactors={**HUNDREDS, **TENS}))
-    [path] = predict(model, [one], tmp_path / "out", output=OutputConfig("spatialdata"))
-    radii = spatialdata.read_zarr(path).shapes["spots"]["radius"]
-    assert radii.tolist() == [90.0] * 30 + [9.0] * 30
-
-
-def test_the_table_annotates_the_circles(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
-    [path] = predict(model, [slide()], tmp_path / "out", output=OutputConfig("spatialdata"))
-    found = spatialdata.read_zarr(path)
-    _, matched = spatialdata.match_element_to_table(found, "spots", "table")
-    assert list(matched.obs_names) == list(slide().barcodes)
-    values = spatialdata.get_values("CD3E", sdata=found, element_name="spots", table_name="table")
-    assert np.array_equal(values["CD3E"], found.tables["table"][:, "CD3E"].X.ravel())
-
-
-def test_spatialdata_is_resumed_and_overwritten(spatialdata: Any, model: Denoiser, tmp_path: Path) -> None:
-    out, zarr = tmp_path / "out", OutputConfig("spatialdata")
-    [first] = predict(model, [slide()], out)
-    with pytest.raises(InputError, match=rf"{MANIFEST}: to differs from this call"):
-        predict(model, [slide()], out, output=zarr, resume=True)
-    assert predict(model, [slide()], out, output=zarr, overwrite=True) == [out / "S0.zarr"]
-    assert not first.exists()
-    made = (out / "S0.zarr").stat().st_ctime_ns
-    both = predict(model, [slide(), slide("S1")], out, output=zarr, resume=True)
-    assert (out / "S0.zarr").stat().st_ctime_ns == made
-    assert [read_about(path)["slide"] for path in both] == ["S0", "S1"]
-    predict(model, [slide()], out, output=zarr, sampling=SamplingConfig(seed=1), overwrite=True)
-    assert read_about(out / "S0.zarr")["seed"] == 1
-    assert sorted(path.name for path in out.glob("S*")) == ["S0.zarr"]
-    predict(model, [slide()], out, overwrite=True)
-    assert sorted(path.name for path in out.glob("S*")) == ["S0.h5ad"]
-
-
-@pytest.mark.parametrize("flags", [{"overwrite": True}, {"resume": True}])
-def test_somebody_elses_folder_is_not_replaced(
-    spatialdata: Any, model: Denoiser, tmp_path: Path, flags: dict[str, bool]
-) -> None:
-    out, zarr = tmp_path / "out", OutputConfig("spatialdata")
-    [made] = predict(model, [slide("S1")], out, output=zarr)
-    (out / "S0.zarr").mkdir()
-    (out / "S0.zarr" / "thesis.txt").write_text("years of work")
-    before, manifest = made.stat().st_ctime_ns, (out / MANIFEST).read_text()
-    with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
-        predict(model, [slide("S1"), slide("S2"), slide()], out, output=zarr, **flags)
-    with pytest.raises(InputError, match=r"S0\.zarr: is no prediction of stflow-fast; move it away"):
-        outputs.write_spatialdata(out / "S0.zarr", table_of(slide()), zeros(table_of(slide())))
-    assert (out / "S0.zarr" / "thesis.txt").read_text() == "years of work"
-    assert (made.stat().st_ctime_ns, (out / MANIFEST).read_text()) == (before, manifest)
-    assert not (out / "S2.zarr").exists()
-
-
-def test_spatialdata_that_cannot_be_written_leaves_the_last_one(
-    spatialdata: Any, model: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, zarr = tmp_path / "out", OutputConfig("spatialdata")
-    predict(model, [slide()], out, output=zarr)
-    write = spatialdata.SpatialData.write
-
-    def fills_up(self: Any, path: Path, **options: Any) -> None:
-        write(self, path, **options)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(spatialdata.SpatialData, "write", fills_up)
-    with pytest.raises(OutputError, match=r"out: cannot be written \(No space left on device\)"):
-        predict(model, [slide()], out, output=zarr, sampling=SamplingConfig(seed=1), overwrite=True)
-    assert read_about(out / "S0.zarr")["seed"] == 0
-    assert sorted(path.name for path in out.glob("S*")) == ["S0.zarr"]
 
 
 def test_nothing_half_written_stays_where_a_librarys_threads_outlive_its_failure(tmp_path: Path) -> None:

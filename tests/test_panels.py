@@ -14,7 +14,7 @@ from stflow_fast.slides import HestTask, Slide, read_genes
 from stflow_fast.slides.panels import variable_genes_of
 
 from .builders import gene_names, write_task
-from .test_bad_input import say
+from .command_cases import say
 
 __all__ = ["say"]  # a fixture
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stflow_fast.errors import InputError
-from stflow_fast.priors import PRIORS, SOURCES, FittedSource, Prior, fit_source, load_source, slide_seed, sources, zinb
+from stflow_fast.priors import PRIORS, SOURCES, FittedSource, Prior, fit_source, load_source, slide_seed, zinb
 from stflow_fast.slides import Slide
 
 GENES = ("A", "B", "C", "D")
@@ -60,7 +60,8 @@ def test_bits_do_not_depend_on_how_much_is_drawn_together(name: str, monkeypatch
     if name == "conditional":
         pytest.skip("its products have a size that no call chooses")
     expected = KEPT[name].draw(50, len(GENES), SEED)
-    monkeypatch.setattr(sources, "PIECE", 10)
+    for module in ("prior", "fitted"):
+        monkeypatch.setattr(f"stflow_fast.priors.{module}.PIECE", 10)
     assert np.array_equal(KEPT[name].draw(50, len(GENES), SEED), expected)
 
 
@@ -114,7 +115,7 @@ def test_zinb_grid_is_the_point_that_the_counts_came_from() -> None:
 
 @pytest.mark.parametrize("normalize", ["log1p", "cp10k_log1p", "counts"])
 def test_empirical_draws_are_whole_training_spots(normalize: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "STORED_BYTES", 4 * len(GENES) * 700)
+    monkeypatch.setattr("stflow_fast.priors.fitted.STORED_BYTES", 4 * len(GENES) * 700)
     source = fitted("empirical", normalize)
     rows = {row.tobytes() for spots in SLIDES for row in spots.expression(GENES, normalize)}
     drawn = source.draw(5000, len(GENES), SEED)

@@ -27,7 +27,7 @@ from stflow_fast.protocol import (
 )
 
 from .builders import ENCODER, SLIDES, write_split, write_task
-from .test_bad_input import say
+from .command_cases import say
 
 __all__ = ["say"]  # a fixture
 

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks import published
-from benchmarks.published_code import (
+from benchmarks.studies import published, published_figures
+from benchmarks.studies.published_code import (
     STAND_INS,
     Mlp,
     SwiGLUPacked,
@@ -52,8 +52,8 @@ def red(rows: list[dict]) -> set[tuple[str, str, bool]]:
     return {
         (row["through"], row["activation"], row["non_negative"])
         for row in rows
-        for quantity in published.QUANTITIES
-        if published.is_apart(row, quantity)
+        for quantity in published_figures.QUANTITIES
+        if published_figures.is_apart(row, quantity)
     }
 
 
@@ -63,11 +63,11 @@ def test_equal_is_found_equal_in_every_variant(tmp_path: Path, capsys: pytest.Ca
     assert code == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 of 224 figures")
     of_whom = {(row["activation"], row["non_negative"], row["layout"], row["dtype"], row["through"]) for row in rows}
-    ours = published.THROUGH[1:]
-    assert len(of_whom) == len(rows) == 3 * 2 * 2 * (len(ours) + len(published.THROUGH))
+    ours = published_figures.THROUGH[1:]
+    assert len(of_whom) == len(rows) == 3 * 2 * 2 * (len(ours) + len(published_figures.THROUGH))
     for row in rows:
-        whole = set(published.QUANTITIES) <= row.keys()
-        assert whole or row["through"] == published.SAMPLER
+        whole = set(published_figures.QUANTITIES) <= row.keys()
+        assert whole or row["through"] == published_figures.SAMPLER
         assert {"prediction", "sample"} <= row.keys()
 
 
@@ -85,17 +85,21 @@ def _swiglu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             f"{ALL_BLOCKS}block.gene_updater.__class__ = type('Head', (type(block.gene_updater),), "
             "{'forward': lambda head, tokens: head.output(tokens)})",
-            {(name, "swiglu", True) for name in published.THROUGH[1:]},
+            {(name, "swiglu", True) for name in published_figures.THROUGH[1:]},
         ),
         # One neighbour fewer than its settings say; accelerate asks the module, and agrees with it.
         (
             "self.backbone.n_neighbors -= 1",
-            {(name, "swiglu", on) for name in (published.DENOISER, published.SAMPLER) for on in (False, True)},
+            {
+                (name, "swiglu", on)
+                for name in (published_figures.DENOISER, published_figures.SAMPLER)
+                for on in (False, True)
+            },
         ),
         # Another gate in one MLP of one layer, of which its attributes say nothing.
         (
             "self.backbone.blks[1].mlp.activate = __import__('torch').nn.functional.glu",
-            {(name, "swiglu", on) for name in published.THROUGH[1:] for on in (False, True)},
+            {(name, "swiglu", on) for name in published_figures.THROUGH[1:] for on in (False, True)},
         ),
     ],
     ids=["non_negative", "neighbours", "activation"],
@@ -112,7 +116,7 @@ def test_what_accelerate_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureF
     )
     assert published.main(["--code", str(checkout), *QUICK]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("benchmarks.published: activation: ")
+    assert said.startswith("benchmarks published: activation: ")
     assert "Tanh" in said
 
 
@@ -121,19 +125,19 @@ def test_a_wrong_gradient_alone_is_found(tmp_path: Path) -> None:
     """As of a backward pass that forgets something: values are right."""
     fault = "self.backbone.blks[0].attn.edge_trans.fc1.weight.register_hook(lambda gradient: 1.0001 * gradient)"
     code, rows = rows_of(tmp_path, fault)
-    apart = [row for row in rows if published.is_apart(row, "gradients")]
+    apart = [row for row in rows if published_figures.is_apart(row, "gradients")]
     assert code == 1
     assert {row["farthest_gradient"] for row in apart} == {"backbone.blks.0.attn.edge_trans.fc1.weight"}
-    assert not any(published.is_apart(row, name) for row in rows for name in ("prediction", "sample", "loss"))
+    assert not any(published_figures.is_apart(row, name) for row in rows for name in ("prediction", "sample", "loss"))
 
 
 def test_what_is_not_finite_is_apart() -> None:
-    row = {"through": published.DENOISER, "activation": "swiglu", "non_negative": False, "dtype": "float64"}
+    row = {"through": published_figures.DENOISER, "activation": "swiglu", "non_negative": False, "dtype": "float64"}
     for value in (math.nan, math.inf):
-        found = published.Result({"prediction": torch.tensor([1.0, value])}, {})
-        expected = published.Result({"prediction": torch.tensor([1.0, 2.0])}, {})
-        differing = row | published.differences(found, expected)
-        assert published.is_apart(differing, "prediction")
+        found = published_figures.Result({"prediction": torch.tensor([1.0, value])}, {})
+        expected = published_figures.Result({"prediction": torch.tensor([1.0, 2.0])}, {})
+        differing = row | published_figures.differences(found, expected)
+        assert published_figures.is_apart(differing, "prediction")
         assert json.loads(json.dumps(published.written([differing]), allow_nan=False))[0]["prediction"] is None
 
 
@@ -195,7 +199,7 @@ def test_options_that_cannot_be_run(
 ) -> None:
     assert published.main(["--code", str(write_checkout(tmp_path / "code")), *QUICK, *options]) == 2
     said = capsys.readouterr().err
-    assert f"benchmarks.published: {complaint}" in said
+    assert f"benchmarks published: {complaint}" in said
     assert said.count("\n") == 1
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from stflow_fast import report
 from stflow_fast.errors import InputError
 from stflow_fast.evaluation import score
+from stflow_fast.report.maps import _round_length
 from stflow_fast.synthetic import make_cohort
 
 GENES = ["ERBB2", "GATA3", "VWF", "[bold]odd</td>", "FLAT"]
@@ -155,7 +156,7 @@ def test_gene_maps_add_a_scale_bar_only_where_pixels_have_a_size(tmp_path):
 
 @pytest.mark.parametrize(("width_mm", "length"), [(20.0, 5.0), (6.5, 1.0), (4.0, 1.0), (1.0, 0.2), (0.9, 0.2)])
 def test_scale_bar_has_a_round_length_of_at_most_a_quarter(width_mm, length):
-    assert report._round_length(width_mm / 4) == length
+    assert _round_length(width_mm / 4) == length
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -13,7 +13,7 @@ from stflow_fast.kernels import aot, edge_shape, versions
 from stflow_fast.kernels.conventions import Settings, Sizes
 from stflow_fast.kernels.launch import Launch
 
-from benchmarks import triton_versions
+from benchmarks.counts import triton_versions
 
 PTXAS = """ptxas: NVIDIA (R) Ptx optimizing assembler
 Copyright (c) 2005-2026 NVIDIA Corporation

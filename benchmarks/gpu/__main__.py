@@ -1,7 +1,7 @@
 """Every figure that matters from a GPU, in the order of its worth, within some minutes; see benchmarks/gpu/README.md.
 
-    python -m benchmarks.gpu --out DIR [--minutes 7] [--only NAME] [--again]
-    python -m benchmarks.gpu --out DIR --rehearse     the same plan on one tiny slide, interpreted on the CPU
+    python -m benchmarks gpu --out DIR [--minutes 7] [--only NAME] [--again]
+    python -m benchmarks gpu --out DIR --rehearse     the same plan on one tiny slide, interpreted on the CPU
 
 What is measured goes to DIR/<device>.jsonl, what became of each section to DIR/<device>-sections.jsonl, as it comes,
 and the page DIR/<device>.md is drawn from both after each section. Another call goes on where one ended: sections that
@@ -29,8 +29,8 @@ from stflow_fast.errors import InputError, OutputError
 from stflow_fast.files import atomic_path
 
 from ..command import REHEARSAL, appending
-from ..lines import newest, read
-from ..measure import commit, file_name, versions
+from ..pages.lines import newest, read
+from ..suite.measure import commit, file_name, versions
 from . import BEGUN, page
 from .cached import CACHE, SHARED
 from .plan import Section, plan
@@ -178,10 +178,10 @@ def main() -> int:
         records = Records(arguments.out, device, sections)
         records.draw()  # what cannot be read, or written, is told before anything is measured
     except (InputError, OutputError) as error:
-        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        print(f"benchmarks gpu: {error}", file=sys.stderr)
         return 2
     if arguments.rehearse and (lacks := why_not_interpreted()):
-        print(f"benchmarks.gpu: kernels are not rehearsed, the rest is. {lacks}", file=sys.stderr)
+        print(f"benchmarks gpu: kernels are not rehearsed, the rest is. {lacks}", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measure(records, wanted, arguments)

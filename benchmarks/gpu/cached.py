@@ -67,4 +67,5 @@ def unpack() -> dict[str, Any] | None:
         return None
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(CACHE.parent, filter="data")
-    return json.loads(MANIFEST.read_text())
+    manifest: dict[str, Any] = json.loads(MANIFEST.read_text())
+    return manifest

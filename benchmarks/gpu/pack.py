@@ -15,6 +15,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from .cached import ARCHIVE, CACHE, CARRIED, ROOT, SHARED, compile_variants, pack
 
@@ -55,7 +56,7 @@ def main() -> int:
     shutil.rmtree(CACHE, ignore_errors=True)
     path = os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH"))))
 
-    def variants(processes: int) -> dict:
+    def variants(processes: int) -> dict[str, Any]:
         return compile_variants(arguments.arch, processes, "--wheel", str(there), PYTHONPATH=path)
 
     made = variants(os.cpu_count() or 1)

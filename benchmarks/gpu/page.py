@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from stflow_fast.markdown import table
+
 from ..command import REHEARSAL
-from ..lines import Line, grouped, in_order, published_times, ratio_of, times_as_fast, why_not_timed
-from ..looks import digits, named, seconds, size
-from ..summarize import table
+from ..pages.lines import Line, grouped, in_order, published_times, ratio_of, times_as_fast, why_not_timed
+from ..pages.looks import digits, named, seconds, size
 from .sections import DONE
 
 Part = tuple[str, str]
 """A section's name, and its process's."""
+
+
+Published = dict[tuple[Any, ...], float]
+"""Of :func:`published_times`."""
+
+Reached = Callable[[Line, Published], tuple[str, bool] | None]
 
 
 class Target(NamedTuple):
@@ -20,22 +27,22 @@ class Target(NamedTuple):
 
     told: str
     figure: tuple[str, str, int]  # workload, provider, spots; in bf16
-    reached: Callable[[Line, dict], tuple[str, bool] | None]
+    reached: Reached
 
 
-def _within(field: str, most: float, told: Callable[[float], str]) -> Callable[[Line, dict], tuple[str, bool] | None]:
+def _within(field: str, most: float, told: Callable[[float], str]) -> Reached:
     return lambda line, _: None if line[field] is None else (told(line[field]), line[field] <= most)
 
 
-def _times(least: float) -> Callable[[Line, dict], tuple[str, bool] | None]:
-    def reached(line: Line, published: dict) -> tuple[str, bool] | None:
+def _times(least: float) -> Reached:
+    def reached(line: Line, published: Published) -> tuple[str, bool] | None:
         ratio = ratio_of(line, published)
         return (f"{ratio:.2f}x", ratio >= least) if ratio else None
 
     return reached
 
 
-def _of_floor(line: Line, _: dict) -> tuple[str, bool] | None:
+def _of_floor(line: Line, _: Published) -> tuple[str, bool] | None:
     return (f"{digits(1 / line['of_floor'])} times it", line["of_floor"] >= 1 / 1.5) if line["of_floor"] else None
 
 
@@ -66,7 +73,7 @@ floor: the least time by counts over the median, of a single operation over the 
 fast as the published algorithm in turns with it. error: against float64, checked before anything is timed."""
 
 
-def drawn(common: dict[str, Any], known: dict[Part, dict], parts: list[Part], figures: list[Line]) -> str:
+def drawn(common: dict[str, Any], known: dict[Part, dict[str, Any]], parts: list[Part], figures: list[Line]) -> str:
     """Markdown. ``known`` are the newest lines of sections, ``parts`` those of the plan."""
     versions = ", ".join(f"{name} {version}" for name, version in common["versions"].items())
     driver = f", driver {common['driver']}" if common["driver"] else ""
@@ -85,12 +92,12 @@ def drawn(common: dict[str, Any], known: dict[Part, dict], parts: list[Part], fi
     return "\n\n".join(pieces) + "\n"
 
 
-def lacking(known: dict[Part, dict], parts: Iterable[Part]) -> bool:
+def lacking(known: dict[Part, dict[str, Any]], parts: Iterable[Part]) -> bool:
     """Whether anything of the plan is not done."""
     return any(part not in known or known[part]["outcome"] != DONE for part in parts)
 
 
-def _section(name: str, part: str, known: dict[Part, dict]) -> list[str]:
+def _section(name: str, part: str, known: dict[Part, dict[str, Any]]) -> list[str]:
     line = known.get((name, part))
     told = f"{name}: {part}" if part else name
     if line is None:
@@ -135,7 +142,7 @@ def _tables(figures: list[Line]) -> list[str]:
     return pieces
 
 
-def _row(line: Line, published: dict) -> list[str]:
+def _row(line: Line, published: Published) -> list[str]:
     def cell(name: str, told: Callable[[float], str]) -> str:
         return "" if line[name] is None else told(line[name])
 

@@ -100,7 +100,7 @@ LAST_FIGURES: dict[str, tuple[int, Figures]] = {
 }
 
 ALL_FIGURES = {**FIRST_FIGURES, **FLOAT32_FIGURES, **LAST_FIGURES}
-TEST_FILES = tuple(f"tests/test_{name}.py" for name in ("kernel_gpu", "kernel_neighbors", "flow"))
+TEST_FILES = tuple(f"tests/test_{name}.py" for name in ("kernel_gpu", "kernel_neighbors", "sampling_gpu"))
 TEST_FILE = TEST_FILES[0]
 TESTS = {
     "golden files": (TEST_FILE, "-k", "published_code"),

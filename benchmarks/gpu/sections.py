@@ -40,7 +40,7 @@ PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin
 @dataclasses.dataclass
 class Process:
     name: str
-    running: subprocess.Popen
+    running: subprocess.Popen[bytes]
     out: Path
     err: Path
     begun: float
@@ -62,7 +62,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Fields of a line for each of its processes, within ``seconds``; what they said goes to the end of ``log``, and
     what ``watch`` said last, while they ran, into their lines."""
-    processes, lines, watched = [], [], ""
+    processes: list[Process] = []
+    lines: list[dict[str, Any]] = []
+    watched = ""
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -94,7 +96,7 @@ def _start(name: str, command: tuple[str, ...], environment: dict[str, str], sai
     ends the caller's ends it too."""
     paths = said.with_suffix(".out"), said.with_suffix(".err")
     with paths[0].open("w") as out, paths[1].open("w") as err:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
         running = subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp, **pipes)
     return Process(name, running, *paths, time.monotonic())
 
@@ -119,8 +121,9 @@ def _stop(processes: list[Process]) -> None:
 
 def _told(section: Section, process: Process, late: bool, seconds: float, log: Path) -> dict[str, Any]:
     out, err = (path.read_text(errors="replace") for path in (process.out, process.err))
+    command: Any = process.running.args
     with log.open("a") as file:
-        file.write(f"==== {section.name} {process.name}: {' '.join(process.running.args)}\n{out}{err}\n")
+        file.write(f"==== {section.name} {process.name}: {' '.join(command)}\n{out}{err}\n")
     outcome = _outcome(section, None if late else process.running.returncode, seconds)
     said = _last(out) if outcome == DONE else _last(err) or _last(out)
     worst = [line.removeprefix(WORST).strip() for line in out.splitlines() if line.startswith(WORST)]

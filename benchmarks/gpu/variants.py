@@ -28,9 +28,9 @@ from triton.runtime import cache, driver
 
 from stflow_fast.ops import backend
 
-from ..cases import Case, Plan
-from ..jobs import NetworkJob, job_of, providers_of
-from ..workload import N_GENES
+from ..suite.cases import Case, Plan
+from ..suite.jobs import NetworkJob, job_of, providers_of
+from ..suite.workload import N_GENES
 from .plan import ALL_FIGURES, TUNED, TUNED_COLUMNS, Figures
 
 SPOTS = 72
@@ -135,9 +135,9 @@ def launch_tuned() -> None:
 def triton_key(wheel: Path | None) -> str:
     """Of this Triton, or of an unpacked wheel: its own function, which reads the files beside its own."""
     if wheel is None:
-        return cache.triton_key()
+        return str(cache.triton_key())
     with mock.patch.object(cache, "__file__", str(wheel / "triton" / "runtime" / "cache.py")):
-        return cache.triton_key.__wrapped__()
+        return str(cache.triton_key.__wrapped__())
 
 
 def digest(key: str) -> str:

@@ -1,8 +1,9 @@
 """Cohorts: slides of files and folders to predictions and scores, unattended (``run.py``), and the score of a fold."""
 
-from .evaluate import Evaluation, evaluate, evaluate_slides
+from .evaluate import Evaluation, evaluate, evaluate_slides, keep_scores
 from .page import PAGE
-from .run import MANIFEST, RunConfig, predict, predict_iter, summarize, would_do
+from .run import MANIFEST, predict, predict_iter, summarize, would_do
+from .run_config import RunConfig
 from .settings import SamplingConfig, drawn_by, gene_names, load_model, made_by, model_and_origin
 from .state import SlideLine, read_lines
 
@@ -17,6 +18,7 @@ __all__ = [
     "evaluate",
     "evaluate_slides",
     "gene_names",
+    "keep_scores",
     "load_model",
     "made_by",
     "model_and_origin",

@@ -39,9 +39,9 @@ class Member(abc.ABC):
     def again(self: M) -> M:
         """Another one in its place."""
 
-    @staticmethod
+    @classmethod
     @abc.abstractmethod
-    def wait(members: Sequence[M]) -> list[M]:
+    def wait(cls: type[M], members: Sequence[M]) -> list[M]:
         """Those that have something to be received, once there is one."""
 
     @abc.abstractmethod

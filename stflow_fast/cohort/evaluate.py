@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
-from ..errors import InputError
+from ..errors import InputError, OutputError
 from ..evaluation import (
     Draws,
     Structure,
@@ -23,11 +24,14 @@ from ..evaluation import (
     top_overlap,
 )
 from ..model import Denoiser
+from ..model_card import CARD_FILE, add_scores
+from ..pretrained import fingerprint
 from ..priors.observation import ObservationModel
+from ..runs import model_folder
 from ..slides import Slide, open_task
 from ..threads import blocks_of
 from ..windows import TEST
-from .settings import SamplingConfig, gene_names, model_and_origin, selection_of
+from .settings import SamplingConfig, gene_names, load_model, model_and_origin, selection_of
 
 CERTAINTY_DRAWS = 100
 """Of each spot, that intervals and CRPS are of."""
@@ -40,6 +44,8 @@ STRUCTURE_DRAWS = 8
 
 NUMBERS_KEPT = 2**25
 """Of draws: 128 MB as they are drawn, and as much again for each of a few arrays made of them."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,29 @@ def evaluate_slides(
     return evaluation
 
 
+def keep_scores(run: str | Path, evaluation: Evaluation) -> Path | None:
+    """Keep the scores of a run, or of a model's folder, beside its weights, and write its card with them.
+
+    Args:
+        run: as it was evaluated.
+        evaluation: of :func:`evaluate`.
+
+    Returns:
+        The card; None where none is written: of a model of the Hub, or, which is logged, where somebody has edited it
+        or the folder cannot be written.
+    """
+    folder = model_folder(run)
+    if not folder.is_dir():
+        return None
+    model, slides = load_model(run, "cpu"), {slide.id: slide.n_spots for slide in evaluation.slides}
+    try:
+        written = add_scores(folder, model.described(), evaluation.result, slides, fingerprint(model))
+    except OutputError as error:  # of somebody else's model: the scores are shown all the same
+        logger.warning("%s", error)
+        return None
+    return folder / CARD_FILE if written else None
+
+
 def _add_certainty(evaluation: Evaluation, law: ObservationModel, known: np.ndarray, seed: int) -> None:
     """What the law's draws are worth, and beside the baselines what those of random training spots (``known`` [M, G])
     are: the image must add to these."""
@@ -166,7 +195,7 @@ def _structure_of_draws(evaluation: Evaluation, law: ObservationModel, seed: int
         pairs = zip(slides, evaluation.predicted, strict=True)
         drawn = [law.drawer(seed + number, slide.id, 1, slide.coords)(made)[0] for slide, made in pairs]
         found.append(of_truth.beside(drawn))
-    means = {name: [one[name] for one in found if one[name] is not None] for name in found[0]}
+    means = {name: [value for one in found if (value := one[name]) is not None] for name in found[0]}
     return {name: float(np.mean(values)) if values else None for name, values in means.items()}
 
 

@@ -6,9 +6,9 @@ import csv
 import dataclasses
 import itertools
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError, first_line
 from ..inspection import expand
@@ -39,7 +39,8 @@ class Given(NamedTuple):
     def part(self, chosen: slice) -> Given:
         """Some of all that was given."""
         order = self.order[chosen]
-        slides, refused = ({name: each[name] for name in order if name in each} for each in (self.slides, self.refused))
+        slides = {name: self.slides[name] for name in order if name in self.slides}
+        refused = {name: self.refused[name] for name in order if name in self.refused}
         return Given(slides, self.reading, refused, order)
 
 
@@ -118,7 +119,7 @@ def described(reading: ReadOptions) -> dict[str, str]:
     return {field: str(value) for field, value in given.items() if value != getattr(usual, field)}
 
 
-Read = list[SlideSource | Slide] | InputError
+Read = Sequence[SlideSource | Slide] | InputError
 """The slides of a path, or what is wrong with it."""
 
 
@@ -135,7 +136,7 @@ def _all(
             yield from ((str(path), reading, _sources(path, reading)) for path in expand(Path(given), nested))
 
 
-def _sources(path: Path, reading: ReadOptions) -> Read:
+def _sources(path: Path, reading: ReadOptions) -> list[SlideSource] | InputError:
     try:
         return sources(path, reading)
     except InputError as error:
@@ -191,14 +192,15 @@ def _listed(path: Path, reading: ReadOptions) -> Iterator[tuple[str, ReadOptions
             yield f"{path}, line {number}", reading, InputError(f"{path}, line {number}: {problem}; mend the list")
             continue
         here = path.parent / row[PATH]
-        options = {name: row[name] for name in OPTIONS if row.get(name)}
+        options: dict[str, Any] = {name: row[name] for name in OPTIONS if row.get(name)}
         if "embeddings" in options:
             options["embeddings"] = path.parent / options["embeddings"]
         of_row = dataclasses.replace(reading, **options)
         found = _sources(here, of_row)
-        if row.get(ID) and isinstance(found, list):
-            found = _renamed(found, row[ID], f"{path}, line {number}")
-        yield str(here), of_row, found
+        if row.get(ID) and not isinstance(found, InputError):
+            yield str(here), of_row, _renamed(found, row[ID], f"{path}, line {number}")
+        else:
+            yield str(here), of_row, found
 
 
 def _renamed(found: list[SlideSource], name: str, where: str) -> Read:

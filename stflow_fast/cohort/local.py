@@ -108,8 +108,8 @@ class Process(Member):
     def again(self) -> Process:
         return Process(*self._given)
 
-    @staticmethod
-    def wait(members: Sequence[Process]) -> list[Process]:
+    @classmethod
+    def wait(cls, members: Sequence[Process]) -> list[Process]:
         ready = wait([member.pipe for member in members])
         return [member for member in members if member.pipe in ready]
 
@@ -119,9 +119,10 @@ class Process(Member):
 
     def receive(self) -> SlideLine | InputError | Word:
         try:
-            return self.pipe.recv()
+            said: SlideLine | InputError | Word = self.pipe.recv()
         except (EOFError, OSError):
             return Word.DEAD
+        return said
 
     def stop(self) -> None:
         self.pipe.close()  # by which it ends, whatever it is doing

@@ -26,7 +26,7 @@ LARGEST = SIDE // 8
 
 
 def draw_map(
-    path: str | os.PathLike, expression: np.ndarray, coords: np.ndarray, micron_per_pixel: float | None
+    path: str | os.PathLike[str], expression: np.ndarray, coords: np.ndarray, micron_per_pixel: float | None
 ) -> float | None:
     """Draw one gene over a slide as a square PNG with a transparent ground, the tissue in its middle.
 

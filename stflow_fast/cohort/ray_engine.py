@@ -65,8 +65,8 @@ class _Remote(Member):
     def again(self) -> _Remote:
         return _Remote(self._start)
 
-    @staticmethod
-    def wait(members: Sequence[_Remote]) -> list[_Remote]:
+    @classmethod
+    def wait(cls, members: Sequence[_Remote]) -> list[_Remote]:
         ready, _ = ray.wait([said for member in members for said in member._said])
         return [member for member in members if not set(ready).isdisjoint(member._said)]
 
@@ -74,14 +74,15 @@ class _Remote(Member):
         self._said.append(self._actor.predict.remote(task))
 
     def receive(self) -> SlideLine | InputError | Word:
-        [said], _ = ray.wait(list(self._said))
-        self._said.remove(said)
+        [coming], _ = ray.wait(list(self._said))
+        self._said.remove(coming)
         try:
-            return ray.get(said)
+            said: SlideLine | InputError | Word = ray.get(coming)
         except RayError as error:
             why = getattr(error, "cause", None) or error
             self._end = f"{type(why).__name__}: {first_line(why)}" if not self.ready else type(error).__name__
             return Word.DEAD
+        return said
 
     def stop(self) -> None:
         if self.tasks and not self._end:  # nothing stays half written
@@ -125,7 +126,7 @@ def _join(address: str | None) -> None:
         host, colon, port = (address or "").rpartition(":")
         if colon and "/" not in host:  # ray.init itself tries for minutes
             socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
-        own = {"include_dashboard": False} if address is None else {}
+        own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"address: no Ray cluster at {address} ({first_line(error)}); see ray status") from error
@@ -140,7 +141,7 @@ def _actors(model: Denoiser, settings: Settings, n_slides: int, device: str, wor
     model = copy.deepcopy(model).cpu()
     if kind == "CPU":
         check_precision(settings.sampling.precision, model)
-    needs = {"num_cpus": 1, "num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-    actor = ray.remote(max_concurrency=2, **needs)(_Actor)
+    options: dict[str, Any] = {"max_concurrency": 2, "num_cpus": 1, **({"num_gpus": 1} if kind == "GPU" else {})}
+    actor = ray.remote(**options)(_Actor)
     start = functools.partial(actor.remote, ray.put(model), settings, os.getcwd())
     return [_Remote(start) for _ in range(min(workers or most, n_slides))]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..errors import InputError, OutputError, SlidesFailed, batch_error
 from ..files import check_output, is_same_file, read_json, remove_parts, write_json
@@ -20,83 +16,17 @@ from ..model import Denoiser
 from ..outputs import SUFFIXES, OutputConfig, check_replaceable, read_about, remove_prediction
 from ..sampling import check_precision
 from ..slides import ReadOptions, Slide, SlideSource
-from ..slides.genes import other_spelling, some_of
 from .crew import beside_each_other
 from .inputs import Given, described, given_slides, path_of
 from .local import Process, overlapped, places_of
 from .page import write_page
+from .run_config import WHOLE, RunConfig
 from .settings import SamplingConfig, gene_names, made_by, model_and_origin
 from .state import FAILED, SlideLine, journal, read_lines
 from .tables import write_tables
 from .worker import MAPS, Settings, Task, Worker, digest
 
 MANIFEST = "predictions.json"
-
-ENGINES = ("local", "ray")
-
-WHOLE = (1, 1)
-"""The only shard of one."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What of a cohort is predicted by this process, and by what of the machine.
-
-    Attributes:
-        shard: (i, n): every n-th slide from the i-th on, for n processes that write into one folder; (1, 1) is all.
-        limit: predict so many slides at most; None for all.
-        nested: look for slides in folders of folders too.
-        engine: "local", or "ray" for the actors of a Ray cluster.
-        address: of the cluster, as ``ray.init`` takes it ("auto"); one on this machine when None.
-        workers: processes beside each other on a CPU. When None as many as cores where there are four slides or more
-            for each, else slides are predicted in this process. Of a cluster: actors; as many as it has GPUs, or cores
-            where it has none, when None.
-        gpus: numbers of GPUs of this machine, each of which gets a process.
-        maps: genes that a small picture is drawn of, for every slide.
-
-    Raises:
-        InputError: a value out of its range, with the field's name.
-    """
-
-    shard: tuple[int, int] = WHOLE
-    limit: int | None = None
-    nested: bool = False
-    engine: str = "local"
-    address: str | None = None
-    workers: int | None = None
-    gpus: Sequence[int] | None = None
-    maps: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        index, count = self.shard
-        if not 1 <= index <= count:
-            raise InputError(f"shard: must be I/N with I from 1 to N, not {index}/{count}")
-        for name in ("limit", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: must be 1 at least, not {value}")
-        self._check_engine()
-        there = range(torch.cuda.device_count())
-        if self.gpus is not None and (not self.gpus or len({*self.gpus} & {*there}) < len(self.gpus)):
-            raise InputError(f"gpus: must be different numbers below {len(there)}, the GPUs here, not {self.gpus}")
-        if self.gpus is not None and self.workers is not None:
-            raise InputError("workers: each of the gpus has one; leave out one of the two")
-
-    def _check_engine(self) -> None:
-        if self.engine not in ENGINES:
-            raise InputError(f"engine: must be {' or '.join(ENGINES)}, not {self.engine!r}")
-        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
-            raise InputError("engine: ray is not installed; pip install 'stflow-fast[ray]'")
-        for name, engine in (("address", "ray"), ("gpus", "local")):
-            if getattr(self, name) is not None and self.engine != engine:
-                raise InputError(f"{name}: is of the {engine} engine; leave it out, or choose engine {engine}")
-
-    def check_maps(self, genes: Sequence[str]) -> tuple[str, ...]:
-        """``maps``; raises InputError for a gene that is not written."""
-        if missing := [gene for gene in self.maps if gene not in genes]:
-            known = f"{len(genes)} genes that are written: {some_of(genes)}"
-            raise InputError(f"maps: {missing[0]} is not among the {known}{other_spelling(missing, genes, None)}")
-        return tuple(dict.fromkeys(self.maps))
 
 
 def predict(run: str | Path | Denoiser, slides: Any, out: str | Path, **options: Any) -> list[Path]:
@@ -120,7 +50,8 @@ def predict(run: str | Path | Denoiser, slides: Any, out: str | Path, **options:
         if on_slide:
             on_slide(line, work.total)
     failed = [line.reason for line in lines.values() if not line.is_done]
-    written = [work.out / lines[name].file for name in work.given.slides if name in lines and lines[name].is_done]
+    done = (lines[name] for name in work.given.slides if name in lines and lines[name].is_done)
+    written = [path for line in done if (path := line.path(work.out))]
     if failed:
         raise SlidesFailed(failed, len(written), work.out)
     return written
@@ -297,12 +228,12 @@ class _Run:
             return False
         if not line.maps.keys() >= set(self.config.maps):
             return False
-        return line.made == self._digest(self.given.reading[line.slide]) and line.path(self.out).exists()
+        return line.made == self._digest(self.given.reading[line.slide]) and line.is_written(self.out)
 
     def _digest(self, reading: dict[str, str]) -> str:
         return digest({**self.about, "reading": reading})
 
-    def _predicted(self, tasks: list[Task]) -> Iterator[SlideLine]:
+    def _predicted(self, tasks: list[Task]) -> Generator[SlideLine, None, None]:
         """The lines of slides as they come."""
         if self.config.engine == "ray":
             from .ray_engine import on_cluster
@@ -380,7 +311,7 @@ def summarize(folder: str | Path) -> list[SlideLine]:
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         raise InputError(f"{folder}: holds no {MANIFEST}, so it is no folder of predictions; give predict's --out")
-    lines = [line for line in read_lines(folder).values() if not line.is_done or line.path(folder).exists()]
+    lines = [line for line in read_lines(folder).values() if not line.is_done or line.is_written(folder)]
     write_tables(folder, lines)
     write_page(folder, lines, read_json(folder / MANIFEST))
     return lines

@@ -15,7 +15,7 @@ from ..flow import time_grid
 from ..model import Denoiser
 from ..pretrained import fingerprint
 from ..priors import SOURCES, Source, check_seed
-from ..runs import MODEL_FOLDER, RUN_FILE
+from ..runs import MODEL_FOLDER, RUN_FILE, model_folder
 from ..sampling import (
     DEFAULT_MEMORY_BUDGET,
     BlockSample,
@@ -34,7 +34,7 @@ class SamplingConfig:
     """How predictions are drawn. ``None`` is what the model was trained with (else the published default).
 
     Attributes:
-        n_sample_steps: times S of the flow's grid, at least 2; S - 1 denoiser calls.
+        n_sample_steps: times of the flow's grid, at least 2; one more than denoiser calls.
         prior: the source distribution or its name.
         seed: with the slide's id, decides the noise; 0 or larger.
         memory_budget, precision, smooth: see :class:`stflow_fast.Sampler`.
@@ -95,12 +95,11 @@ def load_model(run: str | Path, device: str = "auto") -> Denoiser:
     Raises:
         InputError: no model there, a truncated one, a run that has not finished, or a device that is not there.
     """
-    folder, place = Path(run), str(choose_device(device))
-    if (folder / MODEL_FOLDER).is_dir():
-        return Denoiser.from_pretrained(folder / MODEL_FOLDER, map_location=place)
+    folder, place = model_folder(run), str(choose_device(device))
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/, its training did not finish; go on with train --resume")
-    return Denoiser.from_pretrained(run, map_location=place)
+    model: Denoiser = Denoiser.from_pretrained(folder, map_location=place)
+    return model
 
 
 def model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:

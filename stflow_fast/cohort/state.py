@@ -69,6 +69,11 @@ class SlideLine:
         """The prediction, in the folder that the line is of."""
         return None if self.file is None else folder / self.file
 
+    def is_written(self, folder: Path) -> bool:
+        """Whether the prediction is there, in the folder that the line is of."""
+        path = self.path(folder)
+        return path is not None and path.exists()
+
 
 FIELDS = frozenset(each.name for each in dataclasses.fields(SlideLine))
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +165,7 @@ class Worker:
 
     def _blocks(self, drawn: Drawn) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Of X and the layers, as they are written."""
+        layers_of: Callable[[np.ndarray], Iterable[np.ndarray]]
         layers_of = self._layers(drawn.slide) if self.layers else lambda mean: []
         for rows, part in drawn.sample.blocks():
             mean = part.float().numpy()
@@ -174,7 +175,8 @@ class Worker:
     def _layers(self, slide: Slide) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
         """What makes the layers [n, all genes] of the mean of the next n spots of a slide."""
         law, sampling, output = observation_of(self.model), self.settings.sampling, self.settings.output
-        draw = law.drawer(sampling.seed, slide.id, sampling.draws if output.keep_draws else 0, slide.coords)
+        kept = sampling.draws if output.keep_draws and sampling.draws else 0
+        draw = law.drawer(sampling.seed, slide.id, kept, slide.coords)
 
         def layers(mean: np.ndarray) -> Iterator[np.ndarray]:
             yield law.std(mean)

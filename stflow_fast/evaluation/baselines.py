@@ -134,14 +134,18 @@ def _mean_and_oracle(
 
 def _depth(slides: Sequence[Slide]) -> np.ndarray:
     """[N] log1p of the total counts, slides one after another."""
-    return np.log1p(np.concatenate([slide.total_counts for slide in slides]))
+    depth: np.ndarray = np.log1p(np.concatenate([slide.total_counts for slide in slides]))
+    return depth
 
 
 def _slopes(depth: np.ndarray, centred_expression: np.ndarray) -> np.ndarray:
     """[G] least-squares slope of each gene on depth; zero where all spots are equally deep."""
     centred = depth - depth.mean()
     variance = centred @ centred
-    return centred @ centred_expression / variance if variance > 0 else np.zeros(centred_expression.shape[1])
+    if variance <= 0:
+        return np.zeros(centred_expression.shape[1])
+    slopes: np.ndarray = centred @ centred_expression / variance
+    return slopes
 
 
 def _hest_ridges(train: Sequence[Slide], test: Sequence[Slide], expression: Expression) -> dict[str, Baseline]:
@@ -166,7 +170,13 @@ def _hest_ridges(train: Sequence[Slide], test: Sequence[Slide], expression: Expr
 
 def _features(slides: Sequence[Slide]) -> np.ndarray:
     """[N, F] float32, slides one after another."""
-    return np.concatenate([slide.features[:] for slide in slides])
+    return np.concatenate(list(map(_features_of, slides)))
+
+
+def _features_of(slide: Slide) -> np.ndarray:
+    """[N, F] float32."""
+    assert slide.features is not None  # whoever is compared with baselines has them
+    return slide.features[:]
 
 
 def _scaled_pca(features: np.ndarray) -> Pipeline:
@@ -206,7 +216,8 @@ def _components(slides: Sequence[Slide]) -> tuple[Design, Design]:
     pipeline = _scaled_pca(features).fit(features)
 
     def own(slide: Slide) -> np.ndarray:
-        return pipeline.transform(slide.features[:])
+        components: np.ndarray = pipeline.transform(_features_of(slide))
+        return components
 
     return own, own
 
@@ -227,7 +238,7 @@ def _own_and_neighbors(slides: Sequence[Slide]) -> tuple[Design, Design]:
 
 
 def _with_neighbors(slide: Slide) -> np.ndarray:
-    features = slide.features[:]
+    features = _features_of(slide)
     flat = is_constant(features.T)
     deviation = features - features.mean(axis=0, dtype=np.float64)
     standardised = np.where(flat, 0.0, deviation / np.where(flat, 1.0, deviation.std(axis=0)))

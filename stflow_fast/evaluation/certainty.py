@@ -110,7 +110,8 @@ def _quantile(ordered: np.ndarray, q: float) -> np.ndarray:
     rank = np.clip((len(ordered) + 1) * q - 1, 0, len(ordered) - 1)
     below = int(rank)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+    quantile: np.ndarray = ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+    return quantile
 
 
 def _checked(drawn: np.ndarray, truth: np.ndarray, n_draws: int | None) -> np.ndarray:

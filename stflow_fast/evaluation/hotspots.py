@@ -44,4 +44,5 @@ def _membership(values: np.ndarray, wanted: int) -> np.ndarray:
     """[N, G] how much of each spot is among the ``wanted`` highest; sums to ``wanted`` for each gene."""
     border = np.partition(values, len(values) - wanted, axis=0)[len(values) - wanted]
     above, tied = values > border, values == border
-    return above + tied * ((wanted - above.sum(axis=0)) / tied.sum(axis=0))
+    share: np.ndarray = above + tied * ((wanted - above.sum(axis=0)) / tied.sum(axis=0))
+    return share

@@ -31,7 +31,7 @@ def neighbor_weights(coords: np.ndarray) -> scipy.sparse.csr_matrix:
 
 
 def neighborhood_mean(coords: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[..., N, C] mean of ``values`` [..., N, C] over each spot and its neighbours, see :func:`neighbor_weights`."""
+    """[..., N, .] mean of ``values`` [..., N, .] over each spot and its neighbours, see :func:`neighbor_weights`."""
     weights = neighbor_weights(coords)
     share = (1.0 / (1 + np.diff(weights.indptr)))[:, None]
     flat = values.reshape(-1, *values.shape[-2:])
@@ -39,5 +39,6 @@ def neighborhood_mean(coords: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def neighbor_mean(coords: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[N, C] float64 mean of ``values`` [N, C] over each spot's neighbours, see :func:`neighbor_weights`."""
-    return neighbor_weights(coords) @ np.asarray(values, dtype=np.float64)
+    """[N, .] float64 mean of ``values`` [N, .] over each spot's neighbours, see :func:`neighbor_weights`."""
+    mean: np.ndarray = neighbor_weights(coords) @ np.asarray(values, dtype=np.float64)
+    return mean

@@ -44,8 +44,10 @@ class RidgePath:
 
     def project(self, design: np.ndarray) -> np.ndarray:
         """[n, r] of a design [n, D]: what a prediction needs of it, whatever alpha is."""
-        return (design - self.centre) @ self.directions
+        projected: np.ndarray = (design - self.centre) @ self.directions
+        return projected
 
     def predict(self, projected: np.ndarray, alpha: float) -> np.ndarray:
         """[n, G] of :meth:`project`'s [n, r]; alpha above 0."""
-        return (projected / (self.eigenvalues + alpha)) @ self.targets + self.mean
+        predicted: np.ndarray = (projected / (self.eigenvalues + alpha)) @ self.targets + self.mean
+        return predicted

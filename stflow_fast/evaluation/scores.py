@@ -94,7 +94,8 @@ def is_constant(rows: np.ndarray) -> np.ndarray:
     means nothing."""
     precision = np.finfo(rows.dtype).eps if np.issubdtype(rows.dtype, np.floating) else 0.0
     low, high = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
-    return high - low <= 4 * precision * np.maximum(np.abs(low), np.abs(high))
+    constant: np.ndarray = high - low <= 4 * precision * np.maximum(np.abs(low), np.abs(high))
+    return constant
 
 
 def _at_once(n_spots: int) -> int:
@@ -131,7 +132,8 @@ def _directions(rows: np.ndarray) -> np.ndarray:
     centred = _contiguous(rows)
     centred = centred - centred.mean(axis=1, keepdims=True)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.where(length > 0, length, 1.0)
+    directions: np.ndarray = centred / np.where(length > 0, length, 1.0)
+    return directions
 
 
 def _contiguous(rows: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ class GeneCorrelations:
 def _correlations(values: np.ndarray) -> np.ndarray:
     centred = values - values.mean(axis=0, dtype=np.float64)
     centred /= np.linalg.norm(centred, axis=0)
-    return centred.T @ centred
+    correlations: np.ndarray = centred.T @ centred
+    return correlations
 
 
 def zero_fraction(values: np.ndarray) -> float:

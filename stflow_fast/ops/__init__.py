@@ -88,7 +88,7 @@ TRAINED_BY = ("edge_attention_fwd", "edge_attention_bwd_query", "edge_attention_
 
 
 @functools.cache
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # By C++ as a whole, which frees the interpreter's lock: else fused loops of several threads wait for each other (a
     # sample of 10,000 spots and its preparation, two threads: 2.1 s, and 2.5).
     return torch.compile(function, fullgraph=True, options={"cpp.threads": 1, "cpp_wrapper": True})
@@ -129,7 +129,8 @@ def by_rows(
             parts = [Part(index, rows if index < len(inputs) else ...) for index in range(len(inputs) + len(weights))]
             return Reading(parts, functools.partial(run, rows))
 
-        return Blocks.apply(reading, blocks, True, *inputs, *weights)
+        apply: Callable[..., tuple[Tensor, ...]] = Blocks.apply  # which torch leaves untyped
+        return apply(reading, blocks, True, *inputs, *weights)
     gathered = into or Gathered(n)
 
     def compute(rows: slice) -> None:
@@ -156,12 +157,13 @@ def build_graph(
 
 
 def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> Tensor:
-    """Inverted dropout of x [N, C]; x itself without keys."""
+    """Inverted dropout of x [N, .]; x itself without keys."""
     if keys is None or p == 0.0 or not on_triton(x):
         return dropout(x, p, keys, stream)
     from ..kernels.dropout import dropout as kernel
 
-    return kernel(x, keys.keys, p, stream)
+    dropped: Tensor = kernel(x, keys.keys, p, stream)
+    return dropped
 
 
 def gated_mlp(
@@ -172,7 +174,8 @@ def gated_mlp(
         return reference.gated_mlp(x, weights, activation, p, keys, stream)
     from ..kernels.gated_mlp import gated_mlp as kernel
 
-    return kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
+    made: Tensor = kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
+    return made
 
 
 def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> tuple[Tensor, Tensor]:
@@ -185,7 +188,10 @@ def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None,
 
     dtype = autocast_dtype(tokens.device) or tokens.dtype
     if torch.is_grad_enabled() or (keys is not None and p > 0):
-        return kernels.residual(tokens, update, None if keys is None else keys.keys, dtype, p, stream)
+        both: tuple[Tensor, Tensor] = kernels.residual(
+            tokens, update, None if keys is None else keys.keys, dtype, p, stream
+        )
+        return both
     return tokens, kernels.residual_(tokens, update, dtype)
 
 
@@ -195,7 +201,8 @@ def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
         return reference.gelu_norm(pre, affine)
     from ..kernels.gated_mlp import gelu_norm as kernel
 
-    return kernel(pre, *affine)
+    made: Tensor = kernel(pre, *affine)
+    return made
 
 
 def gene_head(
@@ -208,7 +215,8 @@ def gene_head(
     from ..kernels.gene_head import gene_head as kernel
 
     weight, bias = (each.to(pre.dtype) for each in head)  # as autocast would
-    return kernel(pre, affine, (weight, bias), total, relu)
+    made: Tensor = kernel(pre, affine, (weight, bias), total, relu)
+    return made
 
 
 def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
@@ -217,7 +225,8 @@ def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
         return reference.joined_norm(tokens, x, columns)
     from ..kernels.joined_norm import joined_norm as kernel
 
-    return kernel(tokens, x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
+    joined: Tensor = kernel(tokens, x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
+    return joined
 
 
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
@@ -241,15 +250,16 @@ def _message_dtype(weights: EdgeWeights) -> torch.dtype:
 
 def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -> Tensor:
     """All messages m_ij [N, K, E] of one layer, to be kept over several flow steps; without gradients or dropout."""
-    n, k = geometry.shape[:2]
+    (n, k), (e, hp) = geometry.shape[:2], weights.message_to_logit.shape
     dtype = _message_dtype(weights)
     settings = Settings(*spec)
-    work = EdgeWork(("edge_messages",), Sizes(k, *weights.message_to_logit.shape, settings.n_heads), settings)
+    work = EdgeWork(("edge_messages",), Sizes(k, e, hp, settings.n_heads), settings)
     if on_triton(geometry, dtype, work):
         from ..kernels.edge_attention import edge_messages as kernel
 
-        return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
-    messages = geometry.new_empty(n, k, weights.message_to_logit.shape[0], dtype=dtype)
+        made: Tensor = kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
+        return made
+    messages = geometry.new_empty(n, k, e, dtype=dtype)
     function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages, BLOCK_BYTES)
 
     def make(rows: slice) -> None:
@@ -289,7 +299,8 @@ def edge_attention(
 
         edges = graph.geometry if messages is None else messages
         arriving = graph.arriving if training else None
-        return kernel(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
+        context: Tensor = kernel(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
+        return context
     return _attention_in_blocks(terms, graph, messages, weights, spec, dropouts, training)
 
 
@@ -327,7 +338,8 @@ def _attention_in_blocks(
             return Reading(parts, functools.partial(run, rows, place))
 
         keep = n * _live_bytes(k, weights) <= KEPT_BYTES
-        return Blocks.apply(reading, blocks, keep, terms, edges, *weights)[0]
+        apply: Callable[..., tuple[Tensor, ...]] = Blocks.apply  # which torch leaves untyped
+        return apply(reading, blocks, keep, terms, edges, *weights)[0]
     columns = terms.shape[1] - 2 * width + spec.n_heads * (n_messages + 1)
     context = terms.new_empty(n, columns + context_padding(columns))
 
@@ -348,8 +360,8 @@ def on_triton(x: Tensor, dtype: torch.dtype | None = None, edges: EdgeWork | Non
 
 
 def _plan(
-    workload: Workload, weights: EdgeWeights, function: Callable, block_bytes: int
-) -> tuple[Callable, list[slice]]:
+    workload: Workload, weights: EdgeWeights, function: Callable[..., Tensor], block_bytes: int
+) -> tuple[Callable[..., Tensor], list[slice]]:
     """The function of plain torch that runs a block, and the blocks that cover the spots.
 
     Compiled blocks all have one size, so the last one overlaps the one before; both write the same numbers.

@@ -154,21 +154,21 @@ def _what_a_gpu_lacks(workload: Workload) -> str | None:
         return "the GPU is not NVIDIA's"
     if torch.cuda.get_device_capability(workload.device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    if workload.edges and (lacks := _what_shared_memory_lacks(workload)):
+    if workload.edges and (lacks := _what_shared_memory_lacks(workload, workload.edges)):
         return lacks
     if not c_compiler():
         return "there is no C compiler (gcc or clang), by which it builds its launches"
     return None
 
 
-def _what_shared_memory_lacks(workload: Workload) -> str | None:
+def _what_shared_memory_lacks(workload: Workload, edges: EdgeWork) -> str | None:
     from ..kernels.edge_shape import shared_bytes
     from ..kernels.launch import architecture, precision_of
 
     arch, precision = architecture(workload.device), precision_of(workload.dtype)
-    kernels, *case = workload.edges
-    needed = max(shared_bytes(kernel, arch, precision, *case) for kernel in kernels)
-    there = torch.cuda.get_device_properties(workload.device).shared_memory_per_block_optin
+    needed = max(shared_bytes(kernel, arch, precision, edges.sizes, edges.settings) for kernel in edges.kernels)
+    properties = torch.cuda.get_device_properties(workload.device)
+    there = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub does not list it
     if needed <= there:
         return None
     return (

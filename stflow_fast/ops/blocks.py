@@ -35,12 +35,13 @@ class Part(NamedTuple):
 
     def add(self, totals: Sequence[Tensor | None], gradient: Tensor | None) -> None:
         """The gradient of this part to that of its tensor."""
-        if gradient is None:
+        total = totals[self.source]
+        if gradient is None or total is None:
             return
         if isinstance(self.where, Tensor):
-            totals[self.source].index_add_(0, self.where, gradient)
+            total.index_add_(0, self.where, gradient)
         else:
-            totals[self.source][self.where] += gradient
+            total[self.where] += gradient
 
 
 class Reading(NamedTuple):
@@ -60,7 +61,7 @@ class Gathered:
     def put(self, rows: slice, parts: Sequence[Tensor]) -> None:
         with self._making:
             self.tensors = self.tensors or tuple(part.new_empty(self._n, *part.shape[1:]) for part in parts)
-        for whole, part in zip(self.rows(rows), parts, strict=True):
+        for whole, part in zip(self.rows(rows) or (), parts, strict=True):
             if part.data_ptr() != whole.data_ptr():  # else it was written there
                 whole.copy_(part)
 
@@ -77,6 +78,18 @@ class _Graph(NamedTuple):
     outputs: list[GradientEdge | None]  # not the tensors, whose memory is free; None of what needs no gradient
 
 
+class _Context(FunctionCtx):
+    """What a forward leaves for its backward, and what torch puts there."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    reading: Callable[[slice], Reading]
+    blocks: Sequence[slice]
+    device: torch.device
+    precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    kept: dict[int, _Graph]
+
+
 class Blocks(torch.autograd.Function):
     """Tensors [N, ...] of all blocks, which cover the N spots; differentiable once.
 
@@ -87,16 +100,18 @@ class Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         reading: Callable[[slice], Reading],
         blocks: Sequence[slice],
         keep: bool,
-        *tensors: Tensor | None,
+        first: Tensor,
+        *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        tensors = (first, *others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.reading, ctx.blocks, ctx.precision = reading, blocks, present_precision(tensors[0].device.type)
-        ctx.kept = {}
+        ctx.save_for_backward(*tensors)  # type: ignore[arg-type]  # takes None too, which its annotation leaves out
+        ctx.reading, ctx.blocks, ctx.device = reading, blocks, first.device
+        ctx.precision, ctx.kept = present_precision(first.device.type), {}
         needed, gathered = ctx.needs_input_grad[3:], Gathered(blocks[-1].stop)
 
         def compute(rows: slice) -> None:
@@ -108,42 +123,44 @@ class Blocks(torch.autograd.Function):
                     outputs = function(*(part.of(tensors) for part in parts))
             gathered.put(rows, [output.detach() for output in outputs])
 
-        in_turn(compute, blocks, tensors[0].device)
+        in_turn(compute, blocks, first.device)
         return gathered.tensors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        totals = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
-        arrived = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        totals = [
+            torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors, needed, strict=True)
+        ]
+        arrived = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
 
-        def differentiate(rows: slice) -> tuple[list[Part], list[Tensor | None]]:
+        def differentiate(rows: slice) -> tuple[Sequence[Part], Sequence[Tensor | None]]:
             graph = ctx.kept.pop(rows.start, None) or _differentiable(ctx, rows, tensors, needed)[1]
             pairs = zip(graph.parts, graph.leaves, strict=True)
-            wanted = [(part, leaf) for part, leaf in pairs if needed[part.source]]
-            read = [index for index in arrived if graph.outputs[index] is not None]
+            wanted = [(part, leaf) for part, leaf in pairs if leaf is not None and needed[part.source]]
+            read = [(index, edge) for index in arrived if (edge := graph.outputs[index]) is not None]
             if not read:
                 return [], []
             found = torch.autograd.grad(
-                [graph.outputs[index] for index in read],
+                [edge for _, edge in read],
                 [leaf for _, leaf in wanted],
-                [gradients[index][rows] for index in read],
+                [arrived[index][rows] for index, _ in read],
                 allow_unused=True,
             )
             return [part for part, _ in wanted], found
 
-        def add(found: tuple[list[Part], list[Tensor | None]]) -> None:
+        def add(found: tuple[Sequence[Part], Sequence[Tensor | None]]) -> None:
             for part, gradient in zip(*found, strict=True):
                 part.add(totals, gradient)
 
         if arrived:
-            in_turn(differentiate, ctx.blocks, tensors[0].device, add)
+            in_turn(differentiate, ctx.blocks, ctx.device, add)
         return None, None, None, *totals
 
 
 def _differentiable(
-    ctx: FunctionCtx, rows: slice, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+    ctx: _Context, rows: slice, tensors: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[tuple[Tensor, ...], _Graph]:
     """What a block computes, and its graph."""
     parts, function = ctx.reading(rows)

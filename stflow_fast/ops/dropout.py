@@ -61,7 +61,7 @@ class DropoutKeys:
         return DropoutKeys(self.keys[start:stop])
 
     def mask(self, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-        """Mask of ``shape`` [n, ..., C]: 0 with probability p, else 1 / (1 - p); row n depends on key n alone.
+        """Mask of ``shape`` [n, ...]: 0 with probability p, else 1 / (1 - p); row n depends on key n alone.
 
         Spots with what lies between, and channels, are mixed already, so half a mixer suffices for each element. The
         comparison reads the high bits, which the last product fills. In pieces that stay in a core's cache, in two

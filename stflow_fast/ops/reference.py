@@ -12,12 +12,30 @@ of ``edge_trans`` with the gain and bias of its LayerNorm:
 
 The gene panel touches spots only, and the frame mean stands before the last matrix, which is applied after the sum.
 
-Shapes: N spots, K neighbours, H heads, d = hidden_dim, E = width of an edge message, P = width of a
-pre-activation before its gate, Z = after it (P / 2 with SwiGLU, else P), Pe = the same before E.
-
 A layer's spots enter as ``terms`` [N, 2 * H * P + d] = [A | B | V], V the values, and leave as ``context`` [N, C] =
 [sum_j a v_j (d) | sum_j a m_ij (H * E) | sum_j a (H) | zeros up to a multiple of CONTEXT_ALIGNMENT]. The attention
 weights a sum to 1 unless there is dropout or no neighbour.
+
+Sizes, in the shapes of all docstrings of the package and its kernels:
+
+    N       spots of a graph, of one slide or of several packed; n: of a block of them
+    S       slides of a graph
+    B       slides of a padded call, images of a batch
+    K       neighbours of a spot (n_neighbors)
+    G       genes (n_genes)
+    F       numbers of an embedding (feature_dim)
+    L       layers (n_layers)
+    H       heads (n_heads)
+    d       hidden_dim, and de: pairwise_hidden_dim
+    P       width of an MLP's pre-activation, before its gate; where no MLP is named, of mlp_attn for one head
+    Z       width behind the gate: P / 2 with SwiGLU, else P
+    Pe, E   these two of edge_trans; E is the width of an edge message
+    C       width of a context
+    R       draws
+    M, Q    rows of what is said there; in the kernels of attention, edges and spots of a tile
+    .       anything
+
+A, B and V name tensors, as above, and are no sizes.
 """
 
 from __future__ import annotations
@@ -193,7 +211,8 @@ def normed_product(hidden: Tensor, weight: Tensor) -> Tensor:
     # On a CPU a LayerNorm of so short rows takes twice as long as these three passes.
     centred = hidden - hidden.mean(dim=-1, keepdim=True)
     variance = torch.linalg.vector_norm(centred, dim=-1).square() / hidden.shape[-1]
-    return (centred @ weight) * (variance + LAYERNORM_EPS).rsqrt()
+    product: Tensor = (centred @ weight) * (variance + LAYERNORM_EPS).rsqrt()
+    return product
 
 
 def attend_block(

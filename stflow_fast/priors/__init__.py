@@ -1,6 +1,8 @@
 """What x_0 is drawn from, and what x_1 may be around its mean: sources of the flow, and observation models."""
 
-from .sources import PRIORS, SOURCES, FittedSource, Prior, Source, fit_source, load_source
+from .fitted import FittedSource
+from .prior import PRIORS, Prior, Source
+from .sources import SOURCES, fit_source, load_source
 from .streams import PIECE, check_seed, slide_seed
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,17 +31,18 @@ class ImageMean(NamedTuple):
     range that training spots had. float32."""
 
     center: np.ndarray  # [F]
-    projection: np.ndarray  # [F, P] to components of variance one
-    weights: np.ndarray  # [1 + P, G]
+    projection: np.ndarray  # [F, components] to components of variance one
+    weights: np.ndarray  # [1 + components, G]
     ceiling: np.ndarray  # [G] the largest log1p count in training
 
     def design(self, features: np.ndarray) -> np.ndarray:
-        """[n, 1 + P] of features [n, F]."""
+        """[n, 1 + components] of features [n, F]."""
         return np.column_stack([np.ones(len(features), np.float32), (features - self.center) @ self.projection])
 
     def log1p_counts(self, design: np.ndarray, genes: slice = slice(None)) -> np.ndarray:
         """[n, G] of those genes."""
-        return np.clip(design @ self.weights[:, genes], 0.0, self.ceiling[genes])
+        clipped: np.ndarray = np.clip(design @ self.weights[:, genes], 0.0, self.ceiling[genes])
+        return clipped
 
 
 def rows_of_features(features: Any, rows: slice, columns: int | str = "F") -> np.ndarray:
@@ -79,7 +81,8 @@ def fit_image_mean(slides: Sequence[Slide], genes: tuple[str, ...]) -> tuple[Ima
     return ImageMean(center, projection, total.ridge(alpha).astype(np.float32), ceiling), alpha
 
 
-class _Products(NamedTuple):
+@dataclass(frozen=True)
+class _Products:
     """All that a ridge knows of some spots, float64; x is their design, y their log1p counts."""
 
     xx: np.ndarray  # [D, D]
@@ -91,10 +94,10 @@ class _Products(NamedTuple):
         return cls(np.zeros((n_columns, n_columns)), np.zeros((n_columns, n_genes)), 0.0)
 
     def __add__(self, other: _Products) -> _Products:
-        return _Products(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return _Products(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
     def __sub__(self, other: _Products) -> _Products:
-        return _Products(*(mine - its for mine, its in zip(self, other, strict=True)))
+        return _Products(self.xx - other.xx, self.xy - other.xy, self.yy - other.yy)
 
     def ridge(self, alpha: float) -> np.ndarray:
         """Weights [D, G]; the first column of the design, the intercept, has no penalty."""
@@ -129,7 +132,7 @@ def blocks_of_features(slide: Slide) -> Iterator[np.ndarray]:
 
 
 def _components(slides: Sequence[Slide]) -> tuple[np.ndarray, np.ndarray]:
-    """Center [F] of the features, and the projection [F, P] of what is standardised to its principal components."""
+    """Center [F] of the features, and the projection [F, components] of what is standardised to its principal ones."""
     _check(slides)
     n, width = sum(slide.n_spots for slide in slides), slides[0].feature_dim
     total, squares = np.zeros(width), np.zeros((width, width))

@@ -108,7 +108,8 @@ class CensoredGaussian:
         above = ndtr(ratio)
         first = ratio * above + _density(ratio)
         second = (np.square(ratio) + 1) * above + ratio * _density(ratio)
-        return (self.sigma * np.sqrt(np.maximum(second - np.square(first), 0.0))).astype(np.float32)
+        std: np.ndarray = self.sigma * np.sqrt(np.maximum(second - np.square(first), 0.0))
+        return std.astype(np.float32)
 
     def values(self, mean: np.ndarray) -> Values:
         centre = _centre(mean, self.sigma).astype(np.float32)
@@ -116,7 +117,8 @@ class CensoredGaussian:
         def values(scores: np.ndarray) -> np.ndarray:
             scores += centre
             scores *= self.sigma
-            return np.maximum(scores, 0.0, out=scores)
+            np.maximum(scores, 0.0, out=scores)
+            return scores
 
         return values
 
@@ -126,7 +128,8 @@ class CensoredGaussian:
 
 
 def _density(ratio: np.ndarray) -> np.ndarray:
-    return np.exp(-0.5 * np.square(ratio)) / np.sqrt(2 * np.pi)
+    density: np.ndarray = np.exp(-0.5 * np.square(ratio)) / np.sqrt(2 * np.pi)
+    return density
 
 
 CENTRES = np.linspace(-6.0, 6.0, 4097)
@@ -137,7 +140,8 @@ LOG_MEANS = np.log(CENTRES * ndtr(CENTRES) + _density(CENTRES))
 def _centre(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """m, in units of sigma, by the mean of x_1. It is sought in a table, linearly, to 1e-5."""
     ratio = np.maximum(mean, LEAST) / sigma
-    return np.where(ratio > CENTRES[-1], ratio, np.interp(np.log(ratio), LOG_MEANS, CENTRES))
+    centre: np.ndarray = np.where(ratio > CENTRES[-1], ratio, np.interp(np.log(ratio), LOG_MEANS, CENTRES))
+    return centre
 
 
 def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray, largest: float) -> np.ndarray:
@@ -148,7 +152,9 @@ def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray, largest: float) -> np.
     def loss(log_sigma: np.ndarray) -> np.ndarray:
         sigma = np.exp(log_sigma)
         centre = _centre(mean, sigma)
-        return np.where(measured, log_sigma + 0.5 * np.square(truth / sigma - centre), -log_ndtr(-centre)).sum(axis=0)
+        of_measured = log_sigma + 0.5 * np.square(truth / sigma - centre)
+        losses: np.ndarray = np.where(measured, of_measured, -log_ndtr(-centre)).sum(axis=0)
+        return losses
 
     golden = (np.sqrt(5) - 1) / 2
     low, high = (np.full(mean.shape[1], np.log(bound)) for bound in (LEAST_SIGMA, max(largest, 2 * LEAST_SIGMA)))
@@ -156,7 +162,8 @@ def _likeliest_sigma(mean: np.ndarray, truth: np.ndarray, largest: float) -> np.
         left, right = high - golden * (high - low), low + golden * (high - low)
         is_left = loss(left) < loss(right)
         low, high = np.where(is_left, low, left), np.where(is_left, right, high)
-    return np.exp((low + high) / 2).astype(np.float32)
+    sigma: np.ndarray = np.exp((low + high) / 2)
+    return sigma.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -188,9 +195,11 @@ class ZinbCounts:
         counts = self.scale * _counts(mean, self.log)
         if not self.log:
             variance = (1 - self.pi) * counts * (1 + counts / self.theta + self.pi * counts)
-            return np.sqrt(variance).astype(np.float32)
-        mean, variance = self._moments_of_log(counts)
-        return np.sqrt((1 - self.pi) * (variance + self.pi * np.square(mean))).astype(np.float32)
+        else:
+            mean, variance = self._moments_of_log(counts)
+            variance = (1 - self.pi) * (variance + self.pi * np.square(mean))
+        std: np.ndarray = np.sqrt(variance)
+        return std.astype(np.float32)
 
     def _moments_of_log(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n, G] mean and variance of log1p of the negative binomial with means [n, G], between those of a table."""
@@ -250,14 +259,15 @@ def _moments_of_many(means: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, 
     return first, second
 
 
-def _measured(truth: np.ndarray, log: np.ndarray) -> np.ndarray:
+def _measured(truth: np.ndarray, log: np.ndarray | np.float32) -> np.ndarray:
     """The counts that x_1 are of."""
     return np.round(np.expm1(truth)) if log else truth
 
 
-def _counts(mean: np.ndarray, log: np.ndarray) -> np.ndarray:
+def _counts(mean: np.ndarray, log: np.ndarray | np.float32) -> np.ndarray:
     """Counts that a mean of x_1 stands for: never none, or none could be drawn."""
-    return np.maximum(np.expm1(mean) if log else mean, LEAST)
+    counts: np.ndarray = np.maximum(np.expm1(mean) if log else mean, LEAST)
+    return counts
 
 
 LAWS: dict[str, type[CensoredGaussian] | type[ZinbCounts]] = {law.name: law for law in (CensoredGaussian, ZinbCounts)}
@@ -297,7 +307,7 @@ class ObservationModel:
         [n_draws, n, G] float32. ``coords`` [N, 2] are of all its spots."""
         root, first = slide_seed(seed, slide_id), 0
         of_draws = [_streams(root, number) for number in range(n_draws)]
-        places = in_pitches(coords) if n_draws else None
+        places = in_pitches(coords) if n_draws else coords  # of which nothing is drawn
         fields = [self.shared.drawn(places, for_field) for _, for_field in of_draws]
 
         def draw(mean: np.ndarray) -> np.ndarray:

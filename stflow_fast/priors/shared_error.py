@@ -157,7 +157,9 @@ def _drawn_between(
 ) -> np.ndarray:
     """Of a normal law, what lies between bounds."""
     below, upto = ndtr((low - mean) / std), ndtr((high - mean) / std)
-    return np.clip(mean + std * ndtri(below + generator.random(low.shape) * (upto - below)), low, high)
+    drawn = mean + std * ndtri(below + generator.random(low.shape) * (upto - below))
+    between: np.ndarray = np.clip(drawn, low, high)
+    return between
 
 
 def _correlation(coords: Sequence[np.ndarray], expected: np.ndarray, repeated: np.ndarray) -> np.ndarray:
@@ -172,7 +174,8 @@ def _correlation(coords: Sequence[np.ndarray], expected: np.ndarray, repeated: n
     ends = np.cumsum([len(places) for places in coords])[:-1]
     pairs = list(zip(np.split(expected, ends), np.split(repeated, ends), strict=True))
     found = [
-        _by_distance(in_pitches(places), sum(pair) / 2, generator) for places, pair in zip(coords, pairs, strict=True)
+        _by_distance(in_pitches(places), (one + other) / 2, generator)
+        for places, (one, other) in zip(coords, pairs, strict=True)
     ]
     products, distances = (np.array(each) for each in zip(*found, strict=True))
     there = np.isfinite(products)
@@ -216,4 +219,6 @@ def in_pitches(coords: np.ndarray) -> np.ndarray:
     places = np.unique(coords, axis=0)
     if len(places) < 2:
         return np.zeros_like(coords)
-    return (coords - places.mean(axis=0)) / np.median(cKDTree(places).query(places, 2)[0][:, 1])
+    pitch = np.median(cKDTree(places).query(places, 2)[0][:, 1])
+    moved: np.ndarray = (coords - places.mean(axis=0)) / pitch
+    return moved

@@ -6,6 +6,7 @@ import hashlib
 import numbers
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,9 @@ PIECE = 2**18
 a slide's."""
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: Any) -> None:
     """Raise InputError unless ``seed`` is a whole number that every generator takes."""
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
         raise InputError(f"seed: must be a whole number from 0 to 2^63 - 1, not {seed}")
 
 

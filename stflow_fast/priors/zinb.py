@@ -55,14 +55,15 @@ class ZinbFit(NamedTuple):
     fell_back: np.ndarray  # [G] bool
 
 
-def log_likelihood(counts: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: np.ndarray) -> np.ndarray:
+def log_likelihood(
+    counts: np.ndarray, mean: np.ndarray | float, theta: np.ndarray | float, pi: np.ndarray | float
+) -> np.ndarray:
     """Of each count, float64; the arguments are broadcast. ``mean`` and ``theta`` are above 0, ``pi`` is from 0 to 1,
     1 excluded."""
-    counts, mean, theta, pi = (
-        torch.as_tensor(np.asarray(part, dtype=np.float64)) for part in (counts, mean, theta, pi)
-    )
-    log_regular = torch.log1p(-pi) + _log_negative_binomial(counts, mean, theta)
-    return torch.where(counts == 0, torch.logaddexp(torch.log(pi), log_regular), log_regular).numpy()
+    given = (torch.as_tensor(np.asarray(part, dtype=np.float64)) for part in (counts, mean, theta, pi))
+    count, expected, dispersion, share = given
+    log_regular = torch.log1p(-share) + _log_negative_binomial(count, expected, dispersion)
+    return torch.where(count == 0, torch.logaddexp(torch.log(share), log_regular), log_regular).numpy()
 
 
 def draw(mean: np.ndarray, theta: np.ndarray, pi: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
@@ -140,22 +141,22 @@ def fit(counts: np.ndarray | scipy.sparse.spmatrix, base: np.ndarray | None = No
 
 
 class _Block(NamedTuple):
-    """Counts of some genes. What is 0 has the same law in all spots where ``base`` is one: then R is 1, else N."""
+    """Counts of some genes. What is 0 has the same law in all spots where ``base`` is one: then rows is 1, else N."""
 
-    gene: Tensor  # [P] of each count above 0, ascending
-    count: Tensor  # [P]
-    base: Tensor  # [P]
-    zero_base: Tensor  # [R, G]
-    zeros: Tensor  # [R, G] how many counts of 0 each row stands for
+    gene: Tensor  # [positive] of each count above 0, ascending
+    number: Tensor  # [positive]
+    base: Tensor  # [positive]
+    zero_base: Tensor  # [rows, G]
+    zeros: Tensor  # [rows, G] how many counts of 0 each row stands for
 
     def of_genes(self, chosen: Tensor) -> _Block:
         """Those genes alone; ``chosen`` [G] is boolean."""
-        kept, number = chosen[self.gene], torch.cumsum(chosen, 0) - 1
-        positive = (number[self.gene[kept]], self.count[kept], self.base[kept])
+        kept, place = chosen[self.gene], torch.cumsum(chosen, 0) - 1
+        positive = (place[self.gene[kept]], self.number[kept], self.base[kept])
         return _Block(*positive, self.zero_base[:, chosen], self.zeros[:, chosen])
 
     def total(self, of_positive: Tensor, of_zeros: Tensor) -> Tensor:
-        """Sums over the spots [G] of what each count above 0 gives [P], and each row of zeros [R, G]."""
+        """Sums over the spots [G] of what each count above 0 gives [positive], and each row of zeros [rows, G]."""
         n_genes = self.zeros.shape[1]
         positive = torch.zeros(n_genes, dtype=torch.float64).index_add_(0, self.gene, of_positive)
         return positive + (self.zeros * of_zeros).sum(dim=0)
@@ -180,7 +181,7 @@ def _block(counts: np.ndarray | scipy.sparse.csc_matrix, base: np.ndarray | None
 def _fit_block(block: _Block) -> ZinbFit:
     one = torch.ones_like(block.base), torch.ones_like(block.zero_base)
     positive = block.total(one[0], 0 * one[1])
-    poisson = block.total(block.count, 0 * one[1]) / block.total(block.base, block.zero_base)
+    poisson = block.total(block.number, 0 * one[1]) / block.total(block.base, block.zero_base)
     known = positive > 0
     scale = poisson.clamp(min=SMALLEST_SCALE)
     theta, pi = torch.full_like(scale, THETA_RANGE[1]), torch.full_like(scale, PI_RANGE[0])
@@ -196,7 +197,7 @@ def _best_of(block: _Block, poisson: Tensor) -> Tensor:
     """The best coordinates [3, G] of the two that are climbed to, and of Poisson's law, which wins where it is as good:
     there is nothing that could tell theta or pi."""
     mean, zero_mean = poisson[block.gene] * block.base, poisson * block.zero_base
-    beyond = block.total((block.count - mean) ** 2 - mean, zero_mean**2 - zero_mean)
+    beyond = block.total((block.number - mean) ** 2 - mean, zero_mean**2 - zero_mean)
     theta = block.total(mean**2, zero_mean**2) / beyond.clamp(min=1e-9)
     share = block.total(0 * block.base, torch.ones_like(block.zeros)) / block.total(
         torch.ones_like(block.base), torch.ones_like(block.zeros)
@@ -313,10 +314,10 @@ def _evaluate(block: _Block, x: Tensor) -> _Value:
     scale, theta, pi = _natural(x)
     t = theta[block.gene]
     mean = scale[block.gene] * block.base
-    of_positive = _slopes(block.count, mean, t)
+    of_positive = _slopes(block.number, mean, t)
     digamma, trigamma = torch.digamma(theta), torch.polygamma(1, theta)
-    of_positive.theta.add_(torch.digamma(block.count + t) - digamma[block.gene])
-    of_positive.theta_theta.add_(torch.polygamma(1, block.count + t) - trigamma[block.gene])
+    of_positive.theta.add_(torch.digamma(block.number + t) - digamma[block.gene])
+    of_positive.theta_theta.add_(torch.polygamma(1, block.number + t) - trigamma[block.gene])
 
     zero_mean = scale * block.zero_base
     of_zero = _slopes(torch.zeros_like(zero_mean), zero_mean, theta)
@@ -328,7 +329,7 @@ def _evaluate(block: _Block, x: Tensor) -> _Value:
     with_pi = -torch.exp(log_regular - 2 * log_zero)  # of that, by log_regular
 
     inside, nothing = 1 / (1 - pi), torch.zeros_like(t)
-    value = block.total(_log_negative_binomial(block.count, mean, t) + torch.log1p(-pi)[block.gene], log_zero)
+    value = block.total(_log_negative_binomial(block.number, mean, t) + torch.log1p(-pi)[block.gene], log_zero)
     eta = block.total(of_positive.eta, regular * of_zero.eta)
     by_theta = block.total(of_positive.theta, regular * of_zero.theta)
     eta_eta = block.total(of_positive.eta_eta, regular * of_zero.eta_eta + mixed * of_zero.eta**2)

@@ -9,7 +9,7 @@ from .places import SeveralSections
 from .registry import FORMATS, SlideSource, read, recognise, sources
 from .rows import StoredRows
 from .slide import NORMALIZATIONS, Origin, Slide, normalize_counts
-from .stimage import StImageTask
+from .stimage_task import StImageTask
 from .tasks import open_task
 
 __all__ = [

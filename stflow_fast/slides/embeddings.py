@@ -141,9 +141,11 @@ def open_features(path: Path, options: ReadOptions) -> PatchFeatures:
 def _features_key(path: Path, store: Any, asked: str | None) -> str:
     keys = (asked,) if asked else FEATURE_KEYS
     key = next((name for name in keys if part_of(store, name) is not None), None)
-    for name, found in ((" or ".join(f"'{each}'" for each in keys), key), (f"'{COORDS_KEY}'", COORDS_KEY)):
-        if found is None or part_of(store, found) is None:
-            raise InputError(f"{path}: has no {name}; it has {names_in(store)}")
+    if key is None:
+        wanted = " or ".join(f"'{each}'" for each in keys)
+        raise InputError(f"{path}: has no {wanted}; it has {names_in(store)}")
+    if part_of(store, COORDS_KEY) is None:
+        raise InputError(f"{path}: has no '{COORDS_KEY}'; it has {names_in(store)}")
     return key
 
 
@@ -163,7 +165,8 @@ def _names(corners: np.ndarray) -> np.ndarray:
     if (whole == corners).all() and (np.abs(whole) <= FARTHEST).all():
         corners = whole.astype(np.int64)
     x, y = corners.T
-    names, times = [f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], Counter()
+    names = [f"{a}_{b}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    times: Counter[str] = Counter()
     if len(set(names)) < len(names):
         for i, name in enumerate(names):
             names[i] = f"{name}_{times[name]}" if times[name] else name

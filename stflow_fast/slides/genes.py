@@ -109,7 +109,9 @@ def _in_columns(
     missing: Sequence[str], gene_names: Sequence[str], var: pd.DataFrame | None
 ) -> Iterator[tuple[int, str]]:
     """How many of the genes a column of ``var`` has, and what to say."""
-    for index, label in enumerate(() if var is None else var.columns):
+    if var is None:
+        return
+    for index, label in enumerate(var.columns):
         here = dict(zip(var.iloc[:, index].astype(str), gene_names, strict=True))
         there = [name for name in missing if name in here]
         if there:

@@ -75,7 +75,7 @@ class HestTask:
     def folds(self) -> list[int]:
         """Numbers of the splits."""
         named = (_SPLIT.fullmatch(path.name) for path in self._splits())
-        return sorted(int(name[2]) for name in named if name[1] == "train")
+        return sorted(int(name[2]) for name in named if name and name[1] == "train")
 
     def fold(self, number: int) -> Fold:
         """One split.

@@ -173,4 +173,4 @@ def _around_spots(fit: _Fit, corners: np.ndarray) -> bool:
     """Whether the shift is half of a patch: the same in x and y, not below 0, and less than all spots extend."""
     x, y = fit.shift
     extent = np.nanmax(corners, axis=0) - np.nanmin(corners, axis=0)
-    return abs(x - y) <= 2 * fit.tolerance and -fit.tolerance <= min(x, y) and max(x, y) <= extent.max()
+    return abs(x - y) <= 2 * fit.tolerance and -fit.tolerance <= min(x, y) and bool(max(x, y) <= extent.max())

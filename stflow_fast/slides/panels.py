@@ -87,4 +87,5 @@ def _standardised(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     centre, spread = grouped.transform("mean"), grouped.transform("std")
     alone = spread.isna()
     centre, spread = centre.where(~alone, 0.0), spread.where(~alone, grouped.transform("mean"))
-    return ((table["dispersion"] - centre) / spread).fillna(0.0).to_numpy()
+    scaled: np.ndarray = ((table["dispersion"] - centre) / spread).fillna(0.0).to_numpy()
+    return scaled

@@ -137,7 +137,8 @@ def _nearest(coords: np.ndarray, n: int) -> np.ndarray:
     """[M, n] distances from spots chosen evenly to their nearest; no row where there are too few spots."""
     if len(coords) <= n:
         return np.empty((0, n))
-    return cKDTree(coords).query(_evenly(coords, LOOKED_AT), n + 1)[0][:, 1:]
+    distances: np.ndarray = cKDTree(coords).query(_evenly(coords, LOOKED_AT), n + 1)[0]
+    return distances[:, 1:]
 
 
 def _pitch(distance: np.ndarray) -> float | None:

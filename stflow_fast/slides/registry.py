@@ -263,15 +263,15 @@ def sources(path: str | Path, options: ReadOptions | None = None) -> list[SlideS
     Raises:
         InputError: as :func:`recognise`; a ``library_key`` that is not there.
     """
-    path, options = Path(path), options or ReadOptions()
-    format = guarded(path, lambda: _format(path, options))
-    known, options = FORMATS[format], dataclasses.replace(options, format=format)  # reading need not look again
-    names = () if options.section else guarded(path, lambda: known.sections(path, options))
+    place, asked = Path(path), options or ReadOptions()
+    format = guarded(place, lambda: _format(place, asked))
+    known, told = FORMATS[format], dataclasses.replace(asked, format=format)  # reading need not look again
+    names = () if told.section else guarded(place, lambda: known.sections(place, told))
     if not names:
-        name = options.section or ""
-        return [SlideSource(_id(path, known, name), path, options)]
-    chosen = [(_id(path, known, name), dataclasses.replace(options, section=name)) for name in names]
-    return [SlideSource(name, path, each) for name, each in chosen]
+        name = told.section or ""
+        return [SlideSource(_id(place, known, name), place, told)]
+    chosen = [(_id(place, known, name), dataclasses.replace(told, section=name)) for name in names]
+    return [SlideSource(name, place, each) for name, each in chosen]
 
 
 def _id(path: Path, known: Format, section: str) -> str:
@@ -290,17 +290,17 @@ def read(path: str | Path, options: ReadOptions | None = None) -> Slide:
     Raises:
         InputError: whatever is wrong with it, in one line, with the path.
     """
-    path, options = Path(path), options or ReadOptions()
-    bare = options if options.embeddings is None else dataclasses.replace(options, require_features=False)
+    place, asked = Path(path), options or ReadOptions()
+    bare = asked if asked.embeddings is None else dataclasses.replace(asked, require_features=False)
 
     def work() -> Slide:
-        known = FORMATS[_format(path, options)]
-        slide = known.read(path, bare)
-        if notes := _passed_by(known, options):
+        known = FORMATS[_format(place, asked)]
+        slide = known.read(place, bare)
+        if notes := _passed_by(known, asked):
             slide = dataclasses.replace(slide, notes=(*slide.notes, *notes))
-        return slide if options.embeddings is None else with_features(slide, options.embeddings)
+        return slide if asked.embeddings is None else with_features(slide, asked.embeddings)
 
-    return guarded(path, work)
+    return guarded(place, work)
 
 
 def _passed_by(known: Format, options: ReadOptions) -> tuple[str, ...]:

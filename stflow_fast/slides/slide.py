@@ -181,6 +181,7 @@ class Slide:
 
     @property
     def n_spots(self) -> int:
+        """N."""
         return len(self.barcodes)
 
     @property
@@ -218,7 +219,7 @@ class Slide:
         return Panel(counts[:, [column[name] for name in genes]], self.total_counts, normalize)
 
     def subset(self, index: np.ndarray) -> Slide:
-        """The spots of ``index`` (whole numbers or booleans), as a slide of the same id."""
+        """The spots of ``index``, [n] whole numbers or [N] booleans, as a slide of the same id."""
         part = copy.copy(self)  # not checked again: what was fit to be a slide may look strange in part
         for name in ("features", "coords", "barcodes", "counts", "obs", "library_id"):
             object.__setattr__(part, name, rows_of(getattr(self, name), index))
@@ -273,5 +274,7 @@ def normalize_counts(counts: np.ndarray, total: np.ndarray, normalize: str) -> n
     if normalize == "counts":
         return counts.astype(np.float32)
     if normalize == "log1p":
-        return np.log1p(counts).astype(np.float32)
-    return np.log1p(counts * (1e4 / np.maximum(total, 1.0))[:, None]).astype(np.float32)
+        logged: np.ndarray = np.log1p(counts)
+    else:
+        logged = np.log1p(counts * (1e4 / np.maximum(total, 1.0))[:, None])
+    return logged.astype(np.float32)

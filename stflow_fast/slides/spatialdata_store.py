@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError, first_line
-from .anndata_file import Placed, Table, features_part, placed_by_obsm, rows_of_section, slide_of
+from .anndata_file import Placed, features_part, placed_by_obsm, rows_of_section, slide_of
+from .anndata_table import Table
 from .options import COORDINATE_SYSTEM, SPATIAL_KEY, ReadOptions
 from .slide import Origin, Slide
 from .stores import names_in, opened, part_of
@@ -75,8 +76,7 @@ def sections_of(path: Path, options: ReadOptions) -> tuple[str, ...]:
 def _section_column(annotated: Annotation | None, options: ReadOptions) -> str | None:
     if options.library_key is not None:
         return options.library_key or None
-    several = annotated is not None and len(annotated.regions) > 1
-    return annotated.region_key if several else None
+    return annotated.region_key if annotated is not None and len(annotated.regions) > 1 else None
 
 
 def tables_in(path: Path, store: Any) -> dict[str, Table]:
@@ -126,8 +126,9 @@ def _placed(store: Any, table: Table, annotated: Annotation | None, options: Rea
     ties = pd.DataFrame({name: table.column("obs", column) for name, column in columns.items()})
     rows = rows_of_section(table, options)
     rows = np.arange(len(ties)) if rows is None else rows
-    kinds = {name: kind_of(store, name) for name in ties["region"].iloc[rows].unique()}
-    absent = [name for name, kind in kinds.items() if kind is None]
+    found = {name: kind_of(store, name) for name in ties["region"].iloc[rows].unique()}
+    kinds = {name: kind for name, kind in found.items() if kind is not None}
+    absent = [name for name in found if name not in kinds]
     if absent:
         there = ", ".join(f"{kind}/{name}" for kind in KINDS if kind in store for name in sorted(store[kind]))
         return _as_written(table, options, f"annotates {', '.join(absent)}, and there is {there or 'no element'}")

@@ -1,18 +1,12 @@
-"""STImage-1K4M: folders of one technology with places and counts in CSV, and the splits of STImage-Bench.
+"""STImage-1K4M: folders of one technology with places and counts in CSV.
 
-Chen et al., NeurIPS 2024 Datasets and Benchmarks, huggingface.co/datasets/jiawennnn/STimage-1K4M; the benchmark is
-Huang et al., ICML 2025 (arXiv 2506.05361), appendix.
+Chen et al., NeurIPS 2024 Datasets and Benchmarks, huggingface.co/datasets/jiawennnn/STimage-1K4M.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,13 +14,10 @@ import numpy as np
 import scipy.sparse
 
 from ..errors import InputError, first_line
-from .genes import find_genes
-from .hest import Fold, find_embeddings
-from .match import common, with_features
+from .match import common
 from .options import ReadOptions
 from .places import SeveralSections
 from .slide import Origin, Slide
-from .stores import guarded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,20 +26,11 @@ COORD_SUFFIX, COUNT_SUFFIX, IMAGE_SUFFIX = "_coord.csv", "_count.csv", ".png"
 STARTS = (b",yaxis,", b",xaxis,", b'"","yax', b'"","xax')
 """How a file of places begins."""
 
-ORGANS = ("Breast", "Brain", "Skin", "Mouth", "Stomach", "Prostate", "Colon")
-TECHNOLOGY = "Visium"
-N_GENES = 50
-SEEDS = (0, 1, 2)
-HELD_OUT = 0.1
-"""Of the slides of an organ: this share each for validation and for test."""
-
-GENE_LIST = "var_50genes.json"
-
 NO_NUMBER = ("", "NA", "NaN", "nan")
 """How tables leave out a number."""
 
 
-class _Files(NamedTuple):
+class SlideFiles(NamedTuple):
     """Of one slide in the folder of a technology."""
 
     slide: str
@@ -57,8 +39,8 @@ class _Files(NamedTuple):
     image: Path
 
 
-def _files(folder: Path, slide: str) -> _Files:
-    return _Files(
+def files_of(folder: Path, slide: str) -> SlideFiles:
+    return SlideFiles(
         slide,
         folder / "coord" / f"{slide}{COORD_SUFFIX}",
         folder / "gene_exp" / f"{slide}{COUNT_SUFFIX}",
@@ -94,13 +76,15 @@ def read_stimage(path: Path, options: ReadOptions) -> Slide:
     Raises:
         InputError: features are required, no such slide, files that cannot be read, or what Slide refuses.
     """
-    files = _files(path.absolute().parents[1] if path.is_file() else path, _chosen(path, options))
+    files = files_of(path.absolute().parents[1] if path.is_file() else path, _chosen(path, options))
     if path.is_file():
         files = files._replace(coord=path)
     if options.require_features:
         raise InputError(f"{path}: STImage-1K4M has no features; give those of {files.slide}: --embeddings FOLDER")
     places = _read_places(files.coord)
-    counts, genes, notes = None, (), ()
+    counts = None
+    genes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if options.expression and files.counts.is_file():
         counted, genes, counts = read_counts(files.counts)
         places, counts, notes = _matched(files, places, counted, counts)
@@ -170,7 +154,7 @@ def _numbers(path: Path, name: str, column: pd.Series) -> pd.Series:
 
 
 def _matched(
-    files: _Files, places: pd.DataFrame, counted: np.ndarray, counts: scipy.sparse.csr_matrix
+    files: SlideFiles, places: pd.DataFrame, counted: np.ndarray, counts: scipy.sparse.csr_matrix
 ) -> tuple[pd.DataFrame, scipy.sparse.csr_matrix, tuple[str, ...]]:
     """The spots that have both, in the order of their places, and notes on the others."""
     of_places, of_counts = common(str(files.coord), places.index.to_numpy(dtype=np.str_), str(files.counts), counted)
@@ -279,160 +263,3 @@ def _image_size(path: Path) -> tuple[int, int] | None:
         except Exception:  # SyntaxError is PIL's word for another kind of file; what is broken raises anything
             continue
     return None
-
-
-@dataclass(frozen=True)
-class StImageTask:
-    """STImage-Bench: the human Visium cancer slides of one organ, with embeddings of one encoder.
-
-    As its reproduction reads the paper's appendix: the slides of the newest ``meta/meta_all_gene*.csv``, split 8:1:1
-    into train, validation and test by three seeds, here fold k by seed k; the 50 genes of the highest variance of log1p
-    counts, over the spots of all of the organ's slides, those of the test too, among the genes that all of these share.
-    Slides of one patient may stand on several sides, as published.
-
-    Attributes:
-        root: the folder with ``Visium/`` and ``meta/``, or ``Visium/`` itself, with ``meta/`` beside or above it.
-        encoder: name of the embeddings' folder, with ``{slide}.h5`` in it.
-        embeddings: where the encoders' folders are, if not in ``root/embeddings``.
-        organ: one of :data:`ORGANS`.
-
-    Raises:
-        InputError: another organ, missing files, too few slides, or no such encoder.
-    """
-
-    root: str | Path
-    encoder: str
-    embeddings: str | Path | None = None
-    organ: str = "Breast"
-
-    def __post_init__(self) -> None:
-        if self.organ not in ORGANS:
-            raise InputError(f"organ: must be one of {', '.join(ORGANS)}, not {self.organ!r}")
-        needed = [path for name in self.slides for path in _files(self._folder, name)[1:3]]
-        missing = [path for path in needed if not path.is_file()]
-        if missing:
-            raise InputError(
-                f"{missing[0]}: does not exist, one of {len(missing)} missing files; download the whole organ"
-            )
-        _ = self.embeddings_folder
-
-    @property
-    def _folder(self) -> Path:
-        inside = Path(self.root) / TECHNOLOGY
-        return inside if inside.is_dir() else Path(self.root)
-
-    @cached_property
-    def embeddings_folder(self) -> Path:
-        """Where ``{slide}.h5`` lie: see :func:`.hest.find_embeddings`."""
-        base = Path(self.embeddings) if self.embeddings else Path(self.root) / "embeddings"
-        return find_embeddings(base, self.encoder, (self.organ, self.organ.lower()))
-
-    @cached_property
-    def slides(self) -> tuple[str, ...]:
-        """Names of the organ's slides, sorted."""
-        return _slides_of(_newest_meta(self._folder), self.organ)
-
-    def folds(self) -> list[int]:
-        """Numbers of the splits."""
-        return list(SEEDS)
-
-    def fold(self, number: int) -> Fold:
-        """One split.
-
-        Raises:
-            InputError: no such split.
-        """
-        if number not in SEEDS:
-            raise InputError(f"fold: must be one of {', '.join(map(str, SEEDS))}, not {number!r}")
-        names = np.random.default_rng(number).permutation(self.slides)
-        size = max(1, round(HELD_OUT * len(names)))
-        test, val, train = (tuple(sorted(part.tolist())) for part in np.split(names, [size, 2 * size]))
-        return Fold(train, test, val)
-
-    def genes(self, name: str = GENE_LIST) -> tuple[str, ...]:
-        """The benchmark's genes, or those of a list.
-
-        Reading all of an organ's counts takes minutes; a list that stands in the folder as ``var_50genes.json`` is
-        taken for the benchmark's.
-
-        Args:
-            name: of a list in the folder, or the path of one elsewhere.
-
-        Raises:
-            InputError: no such list, or counts that cannot be read.
-        """
-        if name == GENE_LIST and not (Path(self.root) / name).is_file():
-            return self._variable
-        return find_genes(Path(self.root), name)
-
-    @cached_property
-    def _variable(self) -> tuple[str, ...]:
-        return variable_genes([_files(self._folder, name).counts for name in self.slides], N_GENES)
-
-    def slide(self, sample_id: str, expression: bool = True) -> Slide:
-        """One slide, its spots matched to the embeddings by barcode.
-
-        Args:
-            sample_id: name of the slide.
-            expression: read its counts too; features are read into memory then.
-
-        Raises:
-            InputError: missing or broken files, no barcode in common, or what Slide refuses.
-        """
-        options = ReadOptions(section=sample_id, expression=expression, require_features=False)
-        places = _files(self._folder, sample_id).coord
-        slide = with_features(guarded(places, lambda: read_stimage(self._folder, options)), self.embeddings_folder)
-        return dataclasses.replace(slide, features=np.asarray(slide.features)) if expression else slide
-
-
-def _newest_meta(folder: Path) -> Path:
-    """Of ``meta_all_gene.csv`` and ``meta_all_gene{MMDDYYYY}.csv`` beside or above the folder of a technology."""
-    places = [parent / "meta" for parent in folder.absolute().parents[:2]]
-    found = next((files for place in places if (files := sorted(place.glob("meta_all_gene*.csv")))), None)
-    if found is None:
-        raise InputError(f"{places[0]}: has no meta_all_gene*.csv; download meta/ of STImage-1K4M beside {folder.name}")
-    return max(found, key=_date)
-
-
-def _date(path: Path) -> tuple[str, ...]:
-    """(year, month, day) of a name that ends in MMDDYYYY; nothing, which is less, of another."""
-    found = re.search(r"(\d{2})(\d{2})(\d{4})$", path.stem)
-    return (found[3], found[1], found[2]) if found else ()
-
-
-def _slides_of(meta: Path, organ: str) -> tuple[str, ...]:
-    import pandas as pd
-
-    wanted = {"species": "human", "tech": TECHNOLOGY.lower(), "involve_cancer": "true", "tissue": organ.lower()}
-    try:
-        table = pd.read_csv(meta, usecols=["slide", *wanted], dtype=str, encoding_errors="replace")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{meta}: cannot be read ({first_line(error)})") from error
-    fits = np.logical_and.reduce([table[name].str.strip().str.lower() == value for name, value in wanted.items()])
-    names = tuple(sorted(table["slide"][fits]))
-    if len(names) < 3:
-        raise InputError(f"{meta}: names {len(names)} human {TECHNOLOGY} cancer slides of {organ}; a split needs three")
-    return names
-
-
-def variable_genes(paths: Sequence[Path], n: int) -> tuple[str, ...]:
-    """The ``n`` genes of the highest variance of log1p counts over all spots of tables of counts, among those that
-    stand once in each of them; highest first, ties by name.
-
-    Raises:
-        InputError: a table that cannot be read, or fewer shared genes.
-    """
-    once = [{name for name, times in Counter(read_header(path)).items() if times == 1} for path in paths]
-    shared = sorted(set.intersection(*once))
-    if len(shared) < n:
-        raise InputError(f"{paths[0].parent}: {len(paths)} slides share {len(shared)} genes, fewer than {n}")
-    total, squares, spots = np.zeros(len(shared)), np.zeros(len(shared)), 0
-    for path in paths:
-        _, genes, counts = read_counts(path)
-        column = {name: index for index, name in enumerate(genes)}
-        logged = counts.log1p()[:, [column[name] for name in shared]]
-        total += np.asarray(logged.sum(axis=0, dtype=np.float64)).ravel()
-        squares += np.asarray(logged.power(2).sum(axis=0, dtype=np.float64)).ravel()
-        spots += logged.shape[0]
-    variance = squares / spots - (total / spots) ** 2
-    return tuple(shared[index] for index in np.argsort(-variance, kind="stable")[:n])

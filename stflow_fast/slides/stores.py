@@ -11,7 +11,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -22,6 +22,8 @@ ZARR_MARKS = ("zarr.json", ".zgroup")
 """What a zarr folder of format 3, or of format 2, has at its root."""
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+T = TypeVar("T")
 
 
 def is_zarr(path: Path) -> bool:
@@ -106,7 +108,7 @@ def opened(path: Path) -> Iterator[Any]:
             store.close()
 
 
-def guarded(path: Path, work: Callable[[], Any]) -> Any:
+def guarded(path: Path, work: Callable[[], T]) -> T:
     """What ``work`` returns. Whatever it raises is one line that names the path, so that the next file has its turn.
 
     Raises:
@@ -164,7 +166,8 @@ def read_all(path: Path, key: str, table: Any) -> np.ndarray:
     chunk_rows = table.chunks[0] if n and getattr(table, "chunks", None) else 0
     size = rows_at_once(np.dtype(table.dtype).itemsize * int(np.prod(table.shape[1:])), chunk_rows)
     if n <= size:
-        return table[()]
+        whole: np.ndarray = table[()]
+        return whole
     return np.concatenate([table[start : start + size] for start in range(0, n, size)])
 
 

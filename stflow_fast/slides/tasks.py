@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .hest import HestTask
-from .stimage import ORGANS, StImageTask
+from .stimage_task import ORGANS, StImageTask
 
 
 def open_task(

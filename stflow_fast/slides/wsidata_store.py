@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from .anndata_file import Table
+from .anndata_table import Table
 from .options import ReadOptions
 from .patches import above_zero
 from .rows import rows_of, stored_rows

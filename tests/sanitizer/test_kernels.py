@@ -19,18 +19,23 @@ from stflow_fast.ops.reference import MLPWeights
 from ..kernel_cases import (
     MLP,
     MLP_INPUTS,
+    ROUNDING,
+    STREAM,
     Attention,
     Result,
+    Set,
+    attention_exactly,
     attention_inputs,
     attention_kernel,
     differentiate,
     kernel_arguments,
     leaves,
     mlp_inputs,
+    multiply_in,
+    ratios_to_torch,
     spot_keys,
 )
 from ..margins import assert_within
-from ..test_kernel_gpu import ROUNDING, STREAM, Set, attention_exactly, multiply_in, ratios_to_torch
 from ..test_kernel_neighbors import assert_equal_to_the_tree, clouds
 
 __all__ = ["multiply_in"]  # a fixture

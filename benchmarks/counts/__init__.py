@@ -1,0 +1,1 @@
+"""What is counted or compiled without a GPU. Nothing here is timed."""
