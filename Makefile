@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test sanitize test-others check release-check format bench bench-compare gpu gpu-cache triton-versions clean
+.PHONY: setup demo test test-ray test-spatialdata sanitize test-others check release-check format bench bench-compare gpu gpu-cache triton-versions clean
 
 setup: $(VENV)/.done
 
@@ -20,10 +20,14 @@ $(VENV)/.done: setup.py constraints.txt
 demo: setup
 	$(BIN)/stflow-fast demo --out demo --overwrite
 
-# Tests share the cores by files, with one thread each unless they ask for more.
+# Tests share the cores by files, with one thread each unless they ask for more. Slow extras have targets of their own.
 TEST_WORKERS ?= 2
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(TEST_WORKERS) --dist loadfile \
+		-m "not (ray or spatialdata or others)"
+
+test-ray test-spatialdata: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m $(@:test-%=%)
 
 # Kernels run on the CPU from Triton's IR by ttsem, which stops at what a GPU forgives: accesses out of bounds, races, reads
 # of what nobody wrote (tests/sanitizer). A minute or two of two cores.
@@ -32,13 +36,13 @@ sanitize: setup
 		$(BIN)/python -m pytest tests/sanitizer -q --durations=5 -n $(TEST_WORKERS)
 
 # Predictions as other versions of anndata read them, and as squidpy and scanpy draw them: each in an environment of its
-# own, made once (minutes, and the network). `make test` skips these tests unless the two variables name interpreters.
+# own, made once (minutes, and the network). The tests skip unless the two variables name interpreters.
 OTHERS ?= $(CURDIR)/$(VENV)/others
 ANNDATAS := $(OTHERS)/anndata-0.10 $(OTHERS)/anndata-0.11
 test-others: setup $(ANNDATAS:=/.done) $(OTHERS)/squidpy/.done
 	STFLOW_ANNDATA_PYTHONS=$(OTHERS)/anndata-0.10/bin/python:$(OTHERS)/anndata-0.11/bin/python \
 		STFLOW_SQUIDPY_PYTHON=$(OTHERS)/squidpy/bin/python \
-		$(BIN)/python -m pytest tests/test_outputs_elsewhere.py -q
+		$(BIN)/python -m pytest tests -q -m others
 
 # anndata 0.10 is older than numpy 2.
 $(OTHERS)/anndata-%/.done:

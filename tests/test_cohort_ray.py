@@ -20,6 +20,8 @@ ray = pytest.importorskip("ray", reason="ray is not installed")
 
 from stflow_fast.cohort.ray_engine import _join  # noqa: E402
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

@@ -22,6 +22,8 @@ from .output_cases import GENES, model, slide
 
 __all__ = ["model"]  # a fixture
 
+pytestmark = pytest.mark.others
+
 
 def run_in(python: str, script: str, *arguments: object) -> Any:
     """What a script prints as JSON in its last line, run by another interpreter."""

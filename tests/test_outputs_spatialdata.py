@@ -22,6 +22,8 @@ from .output_cases import HUNDREDS, TENS, model, predict_one, slide, table_of, z
 
 __all__ = ["model"]  # a fixture
 
+pytestmark = pytest.mark.spatialdata
+
 
 def test_spatialdata_that_is_not_installed_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spatialdata", None)

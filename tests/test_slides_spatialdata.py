@@ -20,6 +20,8 @@ from stflow_fast.slides.registry import sources
 
 from .store_cases import AFFINE, N_GENES_THERE, F, N, Spatial, lattice, refused
 
+pytestmark = pytest.mark.spatialdata
+
 
 def moved(xy: np.ndarray, matrix: np.ndarray = AFFINE) -> np.ndarray:
     return xy @ matrix[:2, :2].T + matrix[:2, 2]

@@ -323,10 +323,13 @@ def test_an_interrupt_ends_a_sample() -> None:
     )
     root = Path(__file__).resolve().parents[1]
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=root)
-    assert process.stdout.readline() == "begins\n"
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()  # else it would sample for ever where the test fails
     assert (said, process.returncode) == ("interrupted 1 3\n", 0)
 
 

@@ -101,20 +101,19 @@ LAST_FIGURES: dict[str, tuple[int, Figures]] = {
 
 ALL_FIGURES = {**FIRST_FIGURES, **FLOAT32_FIGURES, **LAST_FIGURES}
 TEST_FILES = tuple(f"tests/test_{name}.py" for name in ("kernel_gpu", "kernel_neighbors", "sampling_gpu"))
-TEST_FILE = TEST_FILES[0]
 TESTS = {
-    "golden files": (TEST_FILE, "-k", "published_code"),
-    "bf16": (TEST_FILE, "-k", "bf16"),
-    "fp16": (TEST_FILE, "-k", "fp16 and not bf16"),
-    "tf32": (TEST_FILE, "-k", "tf32"),
-    "ieee": (TEST_FILE, "-k", "ieee"),
-    "the others": (*TEST_FILES, "-k", "not (published_code or bf16 or fp16 or tf32 or ieee)"),
+    "golden files": "published_code",
+    "bf16": "bf16",
+    "fp16": "fp16 and not bf16",
+    "tf32": "tf32",
+    "ieee": "ieee",
+    "the others": "not (published_code or bf16 or fp16 or tf32 or ieee)",
 }
-"""``pytest -m gpu`` in parts, which compile side by side."""
+"""Words of ``pytest -m gpu -k`` over all :data:`TEST_FILES`: parts, which compile side by side."""
 
 SANITIZED = (
-    f"{TEST_FILE}::test_attention_is_as_exact_as_plain_torch[K + 1 spots-bf16]",
-    f"{TEST_FILE}::test_gated_mlp_is_as_exact_as_plain_torch[relu, odd widths-bf16]",
+    f"{TEST_FILES[0]}::test_attention_is_as_exact_as_plain_torch[K + 1 spots-bf16]",
+    f"{TEST_FILES[0]}::test_gated_mlp_is_as_exact_as_plain_torch[relu, odd widths-bf16]",
 )
 NO_SKIPS = {"CI": "1", "STFLOW_TEST_GPU": "1"}
 """For want of golden files or of CUDA: then nothing would be known (tests/conftest.py)."""
@@ -164,10 +163,11 @@ def plan(out: Path, rehearse: bool) -> list[Section]:
         rest = ("--rehearse",) if rehearse else ("--columns", str(TUNED_COLUMNS))
         return alone(f"autotune in {precision}", 120, (*python, "stflow_fast.kernels.autotune", *which, *rest))
 
+    tests = {name: (*pytest, *TEST_FILES, "-k", which) for name, which in TESTS.items()}
     return [
         alone("kernels compiled", 150, (*python, "benchmarks.gpu.kernels", *(("--rehearse",) if rehearse else ()))),
         *(figures(name, *what) for name, what in FIRST_FIGURES.items()),
-        Section("tests", 240, {name: (*pytest, *which) for name, which in TESTS.items()}, {} if rehearse else NO_SKIPS),
+        Section("tests", 240, tests, {} if rehearse else NO_SKIPS),
         *(figures(name, *what) for name, what in FLOAT32_FIGURES.items()),
         *(autotuned(precision) for precision in TUNED),
         alone("memory checked", 150, checked)._replace(environment=EVERY_ALLOCATION),
