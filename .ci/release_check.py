@@ -112,9 +112,8 @@ def install(wheel: Path, folder: Path, borrow: bool) -> Path:
     if borrow:
         libraries = sysconfig.get_path("purelib")
         [site] = folder.glob("lib/python*/site-packages")
-        (site / "borrowed.pth").write_text(
-            f"{libraries}\n"
-        )  # .pth files that lie there are not read: no editable install
+        # .pth files that lie there are not read: no editable install.
+        (site / "borrowed.pth").write_text(f"{libraries}\n")
         subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
     else:  # as `make setup` does: torch first, so that no other one is pulled in
         [torch] = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
