@@ -16,11 +16,12 @@ from stflow_fast.kernels import versions
 from benchmarks.opponents.eager_stflow import EagerTimeEmbedding
 from stflow_fast.model import TimestepEmbedder
 
-from . import margins
+from . import interpreter, margins
 
 # Kernels are interpreted where there is no GPU; Triton reads this when a kernel's file is loaded.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.hasten()
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)

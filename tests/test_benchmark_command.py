@@ -15,7 +15,7 @@ import torch
 from stflow_fast.benchmarks import command
 from stflow_fast.benchmarks.pages import report
 from stflow_fast.benchmarks.pages.lines import load
-from stflow_fast.benchmarks.suite import measure
+from stflow_fast.benchmarks.suite import floor, measure
 from stflow_fast.benchmarks.suite import run as suite
 from stflow_fast.benchmarks.suite.cases import Case, Plan
 from stflow_fast.benchmarks.suite.providers import PROVIDERS, EagerSTFlow
@@ -32,12 +32,15 @@ FIELDS = {*LINE, "device", "versions", "commit", "date"}
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command with a small network, and no process for the memory."""
+    """The command with a small network, rates of a small product and copy, and no process for the memory."""
     monkeypatch.setattr(command, "Plan", functools.partial(Plan, network=NETWORK, check_spots=60))
     monkeypatch.setattr(measure, "in_own_process", lambda *_: {"peak_bytes": 1})
+    monkeypatch.setitem(floor.MATRIX_SIDE, "cpu", 256)
+    monkeypatch.setitem(floor.COPIED_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(floor, "SETTLING", 0.0)
 
 
-def run(out: Path, *arguments: str) -> Any:
+def run(out: Path, *arguments: str, pictures: bool = False) -> Any:
     options = [
         "benchmark",
         "--spots",
@@ -54,6 +57,7 @@ def run(out: Path, *arguments: str) -> Any:
         "600",
         "--out",
         str(out),
+        "--pictures" if pictures else "--no-pictures",
     ]
     return CliRunner().invoke(cli.app, [*options, *arguments], catch_exceptions=False)
 
@@ -70,7 +74,7 @@ def put_lines(folder: Path, *lines: dict[str, Any]) -> None:
 
 
 def test_the_whole_command_writes_a_line_per_figure(tmp_path: Path, small: None) -> None:
-    done = run(tmp_path, "--workload", "sample,train_step,denoise,graph", "--layout", "clustered")
+    done = run(tmp_path, "--workload", "sample,train_step,denoise,graph", "--layout", "clustered", pictures=True)
     assert done.exit_code == 0, done.output
     lines = lines_in(tmp_path)
     assert len(lines) == 2 * (3 * len(command.CPU_PROVIDERS) + len(command.CPU_GRAPHS))
@@ -91,7 +95,7 @@ def test_the_whole_command_writes_a_line_per_figure(tmp_path: Path, small: None)
             assert (line[field] is not None) == has_floor
         assert not has_floor or 0 < line["of_floor"] < 1
     assert "eager_stflow" in done.output
-    assert list(tmp_path.glob("*.*"))
+    assert list(tmp_path.glob("*.png"))
 
 
 def test_a_second_run_adds_to_the_first_and_can_be_shown_anew(

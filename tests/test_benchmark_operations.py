@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from benchmarks.suite import jobs
 from benchmarks.suite.cases import Case, Plan
 from benchmarks.suite.operations import OPERATIONS, OperationJob, operation_providers, random_rows
-from stflow_fast import DenoiserConfig, cli, ops
+from stflow_fast import DenoiserConfig, SpotGraph, cli, ops
+from stflow_fast.ops import use_backend
 
 NETWORK = DenoiserConfig(n_genes=5, feature_dim=7, hidden_dim=32, pairwise_hidden_dim=16, n_layers=1, n_heads=2)
 
@@ -26,6 +27,19 @@ def case_of(workload: str, dtype: str = "float32") -> Case:
     return Case(workload, "visium", 40, 4, 5, dtype)
 
 
+@pytest.fixture
+def graphs_by_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any backend: interpreted, the kernel's search takes most of the time, and tests of its own."""
+    build = ops.build_graph
+
+    def by_tree(*arguments: Any) -> SpotGraph:
+        with use_backend("reference"):
+            return build(*arguments)
+
+    monkeypatch.setattr(ops, "build_graph", by_tree)
+
+
+@pytest.mark.usefixtures("graphs_by_tree")
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 @pytest.mark.parametrize("workload", OPERATIONS)
 def test_every_provider_of_an_operation_computes_it(workload: str, dtype: str) -> None:
@@ -88,6 +102,7 @@ def test_random_rows_are_of_their_seed_and_repeat_beyond_their_number(monkeypatc
     assert (rows != 0).all()
 
 
+@pytest.mark.usefixtures("graphs_by_tree")
 def test_a_rehearsal_is_of_one_tiny_slide(tmp_path: Path) -> None:
     options = ["--workload", "edge_forward,sample", "--spots", "1e4,1e6", "--dtype", "bf16,tf32", "--device", "cpu"]
     providers = ["--providers", "triton_kept_edges,flex_attention,reference"]

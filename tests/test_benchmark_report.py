@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.pages import report
 from benchmarks.pages.lines import chosen, load
@@ -18,8 +19,10 @@ README = "# Title\r\n\nabove  \n<!-- benchmarks:begin -->\nold 12 ms\n<!-- bench
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """A folder with the suite's lines and with a file of something else."""
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the suite's lines and with a file of something else. Pictures are made, and written without being
+    rendered, which takes most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
     folder = tmp_path / "results"
     folder.mkdir()
     write(folder / "cpu.jsonl", some_lines())

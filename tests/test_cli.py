@@ -257,7 +257,7 @@ def test_demo_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_demo_shows_what_neighbours_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a smaller cohort: the model beats ridge regression with neighbours, and not with wrong ones."""
-    small = make_cohort(n_train=3, train_spots=500, test_spots=800)
+    small = make_cohort(n_train=3, train_spots=300, test_spots=600)
     monkeypatch.setattr(demo, "make_cohort", lambda seed: small)
     page = demo.run_demo(tmp_path / "demo", seed=0, overwrite=False, console=Console(file=io.StringIO(), width=120))
     rows = re.findall(r"<td>([^<]+)</td><td>(0\.\d+)</td>", page.read_text())
@@ -266,10 +266,10 @@ def test_the_demo_shows_what_neighbours_add(tmp_path: Path, monkeypatch: pytest.
     assert pearson["stflow-fast"] > 2 * pearson["spots shuffled"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
-def test_the_program_and_the_module_start(arguments: list[str]) -> None:
-    said = subprocess.run([sys.executable, "-m", "stflow_fast", *arguments], capture_output=True, text=True, check=True)
-    assert "train" in said.stdout or stflow_fast.__version__ in said.stdout
+def test_the_program_and_the_module_start() -> None:
+    command = [sys.executable, "-m", "stflow_fast", "--version"]
+    assert stflow_fast.__version__ in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "train" in run("--help")
 
 
 def test_every_public_name_exists() -> None:

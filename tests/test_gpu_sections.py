@@ -14,12 +14,19 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import page
+from benchmarks.gpu import page, sections
 from benchmarks.gpu.plan import ALL_FIGURES, MINUTES, STARTING, Section, alone
 from benchmarks.gpu.sections import DONE, TIME_UP, run
 from benchmarks.pages.lines import newest, read
 
 from .gpu_plan_cases import FIRST, ROOT, SAMPLE, python
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs here has nothing to write."""
+    monkeypatch.setattr(sections, "GRACE", 0.3)
+
 
 CRASH, KILLED = (
     python("import os; print('begun', flush=True); os.abort()"),
@@ -84,15 +91,25 @@ def alive(process: int) -> bool:
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``make gpu`` rehearsed, of other sections."""
+def rehearse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``make gpu`` rehearsed; its sections are processes of their own."""
 
-    def called(sections: list[Section], *arguments: str) -> int:
-        monkeypatch.setattr(gpu, "plan", lambda *_: sections)
+    def rehearsed(out: Path, *arguments: str) -> int:
         monkeypatch.setattr(gpu, "BEGUN", time.monotonic())
-        monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
-        monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse", *arguments])
+        monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(out), "--rehearse", *arguments])
         return gpu.main()
+
+    return rehearsed
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearse: Callable[..., int]) -> Callable[..., int]:
+    """The same, of other sections."""
+
+    def called(plan: list[Section], *arguments: str) -> int:
+        monkeypatch.setattr(gpu, "plan", lambda *_: plan)
+        monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+        return rehearse(tmp_path, *arguments)
 
     return called
 
@@ -125,21 +142,21 @@ def test_another_call_does_what_is_missing_and_first_what_was_never_begun(
 def test_where_the_time_is_up_the_page_is_there_and_the_section_is_as_new(
     call: Callable[..., int], tmp_path: Path
 ) -> None:
-    sections = [alone(FIRST, 9, GOOD), alone("failed", 9, REFUSED), alone("cut", 9, HANG), alone("never", 9, GOOD)]
-    assert call(sections, "--minutes", "0.1") == 1
+    plan = [alone(FIRST, 9, GOOD), alone("failed", 9, REFUSED), alone("cut", 9, HANG), alone("never", 9, GOOD)]
+    assert call(plan, "--minutes", "0.05") == 1
     assert [line["outcome"] for line in lines_in(tmp_path)] == [DONE, "exit 2", TIME_UP]
     assert "| never | not begun |" in (tmp_path / "rehearsal.md").read_text()
-    sections[2] = alone("cut", 9, GOOD)
-    call(sections)
+    plan[2] = alone("cut", 9, GOOD)
+    call(plan)
     assert [line["section"] for line in lines_in(tmp_path)][3:] == [FIRST, "cut", "never", "failed"]
 
 
 def test_a_line_that_was_cut_off_is_a_section_that_is_run_again(call: Callable[..., int], tmp_path: Path) -> None:
-    sections = [alone("a", 9, GOOD), alone("b", 9, GOOD)]
-    assert call(sections) == 0
+    plan = [alone("a", 9, GOOD), alone("b", 9, GOOD)]
+    assert call(plan) == 0
     path = tmp_path / "rehearsal-sections.jsonl"
     path.write_text(path.read_text()[:-30])
-    assert call(sections) == 0
+    assert call(plan) == 0
     assert [line["section"] for line in lines_in(tmp_path)] == ["a", "b"]
 
 
@@ -174,16 +191,17 @@ if {workload!r} in sys.orig_argv and "1e4" in sys.orig_argv:
 """As ``sitecustomize.py`` on PYTHONPATH it strikes a section's process down when the first line is written."""
 
 
-def test_a_rehearsal_goes_on_where_a_section_was_struck_down(tmp_path: Path) -> None:
+def test_a_rehearsal_goes_on_where_a_section_was_struck_down(
+    tmp_path: Path, rehearse: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     planted = tmp_path / "planted"
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(PLANTED.format(signal=11, workload="sample"))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--only", FIRST, "--only", SAMPLE, "--out", out]
+    monkeypatch.chdir(ROOT)
     for path, code in ((str(planted), 1), ("", 0), ("", 0)):
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
+        monkeypatch.setenv("PYTHONPATH", path)
+        assert rehearse(out, "--only", FIRST, "--only", SAMPLE) == code
     assert [(line["section"], line["outcome"]) for line in lines_in(out)] == [
         *((FIRST, DONE), (SAMPLE, "ended by SIGSEGV")),
         *((FIRST, DONE), (SAMPLE, DONE)),

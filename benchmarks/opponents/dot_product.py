@@ -10,18 +10,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from stflow_fast import DenoiserConfig
 from stflow_fast.graph import MISSING, SpotGraph
 
 from .eager_stflow import EagerGeneUpdate, EagerMLP, EagerTimeEmbedding
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+# FlexAttention brings torch's compiler, whose import takes a second: it is imported where it is used.
 
 SLIDE_SIZES = 64
 """Numbers of spots that FlexAttention is compiled for in one process; torch's own limit is 8."""
@@ -59,12 +63,17 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
     Compiled once for each number of spots: for a number that varies, torch 2.13 writes C++ that does not compile.
     """
-    torch._dynamo.config.recompile_limit = max(SLIDE_SIZES, torch._dynamo.config.recompile_limit)
+    from torch._dynamo import config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config.recompile_limit = max(SLIDE_SIZES, config.recompile_limit)
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def neighbor_block_mask(graph: SpotGraph) -> BlockMask:
     """Pairs (spot, neighbour) alone; memory is linear in the spots."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     device, (n, k) = graph.neighbors.device, graph.neighbors.shape
     size = CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
     n_blocks, table = -(-n // size), graph.neighbors.T.to(torch.int32).contiguous()

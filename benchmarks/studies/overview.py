@@ -75,8 +75,9 @@ def draw_times(axes: Axes) -> None:
             told = f"{lacking['spots']:,}: no memory"
             # Above the end of a line, which would run through it; beside a point.
             offset, side = ((5, 7), "right") if len(places) > 1 else ((8, -3), "left")
-            where = {"xytext": offset, "textcoords": "offset points", "ha": side}
-            axes.annotate(told, places[-1], color=look.color, fontsize=8.5, **where)
+            axes.annotate(
+                told, places[-1], xytext=offset, textcoords="offset points", ha=side, color=look.color, fontsize=8.5
+            )
     axes.set(xscale="log", yscale="log", ylim=(None, 2e3), xlabel="spots of the slide", ylabel="seconds of a sample")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ..errors import InputError
 from ..slides import Slide
@@ -18,6 +14,11 @@ from .groups import left_out_groups
 from .neighbors import neighbor_mean
 from .ridge import RidgePath
 from .scores import is_constant, mean_pearson
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+# scikit-learn is imported where it is used: every command would wait for it, and few fit a baseline.
 
 PCA_COMPONENTS = 256
 PCA_SEED = 1
@@ -150,6 +151,8 @@ def _slopes(depth: np.ndarray, centred_expression: np.ndarray) -> np.ndarray:
 
 def _hest_ridges(train: Sequence[Slide], test: Sequence[Slide], expression: Expression) -> dict[str, Baseline]:
     """Of HEST-bench's components, with its own alpha and with the strong one."""
+    from sklearn.linear_model import Ridge
+
     known = np.concatenate(list(map(expression, train)))
     features, unseen = _features(train), _features(test)
     pipeline = _scaled_pca(features)
@@ -181,6 +184,10 @@ def _features_of(slide: Slide) -> np.ndarray:
 
 def _scaled_pca(features: np.ndarray) -> Pipeline:
     """HEST-bench's StandardScaler and PCA for these features [N, F], not fitted yet."""
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     return make_pipeline(StandardScaler(), PCA(min(PCA_COMPONENTS, *features.shape), random_state=PCA_SEED))
 
 

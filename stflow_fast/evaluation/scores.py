@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from ..errors import InputError
 from ..threads import blocks_of
@@ -104,6 +103,8 @@ def _at_once(n_spots: int) -> int:
 
 def _score_genes(truth: np.ndarray, prediction: np.ndarray) -> dict[str, np.ndarray]:
     """[G] of every score of rows [G, N]; NaN where it does not exist."""
+    from scipy.stats import rankdata  # half a second of every start
+
     pearson = _pearson(truth, prediction)
     spearman = _pearson(rankdata(truth, axis=1), rankdata(prediction, axis=1))
     flat = is_constant(truth)

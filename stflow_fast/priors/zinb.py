@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -94,13 +93,17 @@ def draw_by_odds(
 
 def cdf(count: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: np.ndarray) -> np.ndarray:
     """Probability of at most ``count``, float64; the arguments are broadcast."""
+    from scipy.stats import nbinom  # half a second of every start, for what few commands ask
+
     count, mean, theta, pi = (np.asarray(part, dtype=np.float64) for part in (count, mean, theta, pi))
-    regular = scipy.stats.nbinom.cdf(count, theta, theta / (theta + mean))
+    regular = nbinom.cdf(count, theta, theta / (theta + mean))
     return np.where(count < 0, 0.0, pi + (1 - pi) * regular)
 
 
 def quantile(probability: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: np.ndarray) -> np.ndarray:
     """The smallest count whose :func:`cdf` reaches ``probability``, of 0 to 1; float64, the arguments are broadcast."""
+    from scipy.stats import nbinom
+
     probability, mean, theta, pi = (np.asarray(part, dtype=np.float64) for part in (probability, mean, theta, pi))
     regular, theta, mean = np.broadcast_arrays(np.clip((probability - pi) / (1 - pi), 0.0, 1.0), theta, mean)
     share, found = mean / (theta + mean), np.zeros(regular.shape)
@@ -111,7 +114,7 @@ def quantile(probability: np.ndarray, mean: np.ndarray, theta: np.ndarray, pi: n
         term *= (count + theta) / (count + 1) * share
         total += term
     large = found == SMALL
-    found[large] = scipy.stats.nbinom.ppf(regular[large], theta[large], 1 - share[large])
+    found[large] = nbinom.ppf(regular[large], theta[large], 1 - share[large])
     return found
 
 
