@@ -9,6 +9,7 @@ setup: $(VENV)/.done
 
 # torch first and by itself: the version of constraints.txt, so that no other one is pulled in behind it.
 $(VENV)/.done: setup.py constraints.txt
+	@echo "installing into $(VENV): minutes, several gigabytes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"

@@ -42,7 +42,7 @@ def main() -> int | None:
     found = runnable()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(f"python -m benchmarks NAME ARGUMENTS; NAME --help says which\n\n{listed(found)}")
+        print(f"python -m benchmarks NAME ARGUMENTS runs one of these; NAME --help explains it\n\n{listed(found)}")
         return 0
     if name not in found:
         print(f"benchmarks: there is no {name!r}; choose from {', '.join(found)}", file=sys.stderr)

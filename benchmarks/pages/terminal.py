@@ -30,7 +30,7 @@ from .lines import (
     told_exponent,
     why_not_timed,
 )
-from .looks import OTHER_FUNCTION, computes_another_function, counted, digits, seconds, size, unit_of
+from .looks import OTHER_FUNCTION, computes_another_function, counted, digits, look_of, seconds, size, unit_of
 
 BUSY_NOTE = """of idle: times its own time with nothing beside it, of the same commit
 busy, busy_nice: processes that counted beside it, and their niceness"""
@@ -47,7 +47,8 @@ def terminal_table(lines: Iterable[Line]) -> Table:
     fields = [name for name in (*SETTING, *MACHINE, "device") if busy or name not in IDLE]
     varying = [field for field in fields if len({line[field] for line in lines}) > 1]
     same = [f"{field} {lines[0][field]}" for field in fields if field not in varying]
-    notes = [*_told_notes(lines), *_told_exponents(lines), TABLE_NOTE, *([BUSY_NOTE] if busy else [])]
+    called = "; ".join(f"{name}: {look_of(name).name}" for name in dict.fromkeys(line["provider"] for line in lines))
+    notes = [called, *_told_notes(lines), *_told_exponents(lines), TABLE_NOTE, *([BUSY_NOTE] if busy else [])]
     caption = Text("\n".join(["", *notes]), style="table.caption")
     narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}  # fits 120 columns
     result = Table(title=", ".join(same), caption=caption, caption_justify="left", **narrow)

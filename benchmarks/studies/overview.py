@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter
 
 from stflow_fast.evaluation import score
 from stflow_fast.files import atomic_path
+from stflow_fast.report.looks import SOFT
 from stflow_fast.report.maps import box_of, draw_spots, spot_diameter
 from stflow_fast.synthetic import make_cohort
 
@@ -45,6 +46,8 @@ def draw(demo: Path, out: Path) -> None:
     measured, predicted, times = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     _draw_gene(demo, measured, predicted)
     draw_times(times)
+    note = "The slide is synthetic. Each map has its own colour scale, from its 1st to its 99th percentile."
+    figure.text(0.01, 0.03, note, fontsize=9, color=SOFT)
     with atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
@@ -60,7 +63,7 @@ def _draw_gene(demo: Path, measured: Axes, predicted: Axes) -> None:
     titles = (f"{GENE}, measured, {slide.n_spots:,} spots", f"{GENE}, predicted: Pearson {pearson:.2f}")
     for axes, values, title in zip((measured, predicted), (truth, made), titles, strict=True):
         draw_spots(axes, slide.coords, values[:, 0], diameter, box, "log1p counts")
-        axes.set_title(f"{title}\n(the demo's synthetic slide)", fontsize=11)
+        axes.set_title(title, fontsize=11)
 
 
 def draw_times(axes: Axes) -> None:
@@ -72,7 +75,7 @@ def draw_times(axes: Axes) -> None:
         look, stroke = look_of(provider), "-" if "CPU" in name else "--"
         axes.plot(spots, seconds, color=look.color, linestyle=stroke, marker=look.marker, markersize=5, label=name)
         if lacking := first_out_of_memory(lines):
-            told = f"{lacking['spots']:,}: no memory"
+            told = f"{lacking['spots']:,} spots: out of memory"
             # Above the end of a line, which would run through it; beside a point.
             offset, side = ((5, 7), "right") if len(places) > 1 else ((8, -3), "left")
             axes.annotate(

@@ -174,7 +174,7 @@ def calibrate_command(
     embeddings: Embeddings = None,
 ) -> None:
     """Fit how sure the model of a run is: networks are trained without some of the slides each, and the errors that
-    they make there are given a law. ``predict --draws`` and ``evaluate`` use it. An interrupted call goes on."""
+    they make there are given a law. predict --draws and evaluate use it. An interrupted call goes on."""
     with groups_bar() as on_epoch:
         observation = calibrate(run, data, embeddings=embeddings, on_epoch=on_epoch)
     console = screen(120)
@@ -204,7 +204,7 @@ def evaluate_command(
     draws: Draws = None,
     fast: Fast = False,
 ) -> None:
-    """Score a model on the test slides of a fold, beside the baselines; of one that ``calibrate`` has treated, also how
+    """Score a model on the test slides of a fold, beside the baselines; of one that calibrate has treated, also how
     sure it is."""
     n_sample_steps, prior = solver_of(n_sample_steps, prior, fast)
     sampling = SamplingConfig(n_sample_steps, prior, seed, memory_budget, precision, smooth, draws)
