@@ -4,9 +4,9 @@ is computation, and memory over the run.
     python -m benchmarks cohort FOLDER [--slides 2000] [--broken 40] [--spots 500,20000] [--workers N]
     python -m benchmarks cohort FOLDER --kill 20   SIGKILL at so many random moments, resumed each time
 
-Slides are made once in FOLDER/slides. 2,000 slides take ten minutes of two cores; JSON is printed at the end, and nothing
-before. A run that was killed, the main process alone or all of them, is held against FOLDER/out: the same files with the
-same X. "done_twice" counts slides with two lines: none.
+Slides are made once in FOLDER/slides. 2,000 slides take ten minutes of two cores; JSON is printed at the end, nothing
+before. A run that was killed, the main process alone or all of them, is held against FOLDER/out: the same files with
+the same X. "done_twice" counts slides with two lines: none.
 """
 
 from __future__ import annotations
