@@ -93,7 +93,7 @@ def test_hidden_vectors_may_be_taken_in_parts(name: str, in_parts: None) -> None
 @pytest.mark.parametrize(
     ("products", "case"),
     [
-        ({"batched": 64}, Attention(sizes=(1, 22), k=21, heads=1, e=24, z=20, p_mlp=0.2)),
+        ({"batched": 64}, Attention(sizes=(1, 41), k=40, heads=1, e=24, z=20, p_mlp=0.2)),
         ({"batched": 32}, Attention(sizes=(13, 4), k=5, activation="gelu", e=16, z=33)),
         ({"halved": 64}, Attention(sizes=(1, 12), heads=2, e=40, z=50, p_attention=0.2)),
         ({"halved": 32}, Attention(activation="relu", e=24, z=20)),
