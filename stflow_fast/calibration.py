@@ -75,7 +75,7 @@ def calibrate(
     folder = Path(run)
     if not (folder / MODEL_FOLDER).is_dir():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/; give the folder of a finished run of train")
-    model: Denoiser = Denoiser.from_pretrained(folder / MODEL_FOLDER, observation=False)
+    model = Denoiser.from_pretrained(folder / MODEL_FOLDER, observation=False)
     told = read_json(folder / RUN_FILE)
     slides = _training_side(folder, told, data, embeddings)
     observation = fit_observation(predict_left_out(model, slides, folder / LEFT_OUT_FOLDER, on_epoch), model)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import safetensors.torch
@@ -82,6 +82,9 @@ class Provenance:
         return cls(**{**known, "genes": tuple(known.get("genes", ()))})
 
 
+P = TypeVar("P", bound="Pretrained")
+
+
 class Pretrained(PyTorchModelHubMixin):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a module made from (config, provenance)."""
 
@@ -148,13 +151,13 @@ class Pretrained(PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[P],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         map_location: str = "cpu",
         observation: bool = True,
         **download: Any,
-    ) -> Any:
+    ) -> P:
         """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face Hub, in evaluation mode.
 
         Args:
@@ -191,7 +194,8 @@ class Pretrained(PyTorchModelHubMixin):
                     setattr(model, kind, load(content[kind], arrays[kind], model.provenance.genes))
                 except InputError as error:
                     raise InputError(with_path(config_file, error)) from error
-        return model.to(map_location).eval()
+        model.to(map_location).eval()
+        return cast(P, model)
 
 
 LAWS_BESIDE: dict[str, Callable[[Any, dict[str, np.ndarray], tuple[str, ...]], Any]] = {

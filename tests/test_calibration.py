@@ -31,10 +31,10 @@ from stflow_fast.windows import NOTHING, TrainingConfig, TrainingData
 
 from .builders import ENCODER, SLIDES, arrays, embeddings_of, small_model, write_task
 from .command_cases import say
+from .training_cases import TINY
 
 __all__ = ["say"]  # a fixture
 
-TINY = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
 QUICK = TrainingConfig(epochs=2, windows_per_slide=2)
 
 

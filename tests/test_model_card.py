@@ -29,8 +29,8 @@ from stflow_fast.windows import TrainingConfig
 
 from .builders import BASELINES, ENCODER, FEATURES, PANEL, gene_names, small_model, write_h5ad, write_task
 from .builders import arrays as made_arrays
+from .training_cases import TINY
 
-TINY = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
 QUICK = TrainingConfig(epochs=2, windows_per_slide=2)
 
 

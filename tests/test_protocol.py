@@ -28,11 +28,11 @@ from stflow_fast.protocol import (
 
 from .builders import ENCODER, SLIDES, write_split, write_task
 from .command_cases import say
+from .training_cases import TINY
 
 __all__ = ["say"]  # a fixture
 
 SMALL = {"epochs": 1, "windows_per_slide": 1}
-TINY = {"hidden_dim": 16, "pairwise_hidden_dim": 16, "n_layers": 1}
 
 
 @pytest.fixture

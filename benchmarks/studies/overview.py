@@ -19,8 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 from stflow_fast.evaluation import score
-from stflow_fast.files import atomic_path
-from stflow_fast.report.looks import SOFT
+from stflow_fast.report.looks import SOFT, save
 from stflow_fast.report.maps import box_of, draw_spots, spot_diameter
 from stflow_fast.synthetic import make_cohort
 
@@ -48,8 +47,7 @@ def draw(demo: Path, out: Path) -> None:
     draw_times(times)
     note = "The slide is synthetic. Each map has its own colour scale, from its 1st to its 99th percentile."
     figure.text(0.01, 0.03, note, fontsize=9, color=SOFT)
-    with atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save(figure, out)
 
 
 def _draw_gene(demo: Path, measured: Axes, predicted: Axes) -> None:

@@ -31,7 +31,7 @@ from ..runs import model_folder
 from ..slides import Slide, open_task
 from ..threads import blocks_of
 from ..windows import TEST
-from .settings import SamplingConfig, gene_names, load_model, model_and_origin, selection_of
+from .settings import SamplingConfig, gene_names, model_and_origin, selection_of
 
 CERTAINTY_DRAWS = 100
 """Of each spot, that intervals and CRPS are of."""
@@ -58,6 +58,7 @@ class Evaluation:
         truth: [N_i, G] of each.
         predicted: [N_i, G] of each.
         genes: the panel.
+        model: what was scored.
     """
 
     result: dict[str, Any]
@@ -65,6 +66,7 @@ class Evaluation:
     truth: list[np.ndarray]
     predicted: list[np.ndarray]
     genes: tuple[str, ...]
+    model: Denoiser
 
 
 def evaluate(
@@ -130,7 +132,7 @@ def evaluate_slides(
     predicted = [one.expression.float().numpy() for one in drawn]
     truth = [slide.expression(genes, normalize) for slide in test]
     result = compare(train, test, np.concatenate(predicted), genes, normalize)
-    evaluation = Evaluation(result, test, truth, predicted, genes)
+    evaluation = Evaluation(result, test, truth, predicted, genes, model)
     if model.observation is not None:
         known = np.concatenate([slide.expression(genes, normalize) for slide in train])
         _add_certainty(evaluation, model.observation, known, sampling.seed)
@@ -164,7 +166,7 @@ def keep_scores(run: str | Path, evaluation: Evaluation) -> Path | None:
     folder = model_folder(run)
     if not folder.is_dir():
         return None
-    model, slides = load_model(run, "cpu"), {slide.id: slide.n_spots for slide in evaluation.slides}
+    model, slides = evaluation.model, {slide.id: slide.n_spots for slide in evaluation.slides}
     try:
         written = add_scores(folder, model.described(), evaluation.result, slides, fingerprint(model))
     except OutputError as error:  # of somebody else's model: the scores are shown all the same

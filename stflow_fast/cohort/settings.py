@@ -98,8 +98,7 @@ def load_model(run: str | Path, device: str = "auto") -> Denoiser:
     folder, place = model_folder(run), str(choose_device(device))
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder}: has no {MODEL_FOLDER}/, its training did not finish; go on with train --resume")
-    model: Denoiser = Denoiser.from_pretrained(folder, map_location=place)
-    return model
+    return Denoiser.from_pretrained(folder, map_location=place)
 
 
 def model_and_origin(run: str | Path | Denoiser, device: str) -> tuple[Denoiser, str]:

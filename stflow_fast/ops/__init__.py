@@ -162,8 +162,7 @@ def apply_dropout(x: Tensor, p: float, keys: DropoutKeys | None, stream: int) ->
         return dropout(x, p, keys, stream)
     from ..kernels.dropout import dropout as kernel
 
-    dropped: Tensor = kernel(x, keys.keys, p, stream)
-    return dropped
+    return kernel(x, keys.keys, p, stream)
 
 
 def gated_mlp(
@@ -174,8 +173,7 @@ def gated_mlp(
         return reference.gated_mlp(x, weights, activation, p, keys, stream)
     from ..kernels.gated_mlp import gated_mlp as kernel
 
-    made: Tensor = kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
-    return made
+    return kernel(x, weights, activation, p, None if keys is None else keys.keys, stream)
 
 
 def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None, stream: int) -> tuple[Tensor, Tensor]:
@@ -188,10 +186,7 @@ def residual(tokens: Tensor, update: Tensor, p: float, keys: DropoutKeys | None,
 
     dtype = autocast_dtype(tokens.device) or tokens.dtype
     if torch.is_grad_enabled() or (keys is not None and p > 0):
-        both: tuple[Tensor, Tensor] = kernels.residual(
-            tokens, update, None if keys is None else keys.keys, dtype, p, stream
-        )
-        return both
+        return kernels.residual(tokens, update, None if keys is None else keys.keys, dtype, p, stream)
     return tokens, kernels.residual_(tokens, update, dtype)
 
 
@@ -201,8 +196,7 @@ def gelu_norm(pre: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
         return reference.gelu_norm(pre, affine)
     from ..kernels.gated_mlp import gelu_norm as kernel
 
-    made: Tensor = kernel(pre, *affine)
-    return made
+    return kernel(pre, *affine)
 
 
 def gene_head(
@@ -215,8 +209,7 @@ def gene_head(
     from ..kernels.gene_head import gene_head as kernel
 
     weight, bias = (each.to(pre.dtype) for each in head)  # as autocast would
-    made: Tensor = kernel(pre, affine, (weight, bias), total, relu)
-    return made
+    return kernel(pre, affine, (weight, bias), total, relu)
 
 
 def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
@@ -225,8 +218,7 @@ def joined_norm(tokens: Tensor, x: Tensor, columns: int) -> Tensor:
         return reference.joined_norm(tokens, x, columns)
     from ..kernels.joined_norm import joined_norm as kernel
 
-    joined: Tensor = kernel(tokens, x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
-    return joined
+    return kernel(tokens, x.contiguous(), columns, autocast_dtype(tokens.device) or tokens.dtype)
 
 
 def weights_of_autocast(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
@@ -257,8 +249,7 @@ def make_messages(geometry: Tensor, weights: EdgeWeights, spec: AttentionSpec) -
     if on_triton(geometry, dtype, work):
         from ..kernels.edge_attention import edge_messages as kernel
 
-        made: Tensor = kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
-        return made
+        return kernel(geometry, weights.edge, weights.message_to_logit, settings, dtype)
     messages = geometry.new_empty(n, k, e, dtype=dtype)
     function, blocks = _plan(Workload(geometry.device, dtype, k, n), weights, edge_messages, BLOCK_BYTES)
 
@@ -299,8 +290,7 @@ def edge_attention(
 
         edges = graph.geometry if messages is None else messages
         arriving = graph.arriving if training else None
-        context: Tensor = kernel(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
-        return context
+        return kernel(terms, graph.neighbors, edges, *weights, settings, keys, arriving)
     return _attention_in_blocks(terms, graph, messages, weights, spec, dropouts, training)
 
 
